@@ -1,0 +1,104 @@
+// The one C++ spelling of the update, for host and device. Knows no threads, no layout, no storage type.
+// Twins: kernels/reference.py (eager torch). All spellings do the same IEEE float32 operations in the same
+// order, so results agree bit for bit: compile with -ffp-contract=off (nvcc: -fmad=false).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SAFEFREEZE_INLINE __host__ __device__ __forceinline__
+#else
+#define SAFEFREEZE_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace safefreeze {
+
+// Finished once per step and per set on the host, in double, then rounded to float32 once.
+struct Scalars {
+  float grad_multiplier;  // clip coefficient / loss scale, negative to maximize
+  float weight_decay;     // L2 form (Adam); unused by the decoupled form
+  float decay;            // 1 - lr * weight_decay in the decoupled form (AdamW), else 1
+  float beta1, one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float step_size;   // lr / (1 - beta1^t)
+  float bias2_sqrt;  // sqrt(1 - beta2^t)
+  float eps;
+};
+
+SAFEFREEZE_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+// One element of Adam(W). `l2` adds weight_decay * p to the gradient; `amsgrad` divides by the running maximum,
+// which keeps NaN as torch.maximum does.
+template <bool l2, bool amsgrad>
+SAFEFREEZE_INLINE void adamw(float& p, float g, float& m, float& v, float& v_max,
+                             const Scalars& s) {
+  g = g * s.grad_multiplier;
+  if (l2) g = g + s.weight_decay * p;
+  m = s.beta1 * m + s.one_minus_beta1 * g;
+  v = s.beta2 * v + s.one_minus_beta2 * (g * g);
+  float second_moment = v;
+  if (amsgrad) {
+    v_max = (v > v_max || v != v) ? v : v_max;
+    second_moment = v_max;
+  }
+  p = s.decay * p - s.step_size * m / (square_root(second_moment) / s.bias2_sqrt + s.eps);
+}
+
+// Storage types. Integer arithmetic only, so flush-to-zero modes change nothing; round to nearest, ties to even.
+union FloatBits {
+  float value;
+  uint32_t bits;
+};
+
+SAFEFREEZE_INLINE float from_bf16(uint16_t stored) {
+  FloatBits x;
+  x.bits = static_cast<uint32_t>(stored) << 16;
+  return x.value;
+}
+
+SAFEFREEZE_INLINE uint16_t to_bf16(float value) {
+  FloatBits x;
+  x.value = value;
+  const uint32_t rounded = (x.bits + 0x7fffu + ((x.bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (x.bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+
+SAFEFREEZE_INLINE float from_f16(uint16_t stored) {
+  const uint32_t sign = static_cast<uint32_t>(stored & 0x8000u) << 16;
+  const uint32_t magnitude = stored & 0x7fffu;
+  FloatBits normal, subnormal;
+  // Rebias the exponent by 112; infinities and NaNs take another 112 to reach exponent 255.
+  normal.bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
+  // A subnormal is magnitude * 2^-24: an integer below 1024, exactly a normal float32.
+  subnormal.value = static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f;
+  normal.bits = (magnitude < 0x0400u ? subnormal.bits : normal.bits) | sign;
+  return normal.value;
+}
+
+SAFEFREEZE_INLINE uint16_t to_f16(float value) {
+  FloatBits x;
+  x.value = value;
+  const uint32_t sign = (x.bits >> 16) & 0x8000u;
+  const uint32_t magnitude = x.bits & 0x7fffffffu;
+  // Normal results: drop 13 bits with round-to-nearest-even; a carry moves into the exponent, up to infinity.
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: shift the full significand right until its unit is 2^-24, rounding alike.
+  const uint32_t exponent = magnitude >> 23;
+  const uint32_t shift = exponent < 102u ? 31u : (exponent > 125u ? 1u : 126u - exponent);
+  const uint32_t significand = exponent < 102u ? 0u : ((magnitude & 0x007fffffu) | 0x00800000u);
+  const uint32_t subnormal =
+      (significand + ((1u << (shift - 1u)) - 1u) + ((significand >> shift) & 1u)) >> shift;
+  uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and more round to infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return static_cast<uint16_t>(result | sign);
+}
+
+}  // namespace safefreeze

@@ -1,0 +1,129 @@
+// pybind11 over the launches: takes addresses as integers, checks nothing twice (Python has checked them all).
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+
+namespace py = pybind11;
+using namespace safefreeze;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<const CpuKernels*> runnable_kernels() {
+  std::vector<const CpuKernels*> found;
+#if defined(SAFEFREEZE_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back(&cpu_kernels_avx512);
+  }
+  if (__builtin_cpu_supports("avx2")) found.push_back(&cpu_kernels_avx2);
+#endif
+  found.push_back(&cpu_kernels_baseline);
+  return found;
+}
+
+const CpuKernels* kernels = runnable_kernels().front();
+
+void choose_isa(const std::string& name) {
+  for (const CpuKernels* candidate : runnable_kernels()) {
+    if (name == candidate->name) {
+      kernels = candidate;
+      return;
+    }
+  }
+  throw std::invalid_argument("choose_isa: '" + name + "' does not run on this processor");
+}
+
+py::tuple runnable_isas() {
+  py::list names;
+  for (const CpuKernels* candidate : runnable_kernels()) names.append(candidate->name);
+  return py::tuple(names);
+}
+
+// One parallel region over all pieces, without the interpreter lock.
+template <typename Launch>
+void run(const Launch& launch, int threads, void (*piece)(const Launch&, int64_t)) {
+  struct Call {
+    const Launch& launch;
+    void (*piece)(const Launch&, int64_t);
+  } call{launch, piece};
+  py::gil_scoped_release unlocked;
+  for_each_piece(
+      launch.work.n_pieces, threads,
+      [](void* context, int64_t index) {
+        const Call& c = *static_cast<Call*>(context);
+        c.piece(c.launch, index);
+      },
+      &call);
+}
+
+struct Work {
+  WorkList list;
+  Work(uintptr_t segments, uintptr_t pieces, uintptr_t runs, int64_t n_pieces, bool frozen)
+      : list{at<const Segment>(segments), at<const Piece>(pieces), at<const Run>(runs), n_pieces,
+             frozen} {}
+};
+
+void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t param_dtype, uintptr_t state_dtype,
+           uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, int threads) {
+  run<AdamWLaunch>({work.list, at<const AdamWTensor>(tensors), at<const int32_t>(param_dtype),
+                    at<const int32_t>(state_dtype), at<const int32_t>(scalar_set),
+                    at<const Scalars>(scalars), l2, amsgrad},
+                   threads, kernels->adamw);
+}
+
+void launch_norm(const Work& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial,
+          int threads) {
+  run<NormLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype),
+                   static_cast<NormKind>(kind), at<double>(partial)},
+                  threads, kernels->norm);
+}
+
+void launch_scale(const Work& work, uintptr_t tensors, uintptr_t dtype, float factor, int threads) {
+  run<ScaleLaunch>(
+      {work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads,
+      kernels->scale);
+}
+
+void launch_zero(const Work& work, uintptr_t tensors, uintptr_t dtype, int threads) {
+  run<ZeroLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads,
+                  kernels->zero);
+}
+
+void launch_copy(const Work& work, uintptr_t tensors, uintptr_t dtype, bool gather, int threads) {
+  run<CopyLaunch>({work.list, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather},
+                  threads, kernels->copy);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+  module.doc() = "Native kernels of safefreeze_kernels; use the package, not this module.";
+  py::class_<Work>(module, "Work").def(
+      py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"),
+      py::arg("pieces"), py::arg("runs"), py::arg("n_pieces"), py::arg("frozen"));
+  module.def("adamw", &launch_adamw);
+  module.def("norm", &launch_norm);
+  module.def("scale", &launch_scale);
+  module.def("zero", &launch_zero);
+  module.def("copy", &launch_copy);
+  module.def("borrow_openmp", [](const std::string& path) { return borrow_openmp(path.c_str()); });
+  module.def("choose_isa", &choose_isa);
+  module.def("runnable_isas", &runnable_isas);
+  module.def("isa", [] { return kernels->name; });
+  // What worklist.py's dtypes must add up to, in bytes.
+  module.attr("STRUCT_SIZES") =
+      py::dict(py::arg("Segment") = sizeof(Segment), py::arg("Piece") = sizeof(Piece),
+               py::arg("Run") = sizeof(Run), py::arg("AdamWTensor") = sizeof(AdamWTensor),
+               py::arg("Scalars") = sizeof(Scalars));
+}

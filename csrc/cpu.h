@@ -1,0 +1,32 @@
+// The CPU kernels of one instruction set, a piece at a time, and the threads that take pieces.
+#pragma once
+
+#include "work.h"
+
+namespace safefreeze {
+
+struct CpuKernels {
+  const char* name;
+  void (*adamw)(const AdamWLaunch&, int64_t piece);
+  void (*norm)(const NormLaunch&, int64_t piece);
+  void (*scale)(const ScaleLaunch&, int64_t piece);
+  void (*zero)(const ZeroLaunch&, int64_t piece);
+  void (*copy)(const CopyLaunch&, int64_t piece);
+};
+
+extern const CpuKernels cpu_kernels_baseline;
+#if defined(SAFEFREEZE_X86)
+extern const CpuKernels cpu_kernels_avx2;
+extern const CpuKernels cpu_kernels_avx512;
+#endif
+
+// Borrow the OpenMP team of a runtime that is already loaded (torch's), so that the process keeps one set of
+// threads; false if `path` is not loaded or has no team to lend. Without one, threads are made per call.
+bool borrow_openmp(const char* path);
+
+// Call `take(context, piece)` once for every piece below n_pieces, from up to `threads` threads. Every thread
+// begins with its own stretch and then helps others, so one busy core does not hold up the step.
+void for_each_piece(int64_t n_pieces, int threads, void (*take)(void* context, int64_t piece),
+                    void* context);
+
+}  // namespace safefreeze

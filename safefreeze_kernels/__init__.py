@@ -1,0 +1,31 @@
+"""safefreeze_kernels: fine-tune with safety-critical neurons provably frozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .gradients import clip_grad_norm_, zero_frozen_grads_
+from .kernels.report import info
+from .masks import FreezeMask, FreezePlan, PlanFileError
+from .optim import MaskedAdam, MaskedAdamW, guard
+from .proof import FrozenDriftError, snapshot
+
+if TYPE_CHECKING:
+    from . import attribution
+    from .attribution import MaskBuilder, score_units
+
+__version__ = "0.1.0"
+__all__ = [
+    "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
+    "attribution", "clip_grad_norm_", "guard", "info", "score_units", "snapshot", "zero_frozen_grads_",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # loaded when asked for: training needs none of it
+    if name in ("MaskBuilder", "attribution", "score_units"):
+        import importlib
+
+        attribution = importlib.import_module(".attribution", __name__)
+        return attribution if name == "attribution" else getattr(attribution, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""Gradients of a frozen model: zero the frozen part, clip by the norm of the live part."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
+from .masks import FreezeMask, FreezePlan, bind, named_tensors
+
+__all__ = ["ClippedNorm", "clip_grad_norm_", "zero_frozen_grads_"]
+
+Model = torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+_NORM_KINDS: Final[dict[float, NormKind]] = {
+    1.0: "sum_of_absolutes",
+    2.0: "sum_of_squares",
+    math.inf: "largest_absolute",
+}
+
+
+class ClippedNorm(NamedTuple):
+    """What `clip_grad_norm_` returns with ``return_raw=True``: float32 0-dim tensors, before clipping."""
+
+    live: Tensor  # norm over live elements: what was clipped by
+    raw: Tensor  # norm over all elements, frozen ones included: what torch would have clipped by
+
+
+@dataclass
+class _Bound:
+    """A plan bound to a model: the parameters, and the lists compiled for them."""
+
+    params: list[Tensor]  # every trainable parameter once; those the plan names first
+    names: list[str]
+    masks: list[FreezeMask]
+    homes: list[tuple[weakref.ref[torch.nn.Module], str]]  # where each was found, to see that it still is there
+    n_masked: int
+    live: WorkList | None = None
+    frozen: WorkList | None = None
+
+    def is_current(self) -> bool:
+        for p, (home, key), mask in zip(self.params, self.homes, self.masks, strict=True):
+            module = home()
+            if module is None or module._parameters.get(key) is not p or tuple(p.shape) != mask.shape:
+                return False
+        return True
+
+
+_bound: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Bound]] = weakref.WeakKeyDictionary()
+
+
+def _bind(model: Model, plan: FreezePlan | None, operation: str) -> _Bound:
+    """Bind, or find the binding made before; a module's parameters are looked up again only if one was replaced."""
+    plan = plan if plan is not None else FreezePlan()
+    if not isinstance(plan, FreezePlan):
+        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
+    if not isinstance(model, torch.nn.Module):
+        return _bind_anew(named_tensors(model), plan, operation, {})
+    known = _bound.setdefault(model, {})
+    bound = known.get(plan.fingerprint)
+    if bound is None or not bound.is_current():
+        homes = {
+            id(p): (weakref.ref(module), key) for module in model.modules() for key, p in module._parameters.items()
+        }
+        known.clear()  # one plan at a time: a model is trained under one
+        bound = known[plan.fingerprint] = _bind_anew(named_tensors(model), plan, operation, homes)
+    return bound
+
+
+def _bind_anew(
+    named: list[tuple[str, Tensor]],
+    plan: FreezePlan,
+    operation: str,
+    homes: dict[int, tuple[weakref.ref[torch.nn.Module], str]],
+) -> _Bound:
+    entries = bind(plan, named, operation=operation)
+    masked = {id(entry.param) for entry in entries}
+    rest = {id(p): (name, p) for name, p in reversed(named) if id(p) not in masked}
+    names = [entry.name for entry in entries] + [name for name, _ in rest.values()]
+    params = [entry.param for entry in entries] + [p for _, p in rest.values()]
+    masks = [entry.mask for entry in entries] + [FreezeMask(p.shape) for _, p in rest.values()]
+    return _Bound(params, names, masks, [homes[id(p)] for p in params] if homes else [], len(entries))
+
+
+def _gradients(params: Sequence[Tensor], names: Sequence[str], operation: str) -> list[Tensor | None]:
+    grads = [p.grad for p in params]
+    for grad, p, name in zip(grads, params, names, strict=True):
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{operation}: gradient of {name!r} has layout {grad.layout}, expected a dense one")
+        if grad.dtype not in STORAGE or grad.device.type == "meta":
+            raise TypeError(
+                f"{operation}: gradient of {name!r} is {grad.dtype} on {grad.device}, expected float32, bfloat16 or "
+                "float16 on a real device"
+            )
+        if grad.shape != p.shape:
+            raise ValueError(f"{operation}: grad of {name!r} has shape {tuple(grad.shape)}, expected {tuple(p.shape)}")
+    return grads
+
+
+class _Contiguous:
+    """Kernels see contiguous tensors: others are copied, and copied back by `finish`."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.originals = tensors
+        self.tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+    def finish(self) -> None:
+        for original, used in zip(self.originals, self.tensors, strict=True):
+            if original is not None and used is not None and used is not original:
+                original.copy_(used)
+
+
+def _one_backend(name: str, grads: Sequence[Tensor | None], operation: str) -> Backend:
+    devices = {g.device for g in grads if g is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{operation}: gradients are on {sorted(map(str, devices))}, expected one device")
+    return choose_backend(name, next(iter(devices), torch.device("cpu")), operation)
+
+
+def zero_listed_grads_(
+    backend: Backend, work: WorkList, params: Sequence[Tensor], names: Sequence[str], operation: str
+) -> None:
+    """Zero what a frozen list visits in the gradients of ``params``."""
+    grads = _Contiguous(_gradients(params, names, operation))
+    backend.zero_(work, grads.tensors)
+    grads.finish()
+
+
+@torch.no_grad()
+def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto") -> None:
+    """Set the gradients of frozen elements to zero, in place; visits nothing else.
+
+    This does NOT freeze: with a zero gradient, weight decay and old momentum still move a weight. `MaskedAdamW` and
+    `guard` freeze. Parameters without a gradient are left alone.
+
+    Args:
+        model: a module, a mapping name -> parameter, or (name, parameter) pairs.
+        plan: what is frozen.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+    """
+    bound = _bind(model, plan, "zero_frozen_grads_")
+    if bound.frozen is None:
+        bound.frozen = compile_frozen(bound.masks[: bound.n_masked])
+    params, names = bound.params[: bound.n_masked], bound.names[: bound.n_masked]
+    chosen = _one_backend(backend, [p.grad for p in params], "zero_frozen_grads_")
+    zero_listed_grads_(chosen, bound.frozen, params, names, "zero_frozen_grads_")
+
+
+@overload
+def clip_grad_norm_(
+    model: Model, max_norm: float, plan: FreezePlan | None = ..., norm_type: float = ...,
+    error_if_nonfinite: bool = ..., *, return_raw: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def clip_grad_norm_(
+    model: Model, max_norm: float, plan: FreezePlan | None = ..., norm_type: float = ...,
+    error_if_nonfinite: bool = ..., *, return_raw: Literal[True], backend: str = ...,
+) -> ClippedNorm: ...  # fmt: skip
+@torch.no_grad()
+def clip_grad_norm_(
+    model: Model,
+    max_norm: float,
+    plan: FreezePlan | None = None,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    *,
+    return_raw: bool = False,
+    backend: str = "auto",
+) -> Tensor | ClippedNorm:
+    """`torch.nn.utils.clip_grad_norm_` over live elements only: frozen gradients neither count nor change.
+
+    Live gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, as in torch. NaN or inf in a frozen gradient
+    has no effect. The norm is accumulated in double.
+
+    Args:
+        model: a module, a mapping name -> parameter, or (name, parameter) pairs; all its gradients are clipped, those
+            of parameters the plan does not name included.
+        max_norm: the largest norm left.
+        plan: what is frozen; None: nothing.
+        norm_type: 2.0, 1.0 or ``math.inf``.
+        error_if_nonfinite: raise if the live norm is NaN or inf.
+        return_raw: also return the norm that counts frozen elements (one more pass, over the frozen part).
+
+    Returns:
+        The live norm before clipping, a 0-dim float32 tensor; with ``return_raw`` a `ClippedNorm`.
+    """
+    operation = "clip_grad_norm_"
+    kind = _NORM_KINDS.get(float(norm_type))
+    if kind is None:
+        raise ValueError(f"{operation}: norm_type is {norm_type}, expected 2.0, 1.0 or inf")
+    if not max_norm >= 0:
+        raise ValueError(f"{operation}: max_norm is {max_norm}, expected a number >= 0")
+    bound = _bind(model, plan, operation)
+    if bound.live is None:
+        bound.live = compile_live(bound.masks)
+    grads = _Contiguous(_gradients(bound.params, bound.names, operation))
+    chosen = _one_backend(backend, grads.tensors, operation)
+    live = chosen.norm(bound.live, grads.tensors, kind)
+    frozen = 0.0
+    if return_raw:
+        if bound.frozen is None:
+            bound.frozen = compile_frozen(bound.masks[: bound.n_masked])
+        frozen = chosen.norm(bound.frozen, grads.tensors[: bound.n_masked], kind)
+    norm, raw = _norm_of(kind, live), _norm_of(kind, live, frozen)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(f"{operation}: the live gradient norm is {norm}; nothing was clipped")
+    factor = max_norm / (norm + 1e-6)
+    if not factor >= 1.0:  # NaN included: torch spreads a NaN norm too
+        chosen.scale_(bound.live, grads.tensors, factor)
+        grads.finish()
+    device = next((g.device for g in grads.tensors if g is not None), None)
+    result = torch.tensor(norm, dtype=torch.float32, device=device)
+    return ClippedNorm(result, torch.tensor(raw, dtype=torch.float32, device=device)) if return_raw else result
+
+
+def _norm_of(kind: NormKind, *parts: float) -> float:
+    if kind == "largest_absolute":
+        return math.nan if any(part != part for part in parts) else max(parts)
+    return math.sqrt(sum(parts)) if kind == "sum_of_squares" else sum(parts)

@@ -1,0 +1,157 @@
+"""The operations, and which backend runs them.
+
+Every operation takes a work list and, per tensor of that list, the tensors it works on. Tensors arrive checked:
+strided, contiguous, of the list's shapes, dtypes among `STORAGE`, on one device. ``None`` for a gradient means the
+tensor is left alone. Backends:
+
+    reference   eager torch, any device: the specification, to be read
+    cpu         C++ on CPU tensors (csrc/cpu.cpp), one parallel region per call
+
+The arithmetic is csrc/arithmetic.h and its twin reference.py: the same IEEE float32 operations in the same order, so
+backends agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .worklist import Ages, Part, WorkList, compile_frozen, compile_live
+
+__all__ = [
+    "SCALARS", "STORAGE", "AdamWOperands", "Ages", "Backend", "BackendUnavailableError", "NormKind", "Part", "WorkList",
+    "adamw_scalars", "backend_states", "choose_backend", "compile_frozen", "compile_live",
+]  # fmt: skip
+
+STORAGE: Final = (torch.float32, torch.bfloat16, torch.float16)
+NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
+
+# Mirror of struct Scalars in csrc/arithmetic.h.
+SCALARS: Final = np.dtype([
+    (name, "f4")
+    for name in ("grad_multiplier", "weight_decay", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
+                 "step_size", "bias2_sqrt", "eps")
+])  # fmt: skip
+
+
+def adamw_scalars(
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    decoupled: bool,
+    maximize: bool = False,
+    grad_multiplier: float = 1.0,
+) -> tuple[float, ...]:
+    """A row of `SCALARS`: each hyper-parameter, in double, finished. Rounded to float32 once, when stored.
+
+    Source of the formulas: Kingma & Ba 2015, algorithm 1 (bias correction folded into ``step_size`` and
+    ``bias2_sqrt``); Loshchilov & Hutter 2019, algorithm 2 (``decay``).
+    """
+    beta1, beta2 = betas
+    return (
+        -grad_multiplier if maximize else grad_multiplier,
+        weight_decay,
+        1.0 - lr * weight_decay if decoupled else 1.0,
+        beta1,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        lr / (1.0 - beta1**step),
+        math.sqrt(1.0 - beta2**step),
+        eps,
+    )
+
+
+@dataclass
+class AdamWOperands:
+    """Tensors of a masked AdamW step, one entry per tensor of the work list; state is packed."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor] | None = None
+    grads: list[Tensor | None] = field(default_factory=list)
+    native: Any = None  # address and dtype tables, kept by the native backend
+
+
+class Backend(Protocol):
+    """What a backend must do. ``work`` is a live list unless said otherwise."""
+
+    name: str
+
+    def adamw_(
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool,
+    ) -> None:  # fmt: skip
+        """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses."""
+
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
+        """Sum of squares, sum or maximum of absolute values, over a live or a frozen list, in double."""
+
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
+        """Multiply by ``factor``, rounded to float32."""
+
+    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
+        """Set to zero what the list visits."""
+
+    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        """Copy bytes from tensors to their packed twins."""
+
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        """Copy bytes back from packed twins."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly chosen backend does not run here."""
+
+
+@functools.cache
+def backend_states() -> dict[str, Backend | str]:
+    """Every backend: the object that runs it, or the reason why it does not run here."""
+    from . import reference
+
+    states: dict[str, Backend | str] = {"reference": reference.ReferenceBackend()}
+    try:
+        from . import native
+
+        states["cpu"] = native.CpuBackend()
+    except ImportError as error:
+        states["cpu"] = f"the C++ extension is not built ({error}); install a C++17 compiler and reinstall the package"
+    for name in ("triton", "cuda"):
+        states[name] = "not part of this version"
+    return states
+
+
+def choose_backend(name: str, device: torch.device, operation: str) -> Backend:
+    """The backend for tensors on ``device``. ``"auto"`` takes the fastest that runs; a named one never falls back."""
+    states = backend_states()
+    if name not in ("auto", *states):
+        raise ValueError(f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *states)))}")
+    if name == "auto":
+        compiled = states["cpu"] if device.type == "cpu" else "no compiled backend for this device in this version"
+        if isinstance(compiled, str):
+            _warn_once(f"{operation}: using the slow 'reference' backend on {device.type} tensors: {compiled}")
+        chosen = states["reference"] if isinstance(compiled, str) else compiled
+    else:
+        chosen = states[name]
+    if isinstance(chosen, str):
+        raise BackendUnavailableError(f"{operation}: backend {name!r} does not run here: {chosen}")
+    if chosen.name == "cpu" and device.type != "cpu":
+        raise ValueError(f"{operation}: backend 'cpu' was given tensors on {device}, expected CPU tensors")
+    return chosen
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,108 @@
+"""The compiled backends: hands addresses to the extension. All checks were made before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import SCALARS, AdamWOperands, NormKind, WorkList
+from .worklist import PIECE, RUN, SEGMENT
+
+_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
+_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")])
+
+_mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": _ADAMW_TENSOR, "Scalars": SCALARS}
+if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
+    raise ImportError("the extension was built from other sources than this package; reinstall safefreeze-kernels")
+
+
+def _loaded_openmp() -> str | None:
+    """Path of the OpenMP runtime torch has loaded: its team is borrowed, so the process keeps one set of threads."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if "omp" in line}
+    found = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    return next((path for path in found if _C.borrow_openmp(path)), None)
+
+
+OPENMP: Final = _loaded_openmp()
+if "SAFEFREEZE_CPU_ISA" in os.environ:
+    _C.choose_isa(os.environ["SAFEFREEZE_CPU_ISA"])
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64)
+
+
+def _codes(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    return np.array([0 if tensor is None else _CODES[tensor.dtype] for tensor in tensors], np.int32)
+
+
+def _native(work: WorkList) -> _C.Work:
+    if work.native is None:
+        work.native = _C.Work(
+            work.segments.ctypes.data, work.pieces.ctypes.data, work.runs.ctypes.data, len(work.pieces), work.frozen
+        )
+    return work.native
+
+
+class CpuBackend:
+    name = "cpu"
+
+    def adamw_(
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool,
+    ) -> None:  # fmt: skip
+        if operands.native is None:
+            table = np.zeros(len(operands.params), _ADAMW_TENSOR)
+            table["param"] = _addresses(operands.params)
+            table["exp_avg"] = _addresses(operands.exp_avgs)
+            table["exp_avg_sq"] = _addresses(operands.exp_avg_sqs)
+            if operands.max_exp_avg_sqs is not None:
+                table["max_exp_avg_sq"] = _addresses(operands.max_exp_avg_sqs)
+            operands.native = table, _codes(operands.params), _codes(operands.exp_avgs)
+        table, param_dtype, state_dtype = operands.native
+        table["grad"] = _addresses(operands.grads)
+        _C.adamw(
+            _native(work), table.ctypes.data, param_dtype.ctypes.data, state_dtype.ctypes.data, scalar_set.ctypes.data,
+            scalars.ctypes.data, l2, amsgrad, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
+        table, dtype = _addresses(tensors), _codes(tensors)
+        partial = np.zeros(len(work.pieces), np.float64)
+        _C.norm(
+            _native(work), table.ctypes.data, dtype.ctypes.data, _NORMS[kind], partial.ctypes.data,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return float(partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum())
+
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
+        table, dtype = _addresses(tensors), _codes(tensors)
+        _C.scale(
+            _native(work), table.ctypes.data, dtype.ctypes.data, float(np.float32(factor)), torch.get_num_threads()
+        )
+
+    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
+        table, dtype = _addresses(tensors), _codes(tensors)
+        _C.zero(_native(work), table.ctypes.data, dtype.ctypes.data, torch.get_num_threads())
+
+    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        self._copy(work, tensors, packed, gather=True)
+
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        self._copy(work, tensors, packed, gather=False)
+
+    def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
+        table = np.stack([_addresses(tensors), _addresses(packed)], axis=1)
+        dtype = _codes(tensors)
+        _C.copy(_native(work), table.ctypes.data, dtype.ctypes.data, gather, torch.get_num_threads())

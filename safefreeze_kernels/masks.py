@@ -1,0 +1,642 @@
+"""What is frozen: `FreezeMask` for one tensor, `FreezePlan` for a model, and the plan file.
+
+Polarity has one direction everywhere: a mask *names what is frozen*; what it does not name is *live*.
+
+Every tensor is seen as a matrix: leading dimensions flatten into rows, the last one is the columns; the entries
+of a 1-D tensor are its rows. The frozen part is stored in canonical form (whole rows, whole columns, and single
+elements outside both), so two masks that freeze the same elements are equal and have the same fingerprint,
+however they were written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "named_tensors"]
+
+Indices = Sequence[int] | Tensor | np.ndarray | None
+_FORMAT: Final = "safefreeze.plan"
+_VERSION: Final = 1
+_NONE: Final = np.empty(0, np.int64)
+
+
+class PlanFileError(ValueError):
+    """A plan file is truncated, altered, or not a plan file."""
+
+
+# ------------------------------------------------------------------------------------------------ FreezeMask
+
+
+class FreezeMask:
+    """The frozen part of one tensor: the union of whole rows, whole columns and single elements.
+
+    Args:
+        shape: shape of the tensor. Leading dimensions flatten into rows, the last one is the columns; a 1-D
+            tensor has one row per entry, a 0-dim tensor one row.
+        rows: frozen rows, as indices (a list, an integer tensor or array) or as a bool vector with True = frozen.
+        cols: frozen columns, likewise; not for tensors with fewer than two dimensions.
+        elements: bool tensor of ``shape``, True = frozen. Kept as one bit per element.
+
+    Raises:
+        TypeError: indices that are not integers or bools.
+        ValueError: indices out of range or given twice, a bool vector of the wrong length, columns of a 1-D tensor.
+
+    >>> FreezeMask((4, 6), rows=[1, 3]).frozen_fraction
+    0.5
+    """
+
+    __slots__ = ("_bits", "_cols", "_rows", "shape")
+
+    def __init__(
+        self, shape: Sequence[int], rows: Indices = None, cols: Indices = None, elements: Tensor | None = None
+    ) -> None:
+        self.shape: tuple[int, ...] = _checked_shape(shape)
+        if cols is not None and len(self.shape) < 2:
+            raise ValueError(
+                f"FreezeMask: cols of a {len(self.shape)}-D tensor, expected rows; "
+                "the entries of a 1-D parameter are its rows"
+            )
+        n_rows, n_cols = self.matrix_shape
+        row_index = _checked_indices(rows, n_rows, "rows")
+        col_index = _checked_indices(cols, n_cols, "cols")
+        frozen = _checked_elements(elements, self.shape)
+        if frozen is not None:
+            frozen[row_index] = True
+            frozen[:, col_index] = True
+            row_index = np.flatnonzero(frozen.all(axis=1))
+            col_index = np.flatnonzero(frozen.all(axis=0))
+            frozen[row_index] = False
+            frozen[:, col_index] = False
+        if n_rows * n_cols == 0:
+            row_index = col_index = _NONE
+        elif row_index.size == n_rows or col_index.size == n_cols:
+            row_index, col_index = np.arange(n_rows), _NONE
+        bits = np.packbits(frozen.reshape(-1), bitorder="little") if frozen is not None and frozen.any() else None
+        self._set(row_index, col_index, bits)
+
+    def _set(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
+        self._rows: np.ndarray = rows
+        self._cols: np.ndarray = cols
+        self._bits: np.ndarray | None = bits
+        for array in (rows, cols, bits):
+            if array is not None:
+                array.flags.writeable = False
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(rows, columns)`` of the matrix this tensor is seen as."""
+        if len(self.shape) < 2:
+            return math.prod(self.shape), 1
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def rows(self) -> Tensor:
+        """Frozen rows: int64 indices, ascending."""
+        return torch.from_numpy(self._rows.copy())
+
+    @property
+    def cols(self) -> Tensor:
+        """Frozen columns: int64 indices, ascending."""
+        return torch.from_numpy(self._cols.copy())
+
+    @property
+    def elements(self) -> Tensor | None:
+        """Elements frozen beyond the frozen rows and columns: bool tensor of ``shape``, or None."""
+        if self._bits is None:
+            return None
+        return torch.from_numpy(self._unpack_bits()).reshape(self.shape)
+
+    @property
+    def bits(self) -> np.ndarray | None:
+        """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
+        return self._bits
+
+    @property
+    def live_rows(self) -> np.ndarray:
+        """Rows that are not frozen: int64 indices, ascending."""
+        return _complement(self._rows, self.matrix_shape[0])
+
+    @property
+    def live_cols(self) -> np.ndarray:
+        """Columns that are not frozen: int64 indices, ascending."""
+        return _complement(self._cols, self.matrix_shape[1])
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Shape of packed optimizer state: ``shape`` itself where no row or column is frozen, else (live rows,
+        live columns), or (live entries,) for a 1-D tensor. Frozen single elements keep their place in it."""
+        if not self._rows.size and not self._cols.size:
+            return self.shape
+        live_rows = self.matrix_shape[0] - self._rows.size
+        return (live_rows,) if len(self.shape) < 2 else (live_rows, self.matrix_shape[1] - self._cols.size)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def frozen_count(self) -> int:
+        """Frozen elements."""
+        return self.numel - self.live_count
+
+    @property
+    def live_count(self) -> int:
+        """Elements that train."""
+        n_rows, n_cols = self.matrix_shape
+        live = (n_rows - self._rows.size) * (n_cols - self._cols.size)
+        return live - (int(np.bitwise_count(self._bits).sum()) if self._bits is not None else 0)
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Frozen elements / all elements; 0.0 for a tensor with no elements."""
+        return self.frozen_count / self.numel if self.numel else 0.0
+
+    def dense(self) -> Tensor:
+        """The mask written out: bool tensor of ``shape``, True = frozen."""
+        frozen = self._unpack_bits() if self._bits is not None else np.zeros(self.matrix_shape, bool)
+        frozen[self._rows] = True
+        frozen[:, self._cols] = True
+        return torch.from_numpy(frozen).reshape(self.shape)
+
+    def _unpack_bits(self) -> np.ndarray:
+        assert self._bits is not None
+        flat = np.unpackbits(self._bits, count=self.numel, bitorder="little")
+        return flat.view(bool).reshape(self.matrix_shape)
+
+    def __or__(self, other: FreezeMask) -> FreezeMask:
+        """Freeze what either mask freezes."""
+        if not isinstance(other, FreezeMask):
+            return NotImplemented
+        if self.shape != other.shape:
+            raise ValueError(f"FreezeMask union: shapes {self.shape} and {other.shape} differ, expected the same")
+        elements = None
+        if self._bits is not None or other._bits is not None:
+            elements = self.dense() | other.dense()
+        rows = np.union1d(self._rows, other._rows)
+        cols = np.union1d(self._cols, other._cols) if len(self.shape) > 1 else None
+        return FreezeMask(self.shape, rows=rows, cols=cols, elements=elements)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FreezeMask):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the shape and of what is frozen."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for tag, array in ((b"rows", self._rows), (b"cols", self._cols), (b"elements", self._bits)):
+            data = b"" if array is None else array.astype(array.dtype.newbyteorder("<")).tobytes()
+            digest.update(tag + len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "rows": self._rows, "cols": self._cols, "bits": self._bits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.shape = state["shape"]
+        self._set(state["rows"], state["cols"], state["bits"])
+
+    def __repr__(self) -> str:
+        parts = [f"{array.size} {word}" for word, array in (("rows", self._rows), ("cols", self._cols)) if array.size]
+        if self._bits is not None:
+            parts.append(f"{int(np.bitwise_count(self._bits).sum())} elements")
+        return f"FreezeMask({self.shape}, frozen: {' + '.join(parts) or 'nothing'}, {self.frozen_fraction:.1%})"
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        checked = tuple(int(n) for n in shape)
+        exact = all(a == b for a, b in zip(checked, shape, strict=True))
+    except (TypeError, ValueError):
+        exact, checked = False, ()
+    if not exact or any(n < 0 for n in checked):
+        raise ValueError(f"FreezeMask: shape is {shape!r}, expected a sequence of sizes such as (rows, columns)")
+    return checked
+
+
+def _checked_indices(given: Indices, size: int, what: str) -> np.ndarray:
+    """Ascending int64 indices below ``size``; copies, so that a caller's later edits do not reach the mask."""
+    if given is None:
+        return _NONE.copy()
+    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.ndim != 1:
+        raise ValueError(f"FreezeMask: {what} has {array.ndim} dimensions, expected a 1-D list, tensor or array")
+    if array.dtype == np.bool_:
+        if array.size != size:
+            raise ValueError(f"FreezeMask: {what} is a bool vector of {array.size} entries, expected {size}")
+        return np.flatnonzero(array)
+    if array.size == 0:
+        return _NONE.copy()
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"FreezeMask: {what} has dtype {array.dtype}, expected integer indices or a bool vector")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"FreezeMask: {what} holds index {low if low < 0 else high}, expected indices from 0 to {size - 1}"
+        )
+    index = np.sort(array.astype(np.int64))
+    twice = index[1:][index[1:] == index[:-1]]
+    if twice.size:
+        raise ValueError(f"FreezeMask: {what} holds index {twice[0]} more than once, expected each row or column once")
+    return index
+
+
+def _checked_elements(elements: Tensor | np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    if elements is None:
+        return None
+    frozen = elements.detach().cpu().numpy() if isinstance(elements, Tensor) else np.asarray(elements)
+    if frozen.dtype != np.bool_:
+        raise TypeError(f"FreezeMask: elements has dtype {frozen.dtype}, expected bool with True = frozen")
+    if frozen.shape != shape:
+        raise ValueError(f"FreezeMask: elements has shape {frozen.shape}, expected {shape}")
+    n_cols = shape[-1] if len(shape) > 1 else 1
+    n_rows = math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
+    return np.array(frozen).reshape(n_rows, n_cols)
+
+
+def _complement(index: np.ndarray, size: int) -> np.ndarray:
+    if index.size == 0:
+        return np.arange(size)
+    live = np.ones(size, bool)
+    live[index] = False
+    return np.flatnonzero(live)
+
+
+# ------------------------------------------------------------------------------------------------ FreezePlan
+
+
+class FreezePlan(Mapping[str, FreezeMask]):
+    """What is frozen in a model: parameter name -> `FreezeMask`. Read-only, like a frozen dict.
+
+    Args:
+        masks: mapping (or pairs) of parameter names, as in ``model.named_parameters()``, to masks.
+        metadata: anything JSON can hold: where the plan came from. Not part of the fingerprint.
+
+    >>> plan = FreezePlan({"up.weight": FreezeMask((4, 6), rows=[1])})
+    >>> plan.frozen_fraction
+    0.25
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, FreezeMask] | Iterable[tuple[str, FreezeMask]] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._masks: dict[str, FreezeMask] = dict(masks)
+        for name, mask in self._masks.items():
+            if not isinstance(name, str) or not isinstance(mask, FreezeMask):
+                raise TypeError(
+                    f"FreezePlan: entry {name!r} is a {type(mask).__name__}, expected parameter name -> FreezeMask"
+                )
+        try:
+            self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"FreezePlan: metadata must be what JSON can hold ({error})") from None
+
+    def __getitem__(self, name: str) -> FreezeMask:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __or__(self, other: FreezePlan) -> FreezePlan:
+        """Freeze what either plan freezes. Metadata of the right-hand plan wins where keys meet."""
+        if not isinstance(other, FreezePlan):
+            return NotImplemented
+        masks = dict(self._masks)
+        for name, mask in other.items():
+            if name in masks and masks[name].shape != mask.shape:
+                raise ValueError(
+                    f"FreezePlan union: {name!r} has shape {masks[name].shape} in one plan and {mask.shape} in the "
+                    "other, expected plans for the same model"
+                )
+            masks[name] = masks[name] | mask if name in masks else mask
+        return FreezePlan(masks, {**self.metadata, **other.metadata})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FreezePlan):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Frozen elements / all elements, over the parameters the plan names; 0.0 for an empty plan."""
+        total = sum(mask.numel for mask in self.values())
+        return sum(mask.frozen_count for mask in self.values()) / total if total else 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, shapes and what is frozen: the same in every process, for any insertion order
+        and however the masks were written down. Metadata does not count."""
+        digest = hashlib.sha256(f"{_FORMAT}/{_VERSION}".encode())
+        for name in sorted(self._masks):
+            encoded = name.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded + self._masks[name].fingerprint.encode())
+        return digest.hexdigest()
+
+    def check(self, model: torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Raise if this plan does not fit ``model``: a missing name, another shape, tied weights with two masks,
+        overlapping storage, or a parameter that does not require gradients (contract 6)."""
+        bind(self, named_tensors(model), operation="FreezePlan.check")
+
+    def summary(self) -> str:
+        """A table: frozen share of each kind of module, layer by layer, in at most 80 columns."""
+        return _summarize(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"FreezePlan({len(self)} parameters, {self.frozen_fraction:.1%} frozen, "
+            f"fingerprint {self.fingerprint[:12]})"
+        )
+
+    # -- file ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as one safetensors file; a crash or a full disk leaves an older file as it was.
+
+        Rows, columns and elements are bit-packed or written as indices, whichever is smaller. The header carries the
+        format, its version, the fingerprint, the metadata and a checksum over all of it.
+        """
+        from safetensors.numpy import save
+
+        tensors: dict[str, np.ndarray] = {}
+        entries: dict[str, Any] = {}
+        for name in sorted(self._masks):
+            mask = self._masks[name]
+            n_rows, n_cols = mask.matrix_shape
+            entry: dict[str, Any] = {"shape": list(mask.shape)}
+            for part, index, size in (("rows", mask._rows, n_rows), ("cols", mask._cols, n_cols)):
+                if index.size:
+                    entry[part], tensors[f"{name}:{part}"] = _encode_index(index, size)
+            if mask._bits is not None:
+                index = np.flatnonzero(mask._unpack_bits().reshape(-1))
+                entry["elements"], tensors[f"{name}:elements"] = _encode_index(index, mask.numel)
+            entries[name] = entry
+        header = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "fingerprint": self.fingerprint,
+            "masks": json.dumps(entries, sort_keys=True),
+            "metadata": json.dumps(self.metadata, sort_keys=True),
+        }
+        header["checksum"] = _checksum(header)
+        write_atomically(Path(path), save(tensors, header))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FreezePlan:
+        """Read a plan file. Everything is validated before a plan exists.
+
+        Raises:
+            FileNotFoundError: no such file.
+            PlanFileError: truncated, altered, of a later version, or not a plan file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"FreezePlan.load: no file {os.fspath(path)!r}")
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                return cls._decode(file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except PlanFileError as error:
+            raise PlanFileError(f"FreezePlan.load: {os.fspath(path)!r} {error}") from None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PlanFileError(
+                f"FreezePlan.load: {os.fspath(path)!r} is truncated or not a plan file ({error})"
+            ) from error
+
+    @classmethod
+    def _decode(cls, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> FreezePlan:
+        if header.get("format") != _FORMAT:
+            raise PlanFileError(f"has format {header.get('format')!r}, expected {_FORMAT!r}: not a plan file")
+        if header.get("version") != str(_VERSION):
+            raise PlanFileError(
+                f"has version {header.get('version')!r}, this package reads {_VERSION}: upgrade safefreeze-kernels"
+            )
+        if header.get("checksum") != _checksum(header):
+            raise PlanFileError("was altered: its header does not match its checksum")
+        masks: dict[str, FreezeMask] = {}
+        used: set[str] = set()
+        for name, entry in json.loads(header["masks"]).items():
+            mask = FreezeMask(entry["shape"])
+            n_rows, n_cols = mask.matrix_shape
+            parts: dict[str, Any] = {}
+            for part, size in (("rows", n_rows), ("cols", n_cols), ("elements", mask.numel)):
+                if part in entry:
+                    key = f"{name}:{part}"
+                    used.add(key)
+                    parts[part] = _decode_index(entry[part], tensors[key], size, key)
+            if "elements" in parts:
+                dense = np.zeros(mask.numel, bool)
+                dense[parts["elements"]] = True
+                parts["elements"] = dense.reshape(mask.shape)
+            masks[name] = FreezeMask(mask.shape, **parts)
+        if used != set(tensors):
+            raise PlanFileError(f"was altered: unexpected tensors {sorted(set(tensors) - used)}")
+        plan = cls(masks, json.loads(header["metadata"]))
+        if plan.fingerprint != header.get("fingerprint"):
+            raise PlanFileError("was altered: its contents do not match its fingerprint")
+        return plan
+
+
+def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+    dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32 if size <= 1 << 32 else np.uint64)
+    if index.size * dtype.itemsize < (size + 7) // 8:
+        return "index", index.astype(dtype)
+    flags = np.zeros(size, bool)
+    flags[index] = True
+    return "bits", np.packbits(flags, bitorder="little")
+
+
+def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
+    if coding == "index":
+        if stored.ndim != 1 or stored.dtype not in (np.uint16, np.uint32, np.uint64):
+            raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape}")
+        return stored.astype(np.int64)
+    if coding != "bits" or stored.dtype != np.uint8 or stored.shape != ((size + 7) // 8,):
+        raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape} coded as {coding!r}")
+    return np.flatnonzero(np.unpackbits(stored, count=size, bitorder="little"))
+
+
+def _checksum(header: Mapping[str, str]) -> str:
+    fields = {key: value for key, value in header.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, sync, rename: at any moment the target holds the old bytes or the new, never a mix."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a plan is an ordinary one, so it follows the user's umask like any other
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+# ----------------------------------------------------------------------------------- plans and real parameters
+
+
+@dataclass(frozen=True)
+class BoundMask:
+    """A mask and the parameter it was found to name."""
+
+    name: str
+    param: Tensor
+    mask: FreezeMask
+
+
+def named_tensors(
+    model: torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    """(name, tensor) pairs of a model, with every name of a tied tensor; also takes a mapping or pairs."""
+    if isinstance(model, torch.nn.Module):
+        return list(model.named_parameters(remove_duplicate=False))
+    pairs = list(model.items()) if isinstance(model, Mapping) else list(model)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
+        raise TypeError("expected a torch.nn.Module, a mapping name -> tensor, or (name, tensor) pairs")
+    return pairs
+
+
+def bind(
+    plan: FreezePlan,
+    named: Sequence[tuple[str, Tensor]],
+    *,
+    operation: str,
+    require_grad: Literal[True, False] = True,
+) -> list[BoundMask]:
+    """Find the parameter of every mask. One entry per tensor, however many names it has.
+
+    Raises:
+        ValueError: naming the parameter: missing, of another shape, tied with two different masks, sharing storage
+            with another parameter, or (with ``require_grad``) not requiring gradients.
+    """
+    by_name = dict(named)
+    bound: dict[int, BoundMask] = {}
+    for name, mask in plan.items():
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=2)
+            raise ValueError(
+                f"{operation}: the plan names {name!r}, which is not among the {len(by_name)} parameters given"
+                + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
+                + "; is it a plan for another model? (a tied weight: pass "
+                "model.named_parameters(remove_duplicate=False), so that either name is known)"
+            )
+        param = by_name[name]
+        if tuple(param.shape) != mask.shape:
+            raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
+        if require_grad and not param.requires_grad:
+            raise ValueError(
+                f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
+                "at all: take it out of the plan, or call requires_grad_(True)"
+            )
+        other = bound.get(id(param))
+        if other is not None and other.mask != mask:
+            raise ValueError(
+                f"{operation}: {other.name!r} and {name!r} are one tied tensor with two different masks; "
+                "give it one mask, for example the union"
+            )
+        bound.setdefault(id(param), BoundMask(name, param, mask))
+    _refuse_overlap(list(bound.values()), named, operation)
+    return list(bound.values())
+
+
+def _refuse_overlap(bound: list[BoundMask], named: Sequence[tuple[str, Tensor]], operation: str) -> None:
+    """Two different parameters over the same bytes: freezing one could not hold while the other trains."""
+    masked = {id(entry.param) for entry in bound}
+    spans: list[tuple[int, int, str, int]] = []
+    for name, param in {id(param): (name, param) for name, param in reversed(named)}.values():
+        if param.numel() and param.layout == torch.strided and param.device.type != "meta":
+            reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+            start = param.data_ptr()
+            spans.append((start, start + reach * param.element_size(), name, id(param)))
+    spans.sort()
+    furthest: tuple[int, int, str, int] | None = None
+    for span in spans:
+        if furthest and span[0] < furthest[1] and (span[3] in masked or furthest[3] in masked):
+            raise ValueError(
+                f"{operation}: {furthest[2]!r} and {span[2]!r} share storage but are different parameters; "
+                "a frozen part of one could be moved through the other"
+            )
+        if furthest is None or span[1] > furthest[1]:
+            furthest = span
+
+
+# ---------------------------------------------------------------------------------------------------- summary
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(?P<rest>.+)$")
+_MOST_KINDS: Final = 7
+
+
+def _summarize(plan: FreezePlan) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    counts: dict[str, dict[str, list[int]]] = {}
+    for name, mask in plan.items():
+        found = _LAYER.search(name)
+        layer, rest = (found.group(1), found.group("rest")) if found else ("-", name)
+        kind = ".".join(part for part in rest.removesuffix(".weight").split(".")[-2 if rest.endswith(".bias") else -1 :])
+        for row in (layer, "all"):
+            for column in (kind, "all"):
+                cell = counts.setdefault(row, {}).setdefault(column, [0, 0])
+                cell[0] += mask.frozen_count
+                cell[1] += mask.numel
+    layers = sorted((row for row in counts if row != "all"), key=lambda row: (row == "-", int(row) if row != "-" else 0))
+    kinds = list(dict.fromkeys(kind for layer in layers for kind in counts[layer] if kind != "all"))
+    hidden = len(kinds) - _MOST_KINDS
+    table = Table(title=f"frozen share, fingerprint {plan.fingerprint[:12]}", title_justify="left", box=None)
+    for heading in ("layer", *kinds[:_MOST_KINDS], "all"):
+        table.add_column(heading, justify="right")
+    for layer in [*layers, "all"] if layers else []:
+        cells = [counts[layer].get(kind) for kind in (*kinds[:_MOST_KINDS], "all")]
+        shown = (f"{cell[0] / cell[1]:.1%}" if cell and cell[1] else "" for cell in cells)
+        table.add_row(layer, *shown, style="bold" if layer == "all" else None)
+    buffer = StringIO()
+    Console(file=buffer, width=80, color_system=None).print(table)
+    live = sum(mask.live_count for mask in plan.values())
+    total = sum(mask.numel for mask in plan.values())
+    note = f"{len(plan)} parameters, {total:,} elements: {total - live:,} frozen, {live:,} live"
+    more = f" ({hidden} more kinds of module are counted under all)" if hidden > 0 else ""
+    return buffer.getvalue().rstrip() + "\n" + note + more

@@ -1,0 +1,797 @@
+"""`MaskedAdamW` and `MaskedAdam`, drop-in for `torch.optim`; `guard`, which freezes under any other optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kernels import (
+    SCALARS,
+    STORAGE,
+    AdamWOperands,
+    Ages,
+    Backend,
+    WorkList,
+    adamw_scalars,
+    choose_backend,
+    compile_frozen,
+    compile_live,
+)
+from .masks import FreezeMask, FreezePlan, bind, named_tensors
+
+__all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
+
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
+
+
+class MaskedAdam(Optimizer):
+    """`torch.optim.Adam` whose step leaves frozen weights untouched, byte for byte.
+
+    Equivalent to `torch.optim.Adam` on the live part of every parameter; the frozen part is neither read nor written,
+    its gradient is never looked at, and no state is kept for it. With no plan it is simply a fast Adam.
+
+    Args:
+        params: as in `torch.optim`. To freeze by plan, pass names: ``model.named_parameters()``. Tied weights may be
+            passed under every name (``named_parameters(remove_duplicate=False)``).
+        lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
+        freeze: what is frozen, by parameter name; see `set_freeze`.
+        backend: "auto", or one of the names `safefreeze info` lists. A named one never falls back.
+        state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype.
+        fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first.
+        foreach: accepted and ignored: there is one implementation, and it takes all tensors at once.
+        capturable, differentiable: not supported in this version; True raises.
+
+    Parameters are float32, bfloat16 or float16; the arithmetic is float32. State keys are torch's; with rows or columns
+    frozen, ``exp_avg`` and ``exp_avg_sq`` are packed to (live rows, live columns).
+
+    Raises:
+        ValueError: hyper-parameters out of range or NaN; a plan that does not fit (contract 6).
+        TypeError: parameters of an unsupported dtype or layout.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        freeze: FreezePlan | None = None,
+        backend: str = "auto",
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        what = type(self).__name__
+        if differentiable:
+            raise ValueError(f"{what}: differentiable=True is not supported; use torch.optim for it")
+        if capturable:
+            raise ValueError(f"{what}: capturable=True is not supported in this version; leave it out")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's words: callers match them
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{what}: state_dtype is {state_dtype}, expected torch.float32 or torch.bfloat16")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        _check_hyper_parameters(defaults)
+        defaults["betas"] = tuple(float(beta) for beta in betas)
+        self._backend = backend
+        self._state_dtype = state_dtype
+        self._plan: FreezePlan | None = None
+        self._aliases: dict[str, str] = {}  # every name of a tied tensor -> the name in the groups
+        self._ages: dict[str, Ages] = {}
+        self._launches: list[_Launch] = []
+        self._launch_key: Any = None
+        super().__init__(_without_duplicates(params, self._aliases), defaults)
+        if fused:
+            self._step_supports_amp_scaling = True
+        if freeze is not None:
+            self._plan = _checked_plan(freeze, what)
+        self._masks()  # a plan that does not fit is an error now, not at the first step
+
+    # -- parameters, names, masks -----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_hyper_parameters({**self.defaults, **param_group})
+        names = {id(p) for group in self.param_groups for p in group["params"]}
+        super().add_param_group(param_group)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                if id(p) not in names:
+                    _check_parameter(p, type(self).__name__)
+        except TypeError:
+            del self.param_groups[-1]
+            raise
+
+    @property
+    def plan(self) -> FreezePlan | None:
+        """The plan in force; `set_freeze` changes it."""
+        return self._plan
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _names(self) -> list[str]:
+        """A name per parameter, for errors and for ages: the caller's, or its place among the groups."""
+        return [
+            name
+            for index, group in enumerate(self.param_groups)
+            for name in group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+        ]
+
+    def _masks(self, plan: FreezePlan | None = None) -> list[FreezeMask]:
+        """A mask per parameter under ``plan`` (default: the one in force), nothing frozen where it names none."""
+        plan = plan if plan is not None else self._plan
+        params = self._params()
+        masks: dict[int, FreezeMask] = {}
+        if plan:
+            what = type(self).__name__
+            if not all("param_names" in group for group in self.param_groups):
+                raise ValueError(
+                    f"{what}: a plan freezes by name, but the parameters were given without names; "
+                    "pass model.named_parameters() instead of model.parameters()"
+                )
+            named = dict(zip(self._names(), params, strict=True))
+            named |= {alias: named[name] for alias, name in self._aliases.items() if name in named}
+            masks = {id(entry.param): entry.mask for entry in bind(plan, list(named.items()), operation=what)}
+        return [masks.get(id(p)) or FreezeMask(p.shape) for p in params]
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. ``closure``: reevaluates the model and returns the loss, as in `torch.optim`.
+
+        ``grad_scale`` and ``found_inf``, set as attributes or by `torch.amp.GradScaler`, are honoured: gradients count
+        as divided by the scale, and a found inf skips the step.
+
+        Raises:
+            ValueError: a hyper-parameter became NaN or negative; a gradient does not fit. Nothing was changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return loss
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        # one IEEE float32 division, as a kernel reading the scale on a device would do it
+        multiplier = 1.0 if grad_scale is None else float(np.float32(1.0) / np.float32(grad_scale.item()))
+        launches = self._compiled()
+        prepared = [launch.prepare(self.param_groups, multiplier) for launch in launches]
+        for launch, (grads, scalars, scalar_set) in zip(launches, prepared, strict=True):
+            launch.run(grads, scalars, scalar_set)
+        return loss
+
+    def _compiled(self) -> list[_Launch]:
+        """Launches for the present groups, parameters, gradients and state; compiled anew only if one of them changed."""
+        groups = self.param_groups
+        key = [(_flags(group), [id(p) for p in group["params"]]) for group in groups]
+        if key == self._launch_key and all(launch.is_current() for launch in self._launches):
+            return self._launches
+        params, names, masks = self._params(), self._names(), self._masks()
+        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+        kinds: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            _check_parameter(p, type(self).__name__, names[i])
+            if p.grad is not None or self.state.get(p):
+                kinds.setdefault((_flags(groups[group_of[i]]), p.device), []).append(i)
+        for (_, device), members in kinds.items():
+            for i in members:
+                if params[i].grad is not None:
+                    _check_gradient(params[i], params[i].grad, names[i], type(self).__name__)
+            choose_backend(self._backend, device, type(self).__name__)
+        launches = []
+        for ((_, amsgrad, l2), device), members in kinds.items():
+            for i in members:
+                self._init_state(params[i], masks[i], amsgrad)
+            launches.append(
+                _Launch(
+                    optimizer=type(self).__name__,
+                    backend=choose_backend(self._backend, device, type(self).__name__),
+                    work=compile_live([masks[i] for i in members], [self._ages.get(names[i]) for i in members]),
+                    params=[params[i] for i in members],
+                    names=[names[i] for i in members],
+                    group_of=np.array([group_of[i] for i in members], np.int64),
+                    states=[self.state[params[i]] for i in members],
+                    amsgrad=amsgrad,
+                    l2=l2,
+                    waiting=[p for i, p in enumerate(params) if p.grad is None and not self.state.get(p)],
+                )
+            )
+        self._launches, self._launch_key = launches, key
+        return launches
+
+    def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for key in _MOMENTS[: 3 if amsgrad else 2]:
+            if key not in state:
+                state[key] = torch.zeros(mask.packed_shape, dtype=self._state_dtype, device=param.device)
+
+    # -- changing the plan --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_freeze(self, plan: FreezePlan | None) -> None:
+        """Change what is frozen, between steps (contract 5).
+
+        A newly frozen row stops at once and its state is dropped; a thawed one starts as a fresh row, its bias
+        correction counted from now. What stays live keeps its state. ``None`` thaws everything.
+
+        Raises:
+            ValueError: the plan does not fit; the old one stays in force.
+        """
+        plan = _checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
+        old_masks, new_masks = self._masks(), self._masks(plan)
+        ages, states = dict(self._ages), {}
+        for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
+            state = self.state.get(p)
+            if not state or old == new:
+                continue
+            age = ages.get(name) or Ages.none(old)
+            ages[name] = age.after(old, new, int(state["step"].item()))
+            states[p] = {key: _repack(state[key], old, new) for key in _MOMENTS if key in state}
+        for p, moments in states.items():
+            self.state[p].update(moments)
+        self._ages = {name: age for name, age in ages.items() if age}
+        self._plan = plan
+        self._launch_key = None
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; moments are packed where a plan freezes, and an entry ``"safefreeze"`` says under which plan.
+
+        With nothing frozen it is exactly a `torch.optim.AdamW` state dict. See also `dense_state_dict`.
+        """
+        state_dict = super().state_dict()
+        masks = {
+            index: mask.fingerprint for index, mask in enumerate(self._masks()) if mask.frozen_count
+        }
+        ages = {
+            index: {"rows": torch.from_numpy(age.rows), "cols": torch.from_numpy(age.cols)}
+            | ({} if age.elements is None else {"elements": torch.from_numpy(age.elements)})
+            for index, name in enumerate(self._names())
+            if (age := self._ages.get(name))
+        }
+        if masks or ages:
+            state_dict[_EXTRA] = {"version": 1, "masks": masks, "ages": ages}
+        return state_dict
+
+    def dense_state_dict(self) -> dict[str, Any]:
+        """A state dict that stock `torch.optim.AdamW` (or `Adam`) loads: full-size moments, zero where frozen.
+
+        Rows thawed by `set_freeze` take the parameter's step count there: torch has one per parameter.
+        """
+        state_dict = super().state_dict()
+        nothing = {i: FreezeMask(p.shape) for i, p in enumerate(self._params())}
+        masks = self._masks()
+        state_dict["state"] = {
+            index: {
+                key: _repack(value, masks[index], nothing[index]) if key in _MOMENTS else value
+                for key, value in state.items()
+            }
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load our own state dict, or a stock `torch.optim.AdamW`/`Adam` one, which is packed to this plan.
+
+        Moments take this optimizer's ``state_dtype`` (torch's own loader would cast them to the parameter's dtype).
+
+        Raises:
+            ValueError: other groups or shapes, or state packed under another plan. Nothing was changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        # The first hook runs after the user's own and hides tensors from torch's casting; the second brings them back.
+        def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            converted, loaded["ages"] = self._converted(given)
+            return converted
+
+        def unveil(_: Optimizer) -> None:
+            for state in self.state.values():
+                for key, value in state.items():
+                    if isinstance(value, _Veiled):
+                        state[key] = value.tensor
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(convert),
+            self.register_load_state_dict_post_hook(unveil, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._ages = loaded["ages"]
+        self._launch_key = None
+
+    def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
+        """``given`` with moments packed to this plan, in this optimizer's dtype, and veiled; and the ages it carries."""
+        what = f"{type(self).__name__}.load_state_dict"
+        extra = given.get(_EXTRA, {"version": 1, "masks": {}, "ages": {}})
+        if extra["version"] != 1:
+            raise ValueError(f"{what}: state has version {extra['version']}, this package reads 1; upgrade it")
+        params, names, masks = self._params(), self._names(), self._masks()
+        saved_ids = [i for group in given["param_groups"] for i in group["params"]]
+        converted = dict(given)
+        converted.pop(_EXTRA, None)
+        if len(saved_ids) != len(params):
+            return converted, {}  # torch's loader says what differs
+        converted["state"] = dict(given["state"])
+        for index, (saved_id, p, name, mask) in enumerate(zip(saved_ids, params, names, masks, strict=True)):
+            if saved_id not in given["state"]:
+                continue
+            packed_under = extra["masks"].get(index)
+            if packed_under is not None and packed_under != mask.fingerprint:
+                raise ValueError(
+                    f"{what}: state of {name!r} was packed under another freeze plan; build the optimizer with the "
+                    "plan it was saved with (then set_freeze), or save with dense_state_dict()"
+                )
+            entry = dict(given["state"][saved_id])
+            for key in _MOMENTS:
+                if key not in entry:
+                    continue
+                expected = mask.packed_shape if packed_under is not None else tuple(p.shape)
+                if tuple(entry[key].shape) != expected:
+                    raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}")
+                moment = entry[key].detach().to(device=p.device, dtype=self._state_dtype)
+                if packed_under is None and mask.frozen_count:
+                    moment = _repack(moment, FreezeMask(p.shape), mask)
+                entry[key] = _Veiled(moment.contiguous())
+            if "step" in entry:
+                step = entry["step"]
+                entry["step"] = _Veiled(torch.tensor(float(step), dtype=torch.float32))
+            converted["state"][saved_id] = entry
+        ages = {
+            names[index]: Ages(*(age[key].numpy().copy() if key in age else None for key in ("rows", "cols", "elements")))
+            for index, age in extra["ages"].items()
+        }
+        return converted, ages
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_backend", "_state_dtype", "_plan", "_aliases", "_ages")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._launches, self._launch_key = [], None
+        super().__setstate__(state)
+        for group in self.param_groups:  # what checkpoints of older torch versions lack
+            for key, value in (
+                ("amsgrad", False), ("maximize", False), ("foreach", None), ("capturable", False),
+                ("differentiable", False), ("fused", None), ("decoupled_weight_decay", self.defaults["decoupled_weight_decay"]),
+            ):  # fmt: skip
+                group.setdefault(key, value)
+
+
+class MaskedAdamW(MaskedAdam):
+    """`torch.optim.AdamW` whose step leaves frozen weights untouched, byte for byte.
+
+    As `MaskedAdam`, with decoupled weight decay (``weight_decay=1e-2`` by default, as in torch).
+
+    >>> opt = MaskedAdamW(model.named_parameters(), lr=2e-5, weight_decay=0.1, freeze=plan)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        freeze: FreezePlan | None = None,
+        backend: str = "auto",
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad,
+            foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
+            decoupled_weight_decay=True, freeze=freeze, backend=backend, state_dtype=state_dtype,
+        )  # fmt: skip
+
+
+@dataclass
+class _Veiled:
+    """Carries a tensor through torch's state loader unseen."""
+
+    tensor: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Veiled:
+        return self
+
+
+class _Launch:
+    """One kernel call per step: the tensors of one device and one set of kernel flags, ready to go.
+
+    Everything that does not change from step to step is computed here once. `is_current` says whether it still holds.
+    """
+
+    def __init__(
+        self, *, optimizer: str, backend: Backend, work: WorkList, params: list[Tensor], names: list[str],
+        group_of: np.ndarray, states: list[dict[str, Any]], amsgrad: bool, l2: bool, waiting: list[Tensor],
+    ) -> None:  # fmt: skip
+        self.optimizer, self.backend, self.work = optimizer, backend, work
+        self.params, self.names, self.states = params, names, states
+        self.amsgrad, self.l2, self.waiting = amsgrad, l2, waiting
+        self.group_of_part = group_of[work.tensor_of_part]
+        self.shapes = [p.shape for p in params]
+        self.dtypes = [p.dtype for p in params]
+        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
+        self.keys = _MOMENTS[: 3 if amsgrad else 2]
+        moments = [[state[key] for state in states] for key in self.keys]
+        self.operands = AdamWOperands(
+            list(params), moments[0], moments[1], moments[2] if amsgrad else None
+        )
+        self.held = [*params, *(tensor for column in moments for tensor in column)]
+        self.addresses = [tensor.data_ptr() for tensor in self.held]
+        # The step counts are views of one tensor, so that counting is one operation.
+        self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
+        self.step_views = list(self.steps.unbind())
+        for state, view in zip(states, self.step_views, strict=True):
+            state["step"] = view
+        self.counts = self.steps.numpy()
+
+    def is_current(self) -> bool:
+        return (
+            [tensor.data_ptr() for tensor in self.held] == self.addresses
+            and all(state["step"] is view for state, view in zip(self.states, self.step_views, strict=True))
+            and all(
+                state[key] is tensor
+                for key, column in zip(
+                    self.keys,
+                    (self.operands.exp_avgs, self.operands.exp_avg_sqs, self.operands.max_exp_avg_sqs or []),
+                    strict=False,
+                )
+                for state, tensor in zip(self.states, column, strict=True)
+            )
+            and all(p.grad is None for p in self.waiting)
+        )
+
+    def prepare(
+        self, groups: list[dict[str, Any]], multiplier: float
+    ) -> tuple[list[Tensor | None], np.ndarray, np.ndarray]:
+        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
+        grads: list[Tensor | None] = [p.grad for p in self.params]
+        present = [g for g in grads if g is not None]
+        everyone = len(present) == len(grads)
+        plain = False
+        if everyone:
+            try:
+                plain = (
+                    [g.dtype for g in present] == self.dtypes
+                    and [g.shape for g in present] == self.shapes
+                    and all([g.is_contiguous() for g in present])
+                    and len({g.device for g in present}) <= 1
+                    and present[0].device == self.params[0].device
+                )
+            except RuntimeError:  # a layout without strides: the slow way says which
+                plain = False
+        if not plain:
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    _check_gradient(self.params[i], grad, self.names[i], self.optimizer)
+                    grads[i] = grad.contiguous()
+        # Tensors without a gradient are left alone and do not count a step.
+        self.counting = 1.0 if everyone else np.array([g is not None for g in grads], np.float32)
+        counts = self.counts + np.float32(1.0)
+        ages = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
+        sets, scalar_set = np.unique(self.group_of_part << 40 | ages, return_inverse=True)
+        scalars = np.empty(len(sets), SCALARS)
+        for row, code in enumerate(sets.tolist()):
+            scalars[row] = _group_scalars(groups[code >> 40], code & ((1 << 40) - 1), multiplier, self.optimizer)
+        return grads, scalars, scalar_set.astype(np.int32)
+
+    def run(self, grads: list[Tensor | None], scalars: np.ndarray, scalar_set: np.ndarray) -> None:
+        self.operands.grads = grads
+        if self.strided:  # right, not fast: kernels see contiguous tensors only
+            for i in self.strided:
+                self.operands.params[i] = self.params[i].contiguous()
+            self.operands.native = None
+        self.backend.adamw_(self.work, self.operands, scalars, scalar_set, l2=self.l2, amsgrad=self.amsgrad)
+        for i in self.strided:
+            if grads[i] is not None:
+                self.params[i].copy_(self.operands.params[i])
+        self.operands.grads = []
+        self.counts += self.counting
+        torch.autograd.graph.increment_version(self.params)
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """What selects a kernel: (decoupled, amsgrad, l2)."""
+    decoupled = group["decoupled_weight_decay"]
+    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0
+
+
+def _group_scalars(group: dict[str, Any], step: int, multiplier: float, what: str) -> tuple[float, ...]:
+    lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+    beta1, beta2 = group["betas"]
+    beta1, beta2 = float(beta1), float(beta2)
+    if not (lr >= 0.0 and eps >= 0.0 and weight_decay >= 0.0 and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        _check_hyper_parameters(group)
+    return adamw_scalars(
+        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
+        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"], grad_multiplier=multiplier,
+    )  # fmt: skip
+
+
+def _check_hyper_parameters(group: dict[str, Any]) -> None:
+    """Ranges, and NaN, which no range holds. The words are torch's, which callers and tests match."""
+    lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= eps:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{index}] must be 1-element")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= weight_decay:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+def _check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
+    label = f"parameter {name!r}" if name else "a parameter"
+    if p.layout != torch.strided:
+        raise TypeError(f"{what}: {label} has layout {p.layout}, expected a dense (strided) tensor")
+    if p.dtype not in STORAGE:
+        raise TypeError(
+            f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16 or float16; convert it, "
+            "or give it to torch.optim.AdamW in an optimizer of its own"
+        )
+    if p.numel() and sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1 < p.numel():
+        raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
+
+
+def _check_gradient(p: Tensor, grad: Tensor, name: str, what: str) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{what}: gradient of {name!r} has layout {grad.layout}, expected a dense one; "
+            "masked optimizers do not support sparse gradients (use sparse=False in the embedding)"
+        )
+    for got, expected, aspect in (
+        (tuple(grad.shape), tuple(p.shape), "shape"),
+        (grad.dtype, p.dtype, "dtype"),
+        (grad.device, p.device, "device"),
+    ):
+        if got != expected:
+            raise ValueError(f"{what}: grad of {name!r} has {aspect} {got}, expected {expected}")
+    if grad.device.type == "meta":
+        raise ValueError(f"{what}: grad of {name!r} is on the meta device and holds no values; materialise the model")
+
+
+def _checked_plan(plan: Any, what: str) -> FreezePlan:
+    if not isinstance(plan, FreezePlan):
+        raise TypeError(f"{what}: freeze is a {type(plan).__name__}, expected a FreezePlan (or None)")
+    return plan
+
+
+def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
+    """Keep a tied tensor once, under its first name, and remember the other names in ``aliases``."""
+    first: dict[int, str] = {}
+
+    def keep(items: Iterable[Any]) -> list[Any]:
+        kept = []
+        for item in items:
+            if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+                name, tensor = item
+                if id(tensor) in first and first[id(tensor)] != name:
+                    aliases[name] = first[id(tensor)]
+                    continue
+                first.setdefault(id(tensor), name)
+            kept.append(item)
+        return kept
+
+    if isinstance(params, Tensor):
+        return params  # torch says what is wrong with it
+    groups = list(params)
+    if groups and isinstance(groups[0], dict):
+        return [
+            {**group, "params": keep(group["params"])}
+            if isinstance(group, dict) and not isinstance(group.get("params"), (Tensor, set, type(None)))
+            else group
+            for group in groups
+        ]
+    return keep(groups)
+
+
+# ----------------------------------------------------------------------------------------------- packed state
+
+
+def _repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
+    """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
+    n_rows, n_cols = old.matrix_shape
+    packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
+    places = []
+    for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
+        place = np.full(size, -1)
+        place[was] = np.arange(was.size)
+        both = np.flatnonzero(place[now] >= 0)
+        places.append((torch.from_numpy(both), torch.from_numpy(place[now][both])))
+    (rows_to, rows_from), (cols_to, cols_from) = places
+    if packed.numel() and rows_to.numel() and cols_to.numel():
+        matrix = packed.view(-1, new.live_cols.size)
+        source = moment.reshape(-1, old.live_cols.size)
+        matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
+        for mask in (old, new):
+            if mask.elements is not None:
+                frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
+                matrix[frozen] = 0
+    return packed
+
+
+# -------------------------------------------------------------------------------------------------------- guard
+
+
+class Guard:
+    """Keeps a plan's weights where they are under any `torch.optim.Optimizer`. Made by `guard`."""
+
+    def __init__(self, optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, backend: str) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"guard: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer "
+                "(unwrap a wrapper first, for example accelerated.optimizer)"
+            )
+        self.plan = _checked_plan(plan, "guard")
+        self.model = model
+        self._backend_name = backend
+        bound = bind(self.plan, named_tensors(model), operation="guard")
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for entry in bound:
+            if id(entry.param) not in known:
+                raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
+        self._names = [entry.name for entry in bound]
+        self._work = compile_frozen([entry.mask for entry in bound])
+        self.refresh()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def refresh(self) -> None:
+        """Take the present values as the frozen ones, after weights were loaded on purpose."""
+        params = self._params()
+        self._copy = [
+            torch.empty(size, dtype=p.dtype, device=p.device)
+            for size, p in zip(self._work.packed_sizes, params, strict=True)
+        ]
+        self._gather(params, self._copy)
+        self._versions = [p._version for p in params]
+
+    def remove(self) -> None:
+        """Stop guarding. The weights stay as they are and train from now on."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed copy."""
+        return sum(t.numel() * t.element_size() for t in self._copy)
+
+    def _params(self) -> list[Tensor]:
+        # By name, at every use: frameworks swap parameter objects.
+        named = dict(named_tensors(self.model))
+        params = [named[name] for name in self._names]
+        for name, p in zip(self._names, params, strict=True):
+            _check_parameter(p, "guard", name)
+        return params
+
+    def _backend(self, params: list[Tensor]) -> Backend:
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            raise ValueError(f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part")
+        return choose_backend(self._backend_name, next(iter(devices), torch.device("cpu")), "guard")
+
+    @torch.no_grad()
+    def _gather(self, params: list[Tensor], packed: list[Tensor]) -> None:
+        self._backend(params).gather(self._work, [p.detach().contiguous() for p in params], packed)
+
+    def _before(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        params = self._params()
+        if [p._version for p in params] != self._versions:
+            # Someone else wrote to the weights since the last step. To frozen ones?
+            now = [torch.empty_like(t) for t in self._copy]
+            self._gather(params, now)
+            from .proof import raise_on_drift
+
+            raise_on_drift(
+                "guard", self._names, self._masks(), self._copy, now,
+                remedy="if they were loaded on purpose, call guard.refresh()",
+            )  # fmt: skip
+        self._zero_grads(params)
+        args = list(args)
+
+        def watched(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                loss = closure()
+                self._zero_grads(params)
+                return loss
+
+            return run
+
+        if args and callable(args[0]):
+            args[0] = watched(args[0])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": watched(kwargs["closure"])}
+        return tuple(args), kwargs
+
+    def _masks(self) -> list[FreezeMask]:
+        return [self.plan[name] for name in self._names]
+
+    @torch.no_grad()
+    def _zero_grads(self, params: list[Tensor]) -> None:
+        from .gradients import zero_listed_grads_
+
+        zero_listed_grads_(self._backend(params), self._work, params, self._names, "guard")
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        params = self._params()
+        targets = [p.detach().contiguous() for p in params]
+        self._backend(params).scatter_(self._work, targets, self._copy)
+        for p, target in zip(params, targets, strict=True):
+            if target.data_ptr() != p.data_ptr():
+                p.copy_(target)
+        torch.autograd.graph.increment_version(params)
+        self._versions = [p._version for p in params]
+
+
+def guard(
+    optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, *, backend: str = "auto"
+) -> Guard:
+    """Freeze under ANY torch optimizer (SGD, Muon, Lion, 8-bit …): frozen weights are put back after every ``step()``.
+
+    Before each step (and after a closure ran) the frozen gradients are zeroed, so that statistics over whole rows or
+    matrices do not see them; after it the frozen bytes are written back from a packed copy taken now. The wrapped
+    optimizer still keeps full-size state: `MaskedAdamW` does not, and is faster.
+
+    Returns:
+        A `Guard`; ``.remove()`` ends it, ``.refresh()`` accepts weights that were loaded on purpose.
+
+    Raises:
+        ValueError: the plan does not fit the model, or names a parameter the optimizer does not have.
+        FrozenDriftError: at the next step, if someone else changed frozen weights in between.
+    """
+    return Guard(optimizer, plan, model, backend)
