@@ -36,8 +36,7 @@ SAFEFREEZE_INLINE float square_root(float x) {
 // One element of Adam(W). `l2` adds weight_decay * p to the gradient; `amsgrad` divides by the running maximum,
 // which keeps NaN as torch.maximum does.
 template <bool l2, bool amsgrad>
-SAFEFREEZE_INLINE void adamw(float& p, float g, float& m, float& v, float& v_max,
-                             const Scalars& s) {
+SAFEFREEZE_INLINE void adamw(float& p, float g, float& m, float& v, float& v_max, const Scalars& s) {
   g = g * s.grad_multiplier;
   if (l2) g = g + s.weight_decay * p;
   m = s.beta1 * m + s.one_minus_beta1 * g;
@@ -93,8 +92,7 @@ SAFEFREEZE_INLINE uint16_t to_f16(float value) {
   const uint32_t exponent = magnitude >> 23;
   const uint32_t shift = exponent < 102u ? 31u : (exponent > 125u ? 1u : 126u - exponent);
   const uint32_t significand = exponent < 102u ? 0u : ((magnitude & 0x007fffffu) | 0x00800000u);
-  const uint32_t subnormal =
-      (significand + ((1u << (shift - 1u)) - 1u) + ((significand >> shift) & 1u)) >> shift;
+  const uint32_t subnormal = (significand + ((1u << (shift - 1u)) - 1u) + ((significand >> shift) & 1u)) >> shift;
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and more round to infinity
   result = magnitude > 0x7f800000u ? 0x7e00u : result;

@@ -22,8 +22,8 @@ std::vector<const CpuKernels*> runnable_kernels() {
   std::vector<const CpuKernels*> found;
 #if defined(SAFEFREEZE_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     found.push_back(&cpu_kernels_avx512);
   }
   if (__builtin_cpu_supports("avx2")) found.push_back(&cpu_kernels_avx2);
@@ -70,48 +70,44 @@ void run(const Launch& launch, int threads, void (*piece)(const Launch&, int64_t
 struct Work {
   WorkList list;
   Work(uintptr_t segments, uintptr_t pieces, uintptr_t runs, int64_t n_pieces, bool frozen)
-      : list{at<const Segment>(segments), at<const Piece>(pieces), at<const Run>(runs), n_pieces,
-             frozen} {}
+      : list{at<const Segment>(segments), at<const Piece>(pieces), at<const Run>(runs), n_pieces, frozen} {}
 };
 
 void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t param_dtype, uintptr_t state_dtype,
-           uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, int threads) {
-  run<AdamWLaunch>({work.list, at<const AdamWTensor>(tensors), at<const int32_t>(param_dtype),
-                    at<const int32_t>(state_dtype), at<const int32_t>(scalar_set),
-                    at<const Scalars>(scalars), l2, amsgrad},
-                   threads, kernels->adamw);
+                  uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, int threads) {
+  run<AdamWLaunch>(
+      {work.list, at<const AdamWTensor>(tensors), at<const int32_t>(param_dtype), at<const int32_t>(state_dtype),
+       at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2, amsgrad},
+      threads, kernels->adamw);
 }
 
-void launch_norm(const Work& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial,
-          int threads) {
-  run<NormLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype),
-                   static_cast<NormKind>(kind), at<double>(partial)},
+void launch_norm(const Work& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial, int threads) {
+  run<NormLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), static_cast<NormKind>(kind),
+                   at<double>(partial)},
                   threads, kernels->norm);
 }
 
 void launch_scale(const Work& work, uintptr_t tensors, uintptr_t dtype, float factor, int threads) {
-  run<ScaleLaunch>(
-      {work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads,
-      kernels->scale);
+  run<ScaleLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads,
+                   kernels->scale);
 }
 
 void launch_zero(const Work& work, uintptr_t tensors, uintptr_t dtype, int threads) {
-  run<ZeroLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads,
-                  kernels->zero);
+  run<ZeroLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads, kernels->zero);
 }
 
 void launch_copy(const Work& work, uintptr_t tensors, uintptr_t dtype, bool gather, int threads) {
-  run<CopyLaunch>({work.list, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather},
-                  threads, kernels->copy);
+  run<CopyLaunch>({work.list, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather}, threads,
+                  kernels->copy);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "Native kernels of safefreeze_kernels; use the package, not this module.";
-  py::class_<Work>(module, "Work").def(
-      py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"),
-      py::arg("pieces"), py::arg("runs"), py::arg("n_pieces"), py::arg("frozen"));
+  py::class_<Work>(module, "Work")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"), py::arg("pieces"),
+           py::arg("runs"), py::arg("n_pieces"), py::arg("frozen"));
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);
   module.def("scale", &launch_scale);
@@ -123,7 +119,6 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("isa", [] { return kernels->name; });
   // What worklist.py's dtypes must add up to, in bytes.
   module.attr("STRUCT_SIZES") =
-      py::dict(py::arg("Segment") = sizeof(Segment), py::arg("Piece") = sizeof(Piece),
-               py::arg("Run") = sizeof(Run), py::arg("AdamWTensor") = sizeof(AdamWTensor),
-               py::arg("Scalars") = sizeof(Scalars));
+      py::dict(py::arg("Segment") = sizeof(Segment), py::arg("Piece") = sizeof(Piece), py::arg("Run") = sizeof(Run),
+               py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));
 }

@@ -8,7 +8,7 @@
 
 #include "cpu.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -29,18 +29,137 @@ T* at(int64_t address) {
 
 int64_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// ------------------------------------------------------------------------------------- storage <-> float32 stage
+// ------------------------------------------------------------------------------------------- picking columns
 
-// Where a block of a run lies: contiguous from `start`, or picked by `cols` from `start`.
+// Where a block lies: `n` elements from element `start`; or, with `cols`, `picks` columns of the row that begins there,
+// or of each of the rows that begin where `rows` say. The same picks as bits (`col_bits`, one per column) cover the
+// window [from, to) of a row, where columns are not too sparse for that.
 struct Place {
   int64_t start;
-  const int32_t* cols;
+  const int32_t* cols = nullptr;
+  const uint16_t* col_bits = nullptr;
+  int64_t from = 0, to = 0;
+  const Run* rows = nullptr;
+  int64_t picks = 0;
+
+  int64_t row_start(int64_t row) const { return rows ? rows[row].start : start; }
 };
 
-template <typename T>
-T pick(const T* data, Place place, int64_t i) {
-  return data[place.start + (place.cols ? place.cols[i] : i)];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// Sixteen neighbours at a time. Whole vectors are loaded, blended and stored: masked ones run three times slower once
+// the data comes from memory (measured on Zen 5). Only the last, short vector of a row is masked, to stay inside the
+// row.
+inline __m512i load_16(const uint32_t* data) { return _mm512_loadu_si512(data); }
+inline __m512i load_16(const uint16_t* data) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
 }
+inline __m512i load_some(const uint32_t* data, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, data); }
+inline __m512i load_some(const uint16_t* data, __mmask16 some) {
+  return _mm512_maskz_cvtepu16_epi32(some, _mm256_maskz_loadu_epi16(some, data));
+}
+inline void store_16(uint32_t* data, __m512i values) { _mm512_storeu_si512(data, values); }
+inline void store_16(uint16_t* data, __m512i values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), _mm512_maskz_cvtepi32_epi16(0xffff, values));
+}
+inline void store_some(uint32_t* data, __mmask16 some, __m512i values) { _mm512_mask_storeu_epi32(data, some, values); }
+inline void store_some(uint16_t* data, __mmask16 some, __m512i values) {
+  _mm256_mask_storeu_epi16(data, some, _mm512_maskz_cvtepi32_epi16(0xffff, values));
+}
+constexpr bool picks_by_bits = true;
+constexpr int64_t slack = 16;  // whole vectors are written past the last pick
+
+template <typename T>
+void pick_by_bits(const T* row, Place place, T* out) {
+  int64_t col = place.from;
+  for (; col + 16 <= place.to; col += 16) {
+    const __mmask16 picked = place.col_bits[col / 16];
+    store_16(out, _mm512_maskz_compress_epi32(picked, load_16(row + col)));
+    out += __builtin_popcount(picked);
+  }
+  if (col < place.to) {
+    const __mmask16 picked = place.col_bits[col / 16];
+    store_16(out, _mm512_maskz_compress_epi32(picked, load_some(row + col, picked)));
+  }
+}
+
+template <typename T>
+void put_by_bits(const T* values, Place place, T* row) {
+  int64_t col = place.from;
+  for (; col + 16 <= place.to; col += 16) {
+    const __mmask16 picked = place.col_bits[col / 16];
+    store_16(row + col, _mm512_mask_expand_epi32(load_16(row + col), picked, load_16(values)));
+    values += __builtin_popcount(picked);
+  }
+  if (col < place.to) {
+    const __mmask16 picked = place.col_bits[col / 16];
+    store_some(row + col, picked, _mm512_maskz_expand_epi32(picked, load_16(values)));
+  }
+}
+#else
+constexpr bool picks_by_bits = false;
+constexpr int64_t slack = 0;
+template <typename T>
+void pick_by_bits(const T*, Place, T*) {}
+template <typename T>
+void put_by_bits(const T*, Place, T*) {}
+#endif
+
+// Hardware gathers and scatters are slower than plain loads and stores on many processors.
+#if defined(__clang__)
+#define SAFEFREEZE_SCALAR_LOOP _Pragma("clang loop vectorize(disable)")
+#define SAFEFREEZE_SCALAR
+#else
+#define SAFEFREEZE_SCALAR_LOOP
+#define SAFEFREEZE_SCALAR __attribute__((optimize("no-tree-vectorize", "unroll-loops")))
+#endif
+
+template <typename T>
+SAFEFREEZE_SCALAR void pick_by_index(const T* row, const int32_t* cols, int64_t n, T* __restrict out) {
+  SAFEFREEZE_SCALAR_LOOP
+  for (int64_t i = 0; i < n; ++i) out[i] = row[cols[i]];
+}
+
+template <typename T>
+SAFEFREEZE_SCALAR void put_by_index(const T* __restrict values, const int32_t* cols, int64_t n, T* row) {
+  SAFEFREEZE_SCALAR_LOOP
+  for (int64_t i = 0; i < n; ++i) row[cols[i]] = values[i];
+}
+
+template <typename T>
+void pick(const T* data, Place place, int64_t n, T* __restrict out) {
+  for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
+    const T* there = data + place.row_start(row);
+    if (picks_by_bits && place.col_bits) {
+      pick_by_bits(there, place, out + done);
+    } else {
+      pick_by_index(there, place.cols, place.picks, out + done);
+    }
+  }
+}
+
+// Put values to their places; elements whose `frozen` flag is set keep their bytes (no flags: all are written).
+template <typename T>
+void put(const T* __restrict values, int64_t n, T* __restrict data, Place place, const uint8_t* frozen) {
+  if (!place.cols) {
+    T* here = data + place.start;
+    for (int64_t i = 0; i < n; ++i) here[i] = frozen && frozen[i] ? here[i] : values[i];
+    return;
+  }
+  for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
+    T* here = data + place.row_start(row);
+    if (frozen) {
+      for (int64_t i = 0; i < place.picks; ++i) {
+        if (!frozen[done + i]) here[place.cols[i]] = values[done + i];
+      }
+    } else if (picks_by_bits && place.col_bits) {
+      put_by_bits(values + done, place, here);
+    } else {
+      put_by_index(values + done, place.cols, place.picks, here);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------- storage <-> float32 stage
 
 void load_f16(const uint16_t* data, int64_t n, float* out) {
   int64_t i = 0;
@@ -64,62 +183,41 @@ void store_f16(const float* values, int64_t n, uint16_t* data) {
   for (; i < n; ++i) data[i] = to_f16(values[i]);
 }
 
+using Stage = float[block + slack];
+
 void load(DType dtype, int64_t address, Place place, int64_t n, float* __restrict out) {
   if (dtype == DType::f32) {
-    const float* data = at<const float>(address);
     if (place.cols) {
-      for (int64_t i = 0; i < n; ++i) out[i] = data[place.start + place.cols[i]];
+      // Bits, not floats: the same code picks every storage type.
+      pick(at<const uint32_t>(address), place, n, reinterpret_cast<uint32_t*>(out));
     } else {
-      memcpy(out, data + place.start, static_cast<size_t>(n) * 4);
+      memcpy(out, at<const float>(address) + place.start, static_cast<size_t>(n) * 4);
     }
     return;
   }
-  const uint16_t* data = at<const uint16_t>(address) + place.start;
-  uint16_t picked[block];
-  if (place.cols) {
-    for (int64_t i = 0; i < n; ++i) picked[i] = data[place.cols[i]];
-    data = picked;
-  }
+  const uint16_t* data = at<const uint16_t>(address);
+  uint16_t picked[block + slack];
+  if (place.cols) pick(data, place, n, picked);
+  const uint16_t* stored = place.cols ? picked : data + place.start;
   if (dtype == DType::bf16) {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(data[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(stored[i]);
   } else {
-    load_f16(data, n, out);
+    load_f16(stored, n, out);
   }
 }
 
-// Put values to their places; elements whose `frozen` flag is set keep their bytes (no flags: all are written).
-template <typename T>
-void put(const T* __restrict values, int64_t n, T* __restrict data, Place place,
-         const uint8_t* frozen) {
-  if (place.cols) {
-    T* row = data + place.start;
-    for (int64_t i = 0; i < n; ++i) {
-      if (!frozen || !frozen[i]) row[place.cols[i]] = values[i];
-    }
-  } else if (frozen) {
-    T* run = data + place.start;
-    for (int64_t i = 0; i < n; ++i) run[i] = frozen[i] ? run[i] : values[i];
-  } else {
-    memcpy(data + place.start, values, static_cast<size_t>(n) * sizeof(T));
-  }
-}
-
-void store(DType dtype, const float* values, int64_t n, int64_t address, Place place,
-           const uint8_t* frozen) {
+void store(DType dtype, const float* values, int64_t n, int64_t address, Place place, const uint8_t* frozen) {
   if (dtype == DType::f32) {
-    put(values, n, at<float>(address), place, frozen);
+    put(reinterpret_cast<const uint32_t*>(values), n, at<uint32_t>(address), place, frozen);
     return;
   }
-  uint16_t* data = at<uint16_t>(address);
-  const bool direct = !place.cols && !frozen;
-  uint16_t rounded[block];
-  uint16_t* out = direct ? data + place.start : rounded;
+  uint16_t rounded[block + slack];
   if (dtype == DType::bf16) {
-    for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(values[i]);
+    for (int64_t i = 0; i < n; ++i) rounded[i] = to_bf16(values[i]);
   } else {
-    store_f16(values, n, out);
+    store_f16(values, n, rounded);
   }
-  if (!direct) put(rounded, n, data, place, frozen);
+  put(rounded, n, at<uint16_t>(address), place, frozen);
 }
 
 // A float32 view of a block: in place where that is possible, staged otherwise.
@@ -142,9 +240,11 @@ View view(DType dtype, int64_t address, Place place, int64_t n, float* stage, bo
 void expand_bits(int64_t frozen_bits, Place place, int64_t n, uint8_t* __restrict flags) {
   const uint8_t* bits = at<const uint8_t>(frozen_bits);
   if (place.cols) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t element = place.start + place.cols[i];
-      flags[i] = (bits[element >> 3] >> (element & 7)) & 1;
+    for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
+      for (int64_t i = 0; i < place.picks; ++i) {
+        const int64_t element = place.row_start(row) + place.cols[i];
+        flags[done + i] = (bits[element >> 3] >> (element & 7)) & 1;
+      }
     }
     return;
   }
@@ -154,10 +254,6 @@ void expand_bits(int64_t frozen_bits, Place place, int64_t n, uint8_t* __restric
     const uint32_t next = static_cast<uint32_t>(word >> ((place.start + i) & 7));
     for (uint32_t j = 0; j < 32; ++j) flags[i + j] = static_cast<uint8_t>((next >> j) & 1u);
   }
-}
-
-void clear_flagged(const uint8_t* __restrict flags, int64_t n, float* __restrict values) {
-  for (int64_t i = 0; i < n; ++i) values[i] = flags[i] ? 0.0f : values[i];
 }
 
 // One block of a run: `n` elements, `done` of the run's came before.
@@ -170,70 +266,176 @@ struct Block {
   int64_t done;
 };
 
+int64_t count_bits(const uint16_t* bits, int64_t from, int64_t to) {
+  int64_t count = 0;
+  for (int64_t col = from; col < to; col += 16) count += __builtin_popcount(bits[col / 16]);
+  return count;
+}
+
+// Walk a piece block by block. A block is a stretch of a contiguous run; or a window of `block` columns of a row; or,
+// where rows pick few columns and their packed twins follow each other, several rows.
 template <typename Step>
 void walk(const WorkList& work, int64_t piece_index, Step step) {
   const Piece& piece = work.pieces[piece_index];
   const Segment& segment = work.segments[piece.segment];
   const int32_t* cols = at<const int32_t>(segment.cols);
   const int32_t* packed_cols = at<const int32_t>(segment.packed_cols);
-  for (int64_t r = piece.begin; r < piece.end; ++r) {
-    const Run run = work.runs[r];
-    for (int64_t done = 0; done < run.count; done += block) {
-      const int64_t n = run.count - done < block ? run.count - done : block;
-      const Place place =
-          cols ? Place{run.start, cols + done} : Place{run.start + done, nullptr};
-      const Place packed = packed_cols ? Place{run.packed, packed_cols + done}
-                                       : Place{run.packed + done, nullptr};
-      step(Block{segment, piece.segment, place, packed, n, done});
+  const uint16_t* col_bits = picks_by_bits ? at<const uint16_t>(segment.col_bits) : nullptr;
+  for (int64_t r = piece.begin; r < piece.end;) {
+    const Run& run = work.runs[r];
+    int64_t rows = 1;
+    if (cols && !packed_cols && 2 * run.count <= block) {
+      while (r + rows < piece.end && (rows + 1) * run.count <= block &&
+             work.runs[r + rows].packed == run.packed + rows * run.count) {
+        ++rows;
+      }
     }
+    int64_t from = 0;
+    for (int64_t done = 0; done < run.count;) {
+      int64_t n = run.count - done < block ? run.count - done : block;
+      Place place{run.start + (cols ? 0 : done)};
+      if (cols) {
+        place.cols = cols + done;
+        place.rows = &run;
+        if (col_bits) {
+          const int64_t last = cols[run.count - 1] + 1;
+          place.col_bits = col_bits;
+          place.from = from;
+          place.to = rows > 1 || last - from < block ? last : from + block;
+          if (rows == 1) n = count_bits(col_bits, from, place.to);
+          from = place.to;
+        }
+        place.picks = n;
+      }
+      Place packed{run.packed + (packed_cols ? 0 : done)};
+      if (packed_cols) {
+        packed.cols = packed_cols + done;
+        packed.picks = n;
+      }
+      if (n) step(Block{segment, piece.segment, place, packed, n * rows, done});
+      done += n;
+    }
+    r += rows;
   }
 }
 
 // ------------------------------------------------------------------------------------------------ the operations
 
-template <bool l2, bool amsgrad>
-void adamw_block(float* __restrict p, const float* __restrict g, float* __restrict m,
-                 float* __restrict v, float* __restrict v_max, int64_t n, const Scalars s) {
+// Float32 is worked on as float, bfloat16 as its bits; everything else is staged as float.
+inline float value_of(float stored) { return stored; }
+inline float value_of(uint16_t stored) { return from_bf16(stored); }
+inline void keep(float value, float& stored) { stored = value; }
+inline void keep(float value, uint16_t& stored) { stored = to_bf16(value); }
+
+// Chosen by arithmetic, not by a branch: compilers turn `if (...) store` into masked stores, which run three times
+// slower than whole ones once the data comes from memory (measured on Zen 5).
+inline float select(uint8_t flag, float old_value, float new_value) {
+  FloatBits old_bits, new_bits;
+  old_bits.value = old_value;
+  new_bits.value = new_value;
+  const uint32_t keep_old = 0u - flag;
+  new_bits.bits = (old_bits.bits & keep_old) | (new_bits.bits & ~keep_old);
+  return new_bits.value;
+}
+inline uint16_t select(uint8_t flag, uint16_t old_value, uint16_t new_value) {
+  const uint32_t keep_old = 0u - flag;
+  return static_cast<uint16_t>((old_value & keep_old) | (new_value & ~keep_old));
+}
+
+// `masked`: an element whose flag is set keeps its bytes, state included; what its lane computes is dropped.
+template <typename P, typename S, bool l2, bool amsgrad, bool masked>
+void adamw_block(void* params, const void* grads, void* exp_avgs, void* exp_avg_sqs, void* max_exp_avg_sqs,
+                 const uint8_t* __restrict frozen, int64_t n, Scalars s) {
+  P* __restrict p = static_cast<P*>(params);
+  const P* __restrict g = static_cast<const P*>(grads);
+  S* __restrict m = static_cast<S*>(exp_avgs);
+  S* __restrict v = static_cast<S*>(exp_avg_sqs);
+  S* __restrict x = static_cast<S*>(max_exp_avg_sqs);
   for (int64_t i = 0; i < n; ++i) {
-    float unused = 0.0f;
-    adamw<l2, amsgrad>(p[i], g[i], m[i], v[i], amsgrad ? v_max[i] : unused, s);
+    float pi = value_of(p[i]), mi = value_of(m[i]), vi = value_of(v[i]);
+    float xi = amsgrad ? value_of(x[i]) : 0.0f;
+    adamw<l2, amsgrad>(pi, value_of(g[i]), mi, vi, xi, s);
+    P p_new;
+    S m_new, v_new, x_new;
+    keep(pi, p_new);
+    keep(mi, m_new);
+    keep(vi, v_new);
+    p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;
+    m[i] = masked ? select(frozen[i], m[i], m_new) : m_new;
+    v[i] = masked ? select(frozen[i], v[i], v_new) : v_new;
+    if (amsgrad) {
+      keep(xi, x_new);
+      x[i] = masked ? select(frozen[i], x[i], x_new) : x_new;
+    }
   }
 }
 
-using AdamWBlock = void (*)(float*, const float*, float*, float*, float*, int64_t, Scalars);
-const AdamWBlock adamw_blocks[2][2] = {
-    {adamw_block<false, false>, adamw_block<false, true>},
-    {adamw_block<true, false>, adamw_block<true, true>},
+using AdamWBlock = void (*)(void*, const void*, void*, void*, void*, const uint8_t*, int64_t, Scalars);
+
+template <typename P, typename S>
+AdamWBlock choose_block(bool l2, bool amsgrad, bool masked) {
+  static constexpr AdamWBlock blocks[2][2][2] = {
+      {{adamw_block<P, S, false, false, false>, adamw_block<P, S, false, false, true>},
+       {adamw_block<P, S, false, true, false>, adamw_block<P, S, false, true, true>}},
+      {{adamw_block<P, S, true, false, false>, adamw_block<P, S, true, false, true>},
+       {adamw_block<P, S, true, true, false>, adamw_block<P, S, true, true, true>}},
+  };
+  return blocks[l2][amsgrad][masked];
+}
+
+// A block's operand: where it lies if float32 or bfloat16 lie together there, else its float32 stage.
+struct Operand {
+  void* data;
+  bool bf16, staged;
 };
 
+Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage) {
+  if (!place.cols && dtype == DType::f32) return {at<float>(address) + place.start, false, false};
+  if (!place.cols && dtype == DType::bf16) return {at<uint16_t>(address) + place.start, true, false};
+  load(dtype, address, place, n, stage);
+  return {stage, false, true};
+}
+
 void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
-  const AdamWBlock update = adamw_blocks[launch.l2][launch.amsgrad];
-  alignas(64) float stage[5][block];
+  alignas(64) Stage stage[5];
   alignas(64) uint8_t flag_stage[block];
   walk(launch.work, piece, [&](const Block& b) {
     const AdamWTensor& tensor = launch.tensors[b.segment.tensor];
     if (tensor.grad == 0) return;
     const DType dtype = static_cast<DType>(launch.param_dtype[b.segment.tensor]);
     const DType state = static_cast<DType>(launch.state_dtype[b.segment.tensor]);
-    // With element bits nothing is updated in place: what a frozen lane computes is dropped at the store.
     const uint8_t* frozen = nullptr;
     if (b.segment.frozen_bits) {
       expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
       frozen = flag_stage;
     }
-    const View p = view(dtype, tensor.param, b.place, b.n, stage[0], !frozen);
-    const View g = view(dtype, tensor.grad, b.place, b.n, stage[1]);
-    const View m = view(state, tensor.exp_avg, b.packed, b.n, stage[2], !frozen);
-    const View v = view(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], !frozen);
-    const View x = launch.amsgrad ? view(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], !frozen)
-                                  : View{nullptr, false};
-    update(p.values, g.values, m.values, v.values, x.values, b.n,
-           launch.scalars[launch.scalar_set[b.segment_index]]);
-    if (p.staged) store(dtype, p.values, b.n, tensor.param, b.place, frozen);
-    if (m.staged) store(state, m.values, b.n, tensor.exp_avg, b.packed, frozen);
-    if (v.staged) store(state, v.values, b.n, tensor.exp_avg_sq, b.packed, frozen);
-    if (x.staged) store(state, x.values, b.n, tensor.max_exp_avg_sq, b.packed, frozen);
+    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
+    const Operand g = operand(dtype, tensor.grad, b.place, b.n, stage[1]);
+    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);
+    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3]);
+    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4])
+                                     : Operand{nullptr, false, false};
+    const auto choose = p.bf16 ? (m.bf16 ? choose_block<uint16_t, uint16_t> : choose_block<uint16_t, float>)
+                               : (m.bf16 ? choose_block<float, uint16_t> : choose_block<float, float>);
+    choose(launch.l2, launch.amsgrad, frozen != nullptr)(p.data, g.data, m.data, v.data, x.data, frozen, b.n,
+                                                         launch.scalars[launch.scalar_set[b.segment_index]]);
+    if (p.staged) store(dtype, stage[0], b.n, tensor.param, b.place, frozen);
+    if (m.staged) {
+      store(state, stage[2], b.n, tensor.exp_avg, b.packed, frozen);
+      store(state, stage[3], b.n, tensor.exp_avg_sq, b.packed, frozen);
+      if (launch.amsgrad) store(state, stage[4], b.n, tensor.max_exp_avg_sq, b.packed, frozen);
+    }
   });
+}
+
+// Flags of what the list does not visit, for `put`; null if it visits the whole block.
+const uint8_t* kept_flags(const WorkList& work, const Block& b, uint8_t* flags) {
+  if (!b.segment.frozen_bits) return nullptr;
+  expand_bits(b.segment.frozen_bits, b.place, b.n, flags);
+  if (work.frozen) {
+    for (int64_t i = 0; i < b.n; ++i) flags[i] ^= 1;
+  }
+  return flags;
 }
 
 // A fixed number of running results, whatever the vector width, so that every instruction set adds in one order.
@@ -261,30 +463,26 @@ void norm_block(const float* values, int64_t n, double* running) {
 
 void norm_piece(const NormLaunch& launch, int64_t piece) {
   double running[lanes] = {};
-  alignas(64) float stage[block];
+  alignas(64) Stage stage;
   alignas(64) uint8_t flags[block];
   walk(launch.work, piece, [&](const Block& b) {
-         const int64_t address = launch.tensors[b.segment.tensor].data;
-         if (address == 0) return;
-         const bool masked = b.segment.frozen_bits != 0;
-         const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
-         const View g = view(dtype, address, b.place, b.n, stage, !masked);
-         if (masked) {
-           expand_bits(b.segment.frozen_bits, b.place, b.n, flags);
-           if (launch.work.frozen) {
-             for (int64_t i = 0; i < b.n; ++i) flags[i] ^= 1;
-           }
-           clear_flagged(flags, b.n, g.values);
-         }
-         switch (launch.kind) {
-           case NormKind::sum_of_squares:
-             return norm_block<NormKind::sum_of_squares>(g.values, b.n, running);
-           case NormKind::sum_of_absolutes:
-             return norm_block<NormKind::sum_of_absolutes>(g.values, b.n, running);
-           case NormKind::largest_absolute:
-             return norm_block<NormKind::largest_absolute>(g.values, b.n, running);
-         }
-       });
+    const int64_t address = launch.tensors[b.segment.tensor].data;
+    if (address == 0) return;
+    const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
+    const uint8_t* kept = kept_flags(launch.work, b, flags);
+    const View g = view(dtype, address, b.place, b.n, stage, !kept);
+    if (kept) {
+      for (int64_t i = 0; i < b.n; ++i) g.values[i] = kept[i] ? 0.0f : g.values[i];
+    }
+    switch (launch.kind) {
+      case NormKind::sum_of_squares:
+        return norm_block<NormKind::sum_of_squares>(g.values, b.n, running);
+      case NormKind::sum_of_absolutes:
+        return norm_block<NormKind::sum_of_absolutes>(g.values, b.n, running);
+      case NormKind::largest_absolute:
+        return norm_block<NormKind::largest_absolute>(g.values, b.n, running);
+    }
+  });
   double total = running[0];
   for (int lane = 1; lane < lanes; ++lane) {
     if (launch.kind != NormKind::largest_absolute) {
@@ -297,105 +495,104 @@ void norm_piece(const NormLaunch& launch, int64_t piece) {
 }
 
 void scale_piece(const ScaleLaunch& launch, int64_t piece) {
-  alignas(64) float stage[block];
+  alignas(64) Stage stage;
   alignas(64) uint8_t flags[block];
   walk(launch.work, piece, [&](const Block& b) {
-         const int64_t address = launch.tensors[b.segment.tensor].data;
-         if (address == 0) return;
-         const bool masked = b.segment.frozen_bits != 0;
-         const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
-         const View g = view(dtype, address, b.place, b.n, stage, !masked);
-         for (int64_t i = 0; i < b.n; ++i) g.values[i] = g.values[i] * launch.factor;
-         if (masked) expand_bits(b.segment.frozen_bits, b.place, b.n, flags);
-         if (g.staged) store(dtype, g.values, b.n, address, b.place, masked ? flags : nullptr);
-       });
+    const int64_t address = launch.tensors[b.segment.tensor].data;
+    if (address == 0) return;
+    const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
+    const uint8_t* kept = kept_flags(launch.work, b, flags);
+    const View g = view(dtype, address, b.place, b.n, stage, !kept);
+    for (int64_t i = 0; i < b.n; ++i) g.values[i] = g.values[i] * launch.factor;
+    if (g.staged) store(dtype, g.values, b.n, address, b.place, kept);
+  });
 }
 
 template <typename T>
-void zero_block(T* data, Place place, int64_t n, const uint8_t* chosen) {
-  if (place.cols) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (!chosen || chosen[i]) data[place.start + place.cols[i]] = 0;
-    }
-  } else if (chosen) {
-    T* run = data + place.start;
-    for (int64_t i = 0; i < n; ++i) run[i] = chosen[i] ? T(0) : run[i];
+void zero_block(T* data, const Block& b, const uint8_t* kept) {
+  static const T zeros[block + slack] = {};
+  if (kept || b.place.cols) {
+    put(zeros, b.n, data, b.place, kept);
   } else {
-    memset(data + place.start, 0, static_cast<size_t>(n) * sizeof(T));
+    memset(data + b.place.start, 0, static_cast<size_t>(b.n) * sizeof(T));
   }
 }
 
 void zero_piece(const ZeroLaunch& launch, int64_t piece) {
   alignas(64) uint8_t flags[block];
   walk(launch.work, piece, [&](const Block& b) {
-         const int64_t address = launch.tensors[b.segment.tensor].data;
-         if (address == 0) return;
-         const uint8_t* chosen = nullptr;
-         if (b.segment.frozen_bits) {
-           expand_bits(b.segment.frozen_bits, b.place, b.n, flags);
-           if (!launch.work.frozen) {
-             for (int64_t i = 0; i < b.n; ++i) flags[i] ^= 1;
-           }
-           chosen = flags;
-         }
-         if (width(static_cast<DType>(launch.dtype[b.segment.tensor])) == 4) {
-           zero_block(at<uint32_t>(address), b.place, b.n, chosen);
-         } else {
-           zero_block(at<uint16_t>(address), b.place, b.n, chosen);
-         }
-       });
+    const int64_t address = launch.tensors[b.segment.tensor].data;
+    if (address == 0) return;
+    const uint8_t* kept = kept_flags(launch.work, b, flags);
+    if (width(static_cast<DType>(launch.dtype[b.segment.tensor])) == 4) {
+      zero_block(at<uint32_t>(address), b, kept);
+    } else {
+      zero_block(at<uint16_t>(address), b, kept);
+    }
+  });
 }
 
 // A live list's packed twin keeps a place, holding zero, for a frozen single element; a frozen list's twin has no
-// gaps, so `skipped` counts the elements of the run not chosen so far.
+// gaps, so `skipped` counts the elements of the run not visited so far.
 template <typename T>
-void copy_block(T* data, T* twin, const Block& b, const uint8_t* flags, bool frozen, bool gather,
-                int64_t& skipped) {
-  if (!flags && !b.place.cols && !b.packed.cols) {
-    T* here = data + b.place.start;
-    T* there = twin + b.packed.start;
-    memcpy(gather ? there : here, gather ? here : there, static_cast<size_t>(b.n) * sizeof(T));
-    return;
+void gather_block(const T* data, T* twin, const Block& b, const uint8_t* kept, bool frozen, int64_t& skipped) {
+  T stage[block + slack];
+  const T* values = data + b.place.start;
+  if (b.place.cols) {
+    pick(data, b.place, b.n, stage);
+    values = stage;
   }
-  for (int64_t i = 0; i < b.n; ++i) {
-    T& here = data[b.place.start + (b.place.cols ? b.place.cols[i] : i)];
-    if (flags && frozen) {
-      if (!flags[i]) {
+  if (kept && frozen) {
+    for (int64_t i = 0; i < b.n; ++i) {
+      if (kept[i]) {
         ++skipped;
-        continue;
-      }
-      T& there = twin[b.packed.start + i - skipped];
-      (gather ? there : here) = gather ? here : there;
-    } else {
-      T& there = twin[b.packed.start + (b.packed.cols ? b.packed.cols[i] : i)];
-      if (!flags || !flags[i]) {
-        (gather ? there : here) = gather ? here : there;
-      } else if (gather) {
-        there = 0;
+      } else {
+        twin[b.packed.start + i - skipped] = values[i];
       }
     }
+    return;
   }
+  if (kept) {
+    for (int64_t i = 0; i < b.n; ++i) stage[i] = kept[i] ? T(0) : values[i];
+    values = stage;
+  }
+  put(values, b.n, twin, b.packed, nullptr);
+}
+
+template <typename T>
+void scatter_block(T* data, const T* twin, const Block& b, const uint8_t* kept, bool frozen, int64_t& skipped) {
+  T stage[block + slack];
+  const T* values = twin + b.packed.start;
+  if (kept && frozen) {
+    for (int64_t i = 0; i < b.n; ++i) {
+      skipped += kept[i];
+      stage[i] = kept[i] ? T(0) : twin[b.packed.start + i - skipped];
+    }
+    values = stage;
+  } else if (b.packed.cols) {
+    pick(twin, b.packed, b.n, stage);
+    values = stage;
+  }
+  put(values, b.n, data, b.place, kept);
 }
 
 void copy_piece(const CopyLaunch& launch, int64_t piece) {
-  alignas(64) uint8_t flag_stage[block];
+  alignas(64) uint8_t flags[block];
   int64_t skipped = 0;
+  const bool frozen = launch.work.frozen;
   walk(launch.work, piece, [&](const Block& b) {
     const PackedTensor& tensor = launch.tensors[b.segment.tensor];
     if (tensor.data == 0) return;
-    const uint8_t* flags = nullptr;
-    if (b.segment.frozen_bits) {
-      expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
-      flags = flag_stage;
-    }
+    const uint8_t* kept = kept_flags(launch.work, b, flags);
     if (b.done == 0) skipped = 0;
-    const bool frozen = launch.work.frozen;
     if (width(static_cast<DType>(launch.dtype[b.segment.tensor])) == 4) {
-      copy_block(at<uint32_t>(tensor.data), at<uint32_t>(tensor.packed), b, flags, frozen,
-                 launch.gather, skipped);
+      uint32_t *data = at<uint32_t>(tensor.data), *twin = at<uint32_t>(tensor.packed);
+      launch.gather ? gather_block(data, twin, b, kept, frozen, skipped)
+                    : scatter_block(data, twin, b, kept, frozen, skipped);
     } else {
-      copy_block(at<uint16_t>(tensor.data), at<uint16_t>(tensor.packed), b, flags, frozen,
-                 launch.gather, skipped);
+      uint16_t *data = at<uint16_t>(tensor.data), *twin = at<uint16_t>(tensor.packed);
+      launch.gather ? gather_block(data, twin, b, kept, frozen, skipped)
+                    : scatter_block(data, twin, b, kept, frozen, skipped);
     }
   });
 }

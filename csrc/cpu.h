@@ -26,7 +26,6 @@ bool borrow_openmp(const char* path);
 
 // Call `take(context, piece)` once for every piece below n_pieces, from up to `threads` threads. Every thread
 // begins with its own stretch and then helps others, so one busy core does not hold up the step.
-void for_each_piece(int64_t n_pieces, int threads, void (*take)(void* context, int64_t piece),
-                    void* context);
+void for_each_piece(int64_t n_pieces, int threads, void (*take)(void* context, int64_t piece), void* context);
 
 }  // namespace safefreeze

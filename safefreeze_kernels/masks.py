@@ -418,7 +418,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
         """
         from safetensors import SafetensorError, safe_open
 
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise FileNotFoundError(f"FreezePlan.load: no file {os.fspath(path)!r}")
         try:
             with safe_open(os.fspath(path), framework="np") as file:
@@ -490,7 +490,8 @@ def _checksum(header: Mapping[str, str]) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the target, sync, rename: at any moment the target holds the old bytes or the new, never a mix."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -499,11 +500,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         # mkstemp makes private files; a plan is an ordinary one, so it follows the user's umask like any other
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     if hasattr(os, "O_DIRECTORY"):
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -617,13 +618,17 @@ def _summarize(plan: FreezePlan) -> str:
     for name, mask in plan.items():
         found = _LAYER.search(name)
         layer, rest = (found.group(1), found.group("rest")) if found else ("-", name)
-        kind = ".".join(part for part in rest.removesuffix(".weight").split(".")[-2 if rest.endswith(".bias") else -1 :])
+        kind = ".".join(
+            part for part in rest.removesuffix(".weight").split(".")[-2 if rest.endswith(".bias") else -1 :]
+        )
         for row in (layer, "all"):
             for column in (kind, "all"):
                 cell = counts.setdefault(row, {}).setdefault(column, [0, 0])
                 cell[0] += mask.frozen_count
                 cell[1] += mask.numel
-    layers = sorted((row for row in counts if row != "all"), key=lambda row: (row == "-", int(row) if row != "-" else 0))
+    layers = sorted(
+        (row for row in counts if row != "all"), key=lambda row: (row == "-", int(row) if row != "-" else 0)
+    )
     kinds = list(dict.fromkeys(kind for layer in layers for kind in counts[layer] if kind != "all"))
     hidden = len(kinds) - _MOST_KINDS
     table = Table(title=f"frozen share, fingerprint {plan.fingerprint[:12]}", title_justify="left", box=None)

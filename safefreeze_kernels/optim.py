@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .gradients import zero_listed_grads_
 from .kernels import (
     SCALARS,
     STORAGE,
@@ -23,11 +25,18 @@ from .kernels import (
     compile_frozen,
     compile_live,
 )
+from .kernels.drift import raise_on_drift
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
 
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Read by `map` at every step: the getters themselves, without a Python frame for each tensor.
+_data_ptr: Final = Tensor.data_ptr
+_is_contiguous: Final = Tensor.is_contiguous
+_grad: Final = Tensor.grad.__get__  # type: ignore[union-attr]
+_dtype: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_shape: Final = Tensor.shape.__get__  # type: ignore[attr-defined]
 _EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
 
 
@@ -84,7 +93,7 @@ class MaskedAdam(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's words: callers match them
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"{what}: state_dtype is {state_dtype}, expected torch.float32 or torch.bfloat16")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -140,7 +149,8 @@ class MaskedAdam(Optimizer):
         return [
             name
             for index, group in enumerate(self.param_groups)
-            for name in group.get("param_names") or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+            for name in group.get("param_names")
+            or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
         ]
 
     def _masks(self, plan: FreezePlan | None = None) -> list[FreezeMask]:
@@ -163,7 +173,7 @@ class MaskedAdam(Optimizer):
     # -- the step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure``: reevaluates the model and returns the loss, as in `torch.optim`.
 
         ``grad_scale`` and ``found_inf``, set as attributes or by `torch.amp.GradScaler`, are honoured: gradients count
@@ -189,9 +199,9 @@ class MaskedAdam(Optimizer):
         return loss
 
     def _compiled(self) -> list[_Launch]:
-        """Launches for the present groups, parameters, gradients and state; compiled anew only if one of them changed."""
+        """Launches for the present parameters, state and gradients; compiled anew only if one of them was replaced."""
         groups = self.param_groups
-        key = [(_flags(group), [id(p) for p in group["params"]]) for group in groups]
+        key = [(_flags(group), list(map(id, group["params"]))) for group in groups]
         if key == self._launch_key and all(launch.is_current() for launch in self._launches):
             return self._launches
         params, names, masks = self._params(), self._names(), self._masks()
@@ -203,8 +213,9 @@ class MaskedAdam(Optimizer):
                 kinds.setdefault((_flags(groups[group_of[i]]), p.device), []).append(i)
         for (_, device), members in kinds.items():
             for i in members:
-                if params[i].grad is not None:
-                    _check_gradient(params[i], params[i].grad, names[i], type(self).__name__)
+                grad = params[i].grad
+                if grad is not None:
+                    _check_gradient(params[i], grad, names[i], type(self).__name__)
             choose_backend(self._backend, device, type(self).__name__)
         launches = []
         for ((_, amsgrad, l2), device), members in kinds.items():
@@ -271,9 +282,7 @@ class MaskedAdam(Optimizer):
         With nothing frozen it is exactly a `torch.optim.AdamW` state dict. See also `dense_state_dict`.
         """
         state_dict = super().state_dict()
-        masks = {
-            index: mask.fingerprint for index, mask in enumerate(self._masks()) if mask.frozen_count
-        }
+        masks = {index: mask.fingerprint for index, mask in enumerate(self._masks()) if mask.frozen_count}
         ages = {
             index: {"rows": torch.from_numpy(age.rows), "cols": torch.from_numpy(age.cols)}
             | ({} if age.elements is None else {"elements": torch.from_numpy(age.elements)})
@@ -335,7 +344,7 @@ class MaskedAdam(Optimizer):
         self._launch_key = None
 
     def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
-        """``given`` with moments packed to this plan, in this optimizer's dtype, and veiled; and the ages it carries."""
+        """``given`` with moments packed to this plan, in this optimizer's dtype, veiled; and the ages it carries."""
         what = f"{type(self).__name__}.load_state_dict"
         extra = given.get(_EXTRA, {"version": 1, "masks": {}, "ages": {}})
         if extra["version"] != 1:
@@ -362,7 +371,9 @@ class MaskedAdam(Optimizer):
                     continue
                 expected = mask.packed_shape if packed_under is not None else tuple(p.shape)
                 if tuple(entry[key].shape) != expected:
-                    raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}")
+                    raise ValueError(
+                        f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}"
+                    )
                 moment = entry[key].detach().to(device=p.device, dtype=self._state_dtype)
                 if packed_under is None and mask.frozen_count:
                     moment = _repack(moment, FreezeMask(p.shape), mask)
@@ -372,24 +383,29 @@ class MaskedAdam(Optimizer):
                 entry["step"] = _Veiled(torch.tensor(float(step), dtype=torch.float32))
             converted["state"][saved_id] = entry
         ages = {
-            names[index]: Ages(*(age[key].numpy().copy() if key in age else None for key in ("rows", "cols", "elements")))
+            names[index]: Ages(**{key: values.numpy().copy() for key, values in age.items()})
             for index, age in extra["ages"].items()
         }
         return converted, ages
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_backend", "_state_dtype", "_plan", "_aliases", "_ages")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._launches, self._launch_key = [], None
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
-            for key, value in (
-                ("amsgrad", False), ("maximize", False), ("foreach", None), ("capturable", False),
-                ("differentiable", False), ("fused", None), ("decoupled_weight_decay", self.defaults["decoupled_weight_decay"]),
-            ):  # fmt: skip
-                group.setdefault(key, value)
+            for key in (
+                "amsgrad",
+                "maximize",
+                "foreach",
+                "capturable",
+                "differentiable",
+                "fused",
+                "decoupled_weight_decay",
+            ):
+                group.setdefault(key, self.defaults[key])
 
 
 class MaskedAdamW(MaskedAdam):
@@ -452,55 +468,40 @@ class _Launch:
         self.shapes = [p.shape for p in params]
         self.dtypes = [p.dtype for p in params]
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
-        self.keys = _MOMENTS[: 3 if amsgrad else 2]
-        moments = [[state[key] for state in states] for key in self.keys]
-        self.operands = AdamWOperands(
-            list(params), moments[0], moments[1], moments[2] if amsgrad else None
-        )
+        moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
+        self.operands = AdamWOperands(list(params), moments[0], moments[1], moments[2] if amsgrad else None)
         self.held = [*params, *(tensor for column in moments for tensor in column)]
         self.addresses = [tensor.data_ptr() for tensor in self.held]
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
-        self.step_views = list(self.steps.unbind())
-        for state, view in zip(states, self.step_views, strict=True):
+        for state, view in zip(states, self.steps.unbind(), strict=True):
             state["step"] = view
         self.counts = self.steps.numpy()
+        self.state_ids = [id(value) for state in states for value in state.values()]
 
     def is_current(self) -> bool:
+        """Whether the same tensors still lie at the same addresses, and nobody else got a gradient."""
         return (
-            [tensor.data_ptr() for tensor in self.held] == self.addresses
-            and all(state["step"] is view for state, view in zip(self.states, self.step_views, strict=True))
-            and all(
-                state[key] is tensor
-                for key, column in zip(
-                    self.keys,
-                    (self.operands.exp_avgs, self.operands.exp_avg_sqs, self.operands.max_exp_avg_sqs or []),
-                    strict=False,
-                )
-                for state, tensor in zip(self.states, column, strict=True)
-            )
-            and all(p.grad is None for p in self.waiting)
+            list(map(_data_ptr, self.held)) == self.addresses
+            and list(map(id, chain.from_iterable(map(dict.values, self.states)))) == self.state_ids
+            and not any(p.grad is not None for p in self.waiting)
         )
 
     def prepare(
         self, groups: list[dict[str, Any]], multiplier: float
     ) -> tuple[list[Tensor | None], np.ndarray, np.ndarray]:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
-        grads: list[Tensor | None] = [p.grad for p in self.params]
-        present = [g for g in grads if g is not None]
-        everyone = len(present) == len(grads)
-        plain = False
-        if everyone:
-            try:
-                plain = (
-                    [g.dtype for g in present] == self.dtypes
-                    and [g.shape for g in present] == self.shapes
-                    and all([g.is_contiguous() for g in present])
-                    and len({g.device for g in present}) <= 1
-                    and present[0].device == self.params[0].device
-                )
-            except RuntimeError:  # a layout without strides: the slow way says which
-                plain = False
+        grads: list[Tensor | None] = list(map(_grad, self.params))
+        everyone = not any(g is None for g in grads)
+        try:
+            plain = (
+                everyone
+                and list(map(_dtype, grads)) == self.dtypes
+                and list(map(_shape, grads)) == self.shapes
+                and all(map(_is_contiguous, grads))  # type: ignore[arg-type]
+            )
+        except RuntimeError:  # a layout without strides: the slow way says which
+            plain = False
         if not plain:
             for i, grad in enumerate(grads):
                 if grad is not None:
@@ -557,9 +558,9 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
     lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
+    if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= eps:
+    if not eps >= 0.0:
         raise ValueError(f"Invalid epsilon value: {eps}")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
@@ -568,7 +569,7 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not 0.0 <= weight_decay:
+    if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
@@ -721,7 +722,9 @@ class Guard:
     def _backend(self, params: list[Tensor]) -> Backend:
         devices = {p.device for p in params}
         if len(devices) > 1:
-            raise ValueError(f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part")
+            raise ValueError(
+                f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
+            )
         return choose_backend(self._backend_name, next(iter(devices), torch.device("cpu")), "guard")
 
     @torch.no_grad()
@@ -734,8 +737,6 @@ class Guard:
             # Someone else wrote to the weights since the last step. To frozen ones?
             now = [torch.empty_like(t) for t in self._copy]
             self._gather(params, now)
-            from .proof import raise_on_drift
-
             raise_on_drift(
                 "guard", self._names, self._masks(), self._copy, now,
                 remedy="if they were loaded on purpose, call guard.refresh()",
@@ -762,8 +763,6 @@ class Guard:
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        from .gradients import zero_listed_grads_
-
         zero_listed_grads_(self._backend(params), self._work, params, self._names, "guard")
 
     @torch.no_grad()
@@ -778,9 +777,7 @@ class Guard:
         self._versions = [p._version for p in params]
 
 
-def guard(
-    optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, *, backend: str = "auto"
-) -> Guard:
+def guard(optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, *, backend: str = "auto") -> Guard:
     """Freeze under ANY torch optimizer (SGD, Muon, Lion, 8-bit …): frozen weights are put back after every ``step()``.
 
     Before each step (and after a closure ran) the frozen gradients are zeroed, so that statistics over whole rows or

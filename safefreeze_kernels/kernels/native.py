@@ -40,7 +40,9 @@ if "SAFEFREEZE_CPU_ISA" in os.environ:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
-    return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64)
+    if any(tensor is None for tensor in tensors):
+        return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64)
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
 
 
 def _codes(tensors: Sequence[Tensor | None]) -> np.ndarray:
@@ -48,11 +50,12 @@ def _codes(tensors: Sequence[Tensor | None]) -> np.ndarray:
 
 
 def _native(work: WorkList) -> _C.Work:
-    if work.native is None:
-        work.native = _C.Work(
+    native: _C.Work | None = work.native
+    if native is None:
+        native = work.native = _C.Work(
             work.segments.ctypes.data, work.pieces.ctypes.data, work.runs.ctypes.data, len(work.pieces), work.frozen
         )
-    return work.native
+    return native
 
 
 class CpuBackend:

@@ -77,7 +77,7 @@ class ReferenceBackend:
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
         total = 0.0
-        for part, chosen in _visited(work, tensors):
+        for _, chosen in _visited(work, tensors):
             values = chosen.double().abs()
             if kind == "largest_absolute":
                 largest = values.max().item() if values.numel() else 0.0

