@@ -465,6 +465,9 @@ class _Launch:
         self.params, self.names, self.states = params, names, states
         self.amsgrad, self.l2, self.waiting = amsgrad, l2, waiting
         self.group_of_part = group_of[work.tensor_of_part]
+        groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
+        self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
+        self.ageless = not work.born_of_part.any()
         self.shapes = [p.shape for p in params]
         self.dtypes = [p.dtype for p in params]
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
@@ -492,30 +495,33 @@ class _Launch:
     ) -> tuple[list[Tensor | None], np.ndarray, np.ndarray]:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
         grads: list[Tensor | None] = list(map(_grad, self.params))
-        everyone = not any(g is None for g in grads)
         try:
             plain = (
-                everyone
-                and list(map(_dtype, grads)) == self.dtypes
+                list(map(_dtype, grads)) == self.dtypes
                 and list(map(_shape, grads)) == self.shapes
                 and all(map(_is_contiguous, grads))  # type: ignore[arg-type]
             )
-        except RuntimeError:  # a layout without strides: the slow way says which
+        except (RuntimeError, TypeError):  # a layout without strides, or no gradient: the slow way says which
             plain = False
+        # Tensors without a gradient are left alone and do not count a step.
+        self.counting = np.float32(1.0) if plain else np.array([g is not None for g in grads], np.float32)
         if not plain:
             for i, grad in enumerate(grads):
                 if grad is not None:
                     _check_gradient(self.params[i], grad, self.names[i], self.optimizer)
                     grads[i] = grad.contiguous()
-        # Tensors without a gradient are left alone and do not count a step.
-        self.counting = 1.0 if everyone else np.array([g is not None for g in grads], np.float32)
-        counts = self.counts + np.float32(1.0)
-        ages = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
-        sets, scalar_set = np.unique(self.group_of_part << 40 | ages, return_inverse=True)
+        counts = self.counts + self.counting
+        if self.ageless and (counts == counts[0]).all():  # the usual case: groups are the only difference
+            sets, scalar_set = self.groups, self.set_of_part
+            ages = [max(int(counts[0]), 1)] * len(sets)
+        else:
+            age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
+            codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
+            sets, ages, scalar_set = (codes >> 40).tolist(), (codes & (1 << 40) - 1).tolist(), inverse.astype(np.int32)
         scalars = np.empty(len(sets), SCALARS)
-        for row, code in enumerate(sets.tolist()):
-            scalars[row] = _group_scalars(groups[code >> 40], code & ((1 << 40) - 1), multiplier, self.optimizer)
-        return grads, scalars, scalar_set.astype(np.int32)
+        for row, (group, age) in enumerate(zip(sets, ages, strict=True)):
+            scalars[row] = _group_scalars(groups[group], age, multiplier)
+        return grads, scalars, scalar_set
 
     def run(self, grads: list[Tensor | None], scalars: np.ndarray, scalar_set: np.ndarray) -> None:
         self.operands.grads = grads
@@ -529,7 +535,12 @@ class _Launch:
                 self.params[i].copy_(self.operands.params[i])
         self.operands.grads = []
         self.counts += self.counting
-        torch.autograd.graph.increment_version(self.params)
+        changed = (
+            self.params
+            if self.counting.ndim == 0
+            else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        )
+        torch.autograd.graph.increment_version(changed)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -541,7 +552,7 @@ def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool]:
     return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0
 
 
-def _group_scalars(group: dict[str, Any], step: int, multiplier: float, what: str) -> tuple[float, ...]:
+def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple[float, ...]:
     lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
