@@ -38,9 +38,10 @@ SANITIZED := build/sanitized
 sanitize: $(VENV)/.built
 	rm -rf $(SANITIZED)
 	SAFEFREEZE_SANITIZE=1 SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib SAFEFREEZE_EXPECT_SANITIZED=1 \
-	$(PY) -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_contract.py tests/test_gradients.py tests/test_guard.py tests/test_proof.py -m "not slow"
+	cd $(SANITIZED)/lib && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
+	$(addprefix $(CURDIR)/tests/test_,kernels.py contract.py gradients.py guard.py proof.py)
 
 # Dependencies change seldom, sources often: two stamps.
 $(VENV)/.installed: requirements-dev.txt requirements-model.txt

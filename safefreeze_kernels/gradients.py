@@ -17,6 +17,12 @@ from .masks import FreezeMask, FreezePlan, bind, named_tensors
 __all__ = ["ClippedNorm", "clip_grad_norm_", "zero_frozen_grads_"]
 
 Model = torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+# Read by `map` for every tensor at every step: the getters themselves, without a Python frame for each.
+_grad: Final = Tensor.grad.__get__  # type: ignore[union-attr]
+_dtype: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_shape: Final = Tensor.shape.__get__  # type: ignore[attr-defined]
+_is_contiguous: Final = Tensor.is_contiguous
+_STORAGE: Final = frozenset(STORAGE)
 _NORM_KINDS: Final[dict[float, NormKind]] = {
     1.0: "sum_of_absolutes",
     2.0: "sum_of_squares",
@@ -43,12 +49,12 @@ class _Bound:
     live: WorkList | None = None
     frozen: WorkList | None = None
 
+    def __post_init__(self) -> None:
+        self.shapes = [p.shape for p in self.params]
+
     def is_current(self) -> bool:
-        for p, (home, key), mask in zip(self.params, self.homes, self.masks, strict=True):
-            module = home()
-            if module is None or module._parameters.get(key) is not p or tuple(p.shape) != mask.shape:
-                return False
-        return True
+        found = [module._parameters.get(key) if (module := home()) is not None else None for home, key in self.homes]
+        return list(map(id, found)) == list(map(id, self.params)) and list(map(_shape, self.params)) == self.shapes
 
 
 _bound: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Bound]] = weakref.WeakKeyDictionary()
@@ -87,31 +93,62 @@ def _bind_anew(
     return _Bound(params, names, masks, [homes[id(p)] for p in params] if homes else [], len(entries))
 
 
-def _gradients(params: Sequence[Tensor], names: Sequence[str], operation: str) -> list[Tensor | None]:
-    grads = [p.grad for p in params]
-    for grad, p, name in zip(grads, params, names, strict=True):
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{operation}: gradient of {name!r} has layout {grad.layout}, expected a dense one")
-        if grad.dtype not in STORAGE or grad.device.type == "meta":
-            raise TypeError(
-                f"{operation}: gradient of {name!r} is {grad.dtype} on {grad.device}, expected float32, bfloat16 or "
-                "float16 on a real device"
-            )
-        if grad.shape != p.shape:
-            raise ValueError(f"{operation}: grad of {name!r} has shape {tuple(grad.shape)}, expected {tuple(p.shape)}")
-    return grads
+def read_gradients(
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    shapes: Sequence[torch.Size],
+    operation: str,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> tuple[list[Tensor | None], bool]:
+    """The gradients of ``params``, checked; and whether they are plain: all there, all contiguous.
+
+    ``dtypes``: what each must have; None: any of `STORAGE`.
+    """
+    grads: list[Tensor | None] = list(map(_grad, params))
+    try:
+        plain = (
+            all(map(_is_contiguous, grads))  # type: ignore[arg-type]
+            and list(map(_shape, grads)) == shapes
+            and (list(map(_dtype, grads)) == dtypes if dtypes is not None else set(map(_dtype, grads)) <= _STORAGE)
+        )
+    except (RuntimeError, TypeError):  # a layout without strides, or no gradient
+        plain = False
+    if not plain:
+        for i, (grad, p) in enumerate(zip(grads, params, strict=True)):
+            if grad is not None:
+                check_gradient(p, grad, names[i], operation, STORAGE if dtypes is None else (p.dtype,))
+    return grads, plain
+
+
+def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: Sequence[torch.dtype] = STORAGE) -> None:
+    """Raise if ``grad`` is not what kernels take for a gradient of ``p``."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{operation}: gradient of {name!r} has layout {grad.layout}, expected a dense one; "
+            "sparse gradients are not supported (use sparse=False in the embedding)"
+        )
+    for got, expected, aspect in ((tuple(grad.shape), tuple(p.shape), "shape"), (grad.device, p.device, "device")):
+        if got != expected:
+            raise ValueError(f"{operation}: grad of {name!r} has {aspect} {got}, expected {expected}")
+    if grad.device.type == "meta":
+        raise ValueError(
+            f"{operation}: grad of {name!r} is on the meta device and holds no values; materialise the model"
+        )
+    if grad.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
 
 
 class _Contiguous:
     """Kernels see contiguous tensors: others are copied, and copied back by `finish`."""
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self.originals = tensors
-        self.tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+    def __init__(self, tensors: Sequence[Tensor | None], plain: bool) -> None:
+        self.originals, self.plain = tensors, plain
+        self.tensors = tensors if plain else [t if t is None else t.contiguous() for t in tensors]
 
     def finish(self) -> None:
+        if self.plain:
+            return
         for original, used in zip(self.originals, self.tensors, strict=True):
             if original is not None and used is not None and used is not original:
                 original.copy_(used)
@@ -125,12 +162,13 @@ def _one_backend(name: str, grads: Sequence[Tensor | None], operation: str) -> B
 
 
 def zero_listed_grads_(
-    backend: Backend, work: WorkList, params: Sequence[Tensor], names: Sequence[str], operation: str
+    backend: str, work: WorkList, params: Sequence[Tensor], names: Sequence[str], operation: str
 ) -> None:
     """Zero what a frozen list visits in the gradients of ``params``."""
-    grads = _Contiguous(_gradients(params, names, operation))
-    backend.zero_(work, grads.tensors)
-    grads.finish()
+    grads, plain = read_gradients(params, names, list(map(_shape, params)), operation)
+    ready = _Contiguous(grads, plain)
+    _one_backend(backend, grads, operation).zero_(work, ready.tensors)
+    ready.finish()
 
 
 @torch.no_grad()
@@ -151,8 +189,7 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     if bound.frozen is None:
         bound.frozen = compile_frozen(bound.masks[: bound.n_masked])
     params, names = bound.params[: bound.n_masked], bound.names[: bound.n_masked]
-    chosen = _one_backend(backend, [p.grad for p in params], "zero_frozen_grads_")
-    zero_listed_grads_(chosen, bound.frozen, params, names, "zero_frozen_grads_")
+    zero_listed_grads_(backend, bound.frozen, params, names, "zero_frozen_grads_")
 
 
 @overload
@@ -202,7 +239,7 @@ def clip_grad_norm_(
     bound = _bind(model, plan, operation)
     if bound.live is None:
         bound.live = compile_live(bound.masks)
-    grads = _Contiguous(_gradients(bound.params, bound.names, operation))
+    grads = _Contiguous(*read_gradients(bound.params, bound.names, bound.shapes, operation))
     chosen = _one_backend(backend, grads.tensors, operation)
     live = chosen.norm(bound.live, grads.tensors, kind)
     frozen = 0.0

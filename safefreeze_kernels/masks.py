@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -60,7 +61,7 @@ class FreezeMask:
     0.5
     """
 
-    __slots__ = ("_bits", "_cols", "_rows", "shape")
+    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "shape")
 
     def __init__(
         self, shape: Sequence[int], rows: Indices = None, cols: Indices = None, elements: Tensor | None = None
@@ -93,6 +94,7 @@ class FreezeMask:
         self._rows: np.ndarray = rows
         self._cols: np.ndarray = cols
         self._bits: np.ndarray | None = bits
+        self._fingerprint: str | None = None
         for array in (rows, cols, bits):
             if array is not None:
                 array.flags.writeable = False
@@ -203,6 +205,11 @@ class FreezeMask:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the shape and of what is frozen."""
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self) -> str:
         digest = hashlib.sha256(repr(self.shape).encode())
         for tag, array in ((b"rows", self._rows), (b"cols", self._cols), (b"elements", self._bits)):
             data = b"" if array is None else array.astype(array.dtype.newbyteorder("<")).tobytes()
@@ -350,7 +357,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
         total = sum(mask.numel for mask in self.values())
         return sum(mask.frozen_count for mask in self.values()) / total if total else 0.0
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of names, shapes and what is frozen: the same in every process, for any insertion order
         and however the masks were written down. Metadata does not count."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import zero_listed_grads_
+from .gradients import check_gradient, read_gradients, zero_listed_grads_
 from .kernels import (
     SCALARS,
     STORAGE,
@@ -31,12 +31,6 @@ from .masks import FreezeMask, FreezePlan, bind, named_tensors
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Read by `map` at every step: the getters themselves, without a Python frame for each tensor.
-_data_ptr: Final = Tensor.data_ptr
-_is_contiguous: Final = Tensor.is_contiguous
-_grad: Final = Tensor.grad.__get__  # type: ignore[union-attr]
-_dtype: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_shape: Final = Tensor.shape.__get__  # type: ignore[attr-defined]
 _EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
 
 
@@ -215,7 +209,7 @@ class MaskedAdam(Optimizer):
             for i in members:
                 grad = params[i].grad
                 if grad is not None:
-                    _check_gradient(params[i], grad, names[i], type(self).__name__)
+                    check_gradient(params[i], grad, names[i], type(self).__name__, (params[i].dtype,))
             choose_backend(self._backend, device, type(self).__name__)
         launches = []
         for ((_, amsgrad, l2), device), members in kinds.items():
@@ -473,8 +467,9 @@ class _Launch:
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
         moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
         self.operands = AdamWOperands(list(params), moments[0], moments[1], moments[2] if amsgrad else None)
-        self.held = [*params, *(tensor for column in moments for tensor in column)]
-        self.addresses = [tensor.data_ptr() for tensor in self.held]
+        self.addresses = list(map(Tensor.data_ptr, params))
+        # Kept, so that the kernel's addresses stay valid even if someone takes a state tensor's storage away.
+        self.storages = [tensor.untyped_storage() for column in moments for tensor in column]
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
         for state, view in zip(states, self.steps.unbind(), strict=True):
@@ -483,9 +478,9 @@ class _Launch:
         self.state_ids = [id(value) for state in states for value in state.values()]
 
     def is_current(self) -> bool:
-        """Whether the same tensors still lie at the same addresses, and nobody else got a gradient."""
+        """Whether parameters lie where they lay, state is the same tensors, and nobody else got a gradient."""
         return (
-            list(map(_data_ptr, self.held)) == self.addresses
+            list(map(Tensor.data_ptr, self.params)) == self.addresses
             and list(map(id, chain.from_iterable(map(dict.values, self.states)))) == self.state_ids
             and not any(p.grad is not None for p in self.waiting)
         )
@@ -494,22 +489,11 @@ class _Launch:
         self, groups: list[dict[str, Any]], multiplier: float
     ) -> tuple[list[Tensor | None], np.ndarray, np.ndarray]:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
-        grads: list[Tensor | None] = list(map(_grad, self.params))
-        try:
-            plain = (
-                list(map(_dtype, grads)) == self.dtypes
-                and list(map(_shape, grads)) == self.shapes
-                and all(map(_is_contiguous, grads))  # type: ignore[arg-type]
-            )
-        except (RuntimeError, TypeError):  # a layout without strides, or no gradient: the slow way says which
-            plain = False
+        grads, plain = read_gradients(self.params, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
         self.counting = np.float32(1.0) if plain else np.array([g is not None for g in grads], np.float32)
         if not plain:
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    _check_gradient(self.params[i], grad, self.names[i], self.optimizer)
-                    grads[i] = grad.contiguous()
+            grads = [None if grad is None else grad.contiguous() for grad in grads]
         counts = self.counts + self.counting
         if self.ageless and (counts == counts[0]).all():  # the usual case: groups are the only difference
             sets, scalar_set = self.groups, self.set_of_part
@@ -595,23 +579,6 @@ def _check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
         )
     if p.numel() and sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1 < p.numel():
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
-
-
-def _check_gradient(p: Tensor, grad: Tensor, name: str, what: str) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{what}: gradient of {name!r} has layout {grad.layout}, expected a dense one; "
-            "masked optimizers do not support sparse gradients (use sparse=False in the embedding)"
-        )
-    for got, expected, aspect in (
-        (tuple(grad.shape), tuple(p.shape), "shape"),
-        (grad.dtype, p.dtype, "dtype"),
-        (grad.device, p.device, "device"),
-    ):
-        if got != expected:
-            raise ValueError(f"{what}: grad of {name!r} has {aspect} {got}, expected {expected}")
-    if grad.device.type == "meta":
-        raise ValueError(f"{what}: grad of {name!r} is on the meta device and holds no values; materialise the model")
 
 
 def _checked_plan(plan: Any, what: str) -> FreezePlan:
@@ -774,7 +741,7 @@ class Guard:
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend(params), self._work, params, self._names, "guard")
+        zero_listed_grads_(self._backend_name, self._work, params, self._names, "guard")
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:

@@ -55,9 +55,7 @@ class UnitLabels:
             if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
                 raise TypeError(f"UnitLabels: {word} has dtype {labels.dtype}, expected integer codes 0 to 3")
             if labels.dim() != 2:
-                raise ValueError(
-                    f"UnitLabels: {word} has shape {tuple(labels.shape)}, expected [layers, units]"
-                )
+                raise ValueError(f"UnitLabels: {word} has shape {tuple(labels.shape)}, expected [layers, units]")
             if labels.numel() and (labels.min() < 0 or labels.max() > 3):
                 raise ValueError(
                     f"UnitLabels: {word} holds codes from {int(labels.min())} to {int(labels.max())}, "
@@ -66,8 +64,7 @@ class UnitLabels:
             object.__setattr__(self, word, labels.to(torch.uint8).contiguous())
         if len(self.heads) != len(self.channels):
             raise ValueError(
-                f"UnitLabels: heads has {len(self.heads)} layers and channels {len(self.channels)}, expected "
-                "as many"
+                f"UnitLabels: heads has {len(self.heads)} layers and channels {len(self.channels)}, expected as many"
             )
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -136,9 +133,7 @@ class UnitSelection:
         for word in ("heads", "channels"):
             array = np.array(getattr(self, word))
             if array.dtype != np.bool_:
-                raise TypeError(
-                    f"UnitSelection: {word} has dtype {array.dtype}, expected bool with True = frozen"
-                )
+                raise TypeError(f"UnitSelection: {word} has dtype {array.dtype}, expected bool with True = frozen")
             array.flags.writeable = False
             object.__setattr__(self, word, array)
         if self.heads.ndim != 2 or self.channels.ndim != 2 or len(self.heads) != len(self.channels):
@@ -169,17 +164,9 @@ class UnitSelection:
             ValueError: no model where one is needed, a model with other numbers of units, an unknown
                 architecture, preset or policy.
         """
-        layout = (
-            model
-            if isinstance(model, UnitLayout)
-            else find_units(model)
-            if model is not None
-            else self.layout
-        )
+        layout = model if isinstance(model, UnitLayout) else find_units(model) if model is not None else self.layout
         if layout is None:
-            raise ValueError(
-                "build: labels do not say which model they belong to; pass the model or its UnitLayout"
-            )
+            raise ValueError("build: labels do not say which model they belong to; pass the model or its UnitLayout")
         if (self.heads.shape, self.channels.shape) != (layout.heads_shape, layout.channels_shape):
             raise ValueError(
                 f"build: the selection has heads {self.heads.shape} and channels {self.channels.shape}, "
@@ -277,9 +264,7 @@ class MaskBuilder:
         self.recipe = recipe
         if isinstance(scores, UnitLabels):
             if ratios is not None:
-                raise ValueError(
-                    "MaskBuilder: ratios given with finished labels, expected them with scores only"
-                )
+                raise ValueError("MaskBuilder: ratios given with finished labels, expected them with scores only")
             self.scores, self.layout, self.ratios = None, None, dict[str, float]()
             self.labels, self.head_cost = scores, head_cost
         elif isinstance(scores, UnitScores):
@@ -289,9 +274,7 @@ class MaskBuilder:
             )
             self.labels = self._label()
         else:
-            raise TypeError(
-                f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores or UnitLabels"
-            )
+            raise TypeError(f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores or UnitLabels")
 
     # -- selecting -------------------------------------------------------------------------------------------
 
@@ -325,9 +308,7 @@ class MaskBuilder:
         _check_word("freeze", "cu_rank", cu_rank, get_args(Rank))
         if share is not None:
             if cu is not False or scu is not True:
-                raise ValueError(
-                    "freeze: share given with scu or cu, expected either; share counts both itself"
-                )
+                raise ValueError("freeze: share given with scu or cu, expected either; share counts both itself")
             wanted = _checked_share("freeze: share", share)
             ranks: tuple[tuple[int, Rank], ...] = (
                 (_SCU, "diff"),
@@ -348,9 +329,7 @@ class MaskBuilder:
             units = np.concatenate([units, self._labelled(_CU)])
         return self._select(units, origin)
 
-    def train_only(
-        self, label: str = "RU", share: float | None = None, rank: Rank = "utility"
-    ) -> UnitSelection:
+    def train_only(self, label: str = "RU", share: float | None = None, rank: Rank = "utility") -> UnitSelection:
         """Select everything but the units of one label: those alone train.
 
         With ``share``, the redundant units are the lowest ``rank`` up to that share of all units instead:
@@ -370,9 +349,7 @@ class MaskBuilder:
             raise ValueError(f"train_only: share given with label {label!r}, expected it with 'RU' only")
         else:
             wanted = _checked_share("train_only: share", share)
-            live = self._lowest(
-                self._rank_values(rank, f"share={share}"), np.arange(self._flat_labels.size), wanted
-            )
+            live = self._lowest(self._rank_values(rank, f"share={share}"), np.arange(self._flat_labels.size), wanted)
             origin |= {"share": wanted, "rank": rank}
         return self._select(np.setdiff1d(np.arange(self._flat_labels.size), live), origin)
 
@@ -506,13 +483,10 @@ def _checked_ratios(given: Mapping[str, float] | None) -> dict[str, float]:
             f"MaskBuilder: ratios names {', '.join(map(repr, sorted(set(ratios) - set(_RATIOS))))}, expected "
             "'RU', 'SCU' and 'UCU' (CU is the rest)"
         )
-    ratios = {
-        label: _checked_share(f"MaskBuilder: ratio of {label}", ratio) for label, ratio in ratios.items()
-    }
+    ratios = {label: _checked_share(f"MaskBuilder: ratio of {label}", ratio) for label, ratio in ratios.items()}
     if ratios["SCU"] + ratios["UCU"] > 1:
         raise ValueError(
-            f"MaskBuilder: ratios of SCU and UCU are {ratios['SCU']} and {ratios['UCU']}, expected a sum of "
-            "at most 1"
+            f"MaskBuilder: ratios of SCU and UCU are {ratios['SCU']} and {ratios['UCU']}, expected a sum of at most 1"
         )
     return ratios
 

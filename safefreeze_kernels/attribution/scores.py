@@ -201,13 +201,10 @@ def score_units(
         TypeError: a set that is a single batch, or a batch that is not a mapping.
     """
     if method not in _METHODS:
-        raise ValueError(
-            f"score_units: method is {method!r}, expected one of {', '.join(map(repr, _METHODS))}"
-        )
+        raise ValueError(f"score_units: method is {method!r}, expected one of {', '.join(map(repr, _METHODS))}")
     if positions not in get_args(Positions):
         raise ValueError(
-            f"score_units: positions is {positions!r}, expected one of "
-            f"{', '.join(map(repr, get_args(Positions)))}"
+            f"score_units: positions is {positions!r}, expected one of {', '.join(map(repr, get_args(Positions)))}"
         )
     layout = find_units(model)
     norms = {name: _squared_column_norms(module, name) for name, module in _readers(model, layout)}
@@ -231,9 +228,7 @@ def _squared_column_norms(module: torch.nn.Module, name: str) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        raise ValueError(
-            f"score_units: '{name}.weight' is on the meta device, expected weights in memory; load them"
-        )
+        raise ValueError(f"score_units: '{name}.weight' is on the meta device, expected weights in memory; load them")
     norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
     return norms.cpu().double().square()
 
@@ -301,8 +296,7 @@ def _score_set(
             hidden = inputs[0]
             if hidden.shape[:-1] != counted.shape:
                 raise ValueError(
-                    f"score_units: {name!r} received {tuple(hidden.shape)}, expected {tuple(counted.shape)} "
-                    "positions"
+                    f"score_units: {name!r} received {tuple(hidden.shape)}, expected {tuple(counted.shape)} positions"
                 )
             rows = hidden.reshape(-1, hidden.shape[-1])
             moments[name].add(rows.index_select(0, chosen.to(rows.device)))
@@ -320,9 +314,7 @@ def _score_set(
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}, **extra)
     if n_batches == 0:
-        raise ValueError(
-            f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one"
-        )
+        raise ValueError(f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one")
     if n_positions < 2:
         raise ValueError(
             f"score_units: {word} has {n_positions} counted positions in {n_batches} batches, expected at "
@@ -357,9 +349,7 @@ def _saving_arguments(model: torch.nn.Module) -> dict[str, Any]:
     return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}
 
 
-def _watched(
-    batches: Iterable[Mapping[str, Tensor]], word: str, progress: bool
-) -> Iterable[Mapping[str, Tensor]]:
+def _watched(batches: Iterable[Mapping[str, Tensor]], word: str, progress: bool) -> Iterable[Mapping[str, Tensor]]:
     if not progress:
         return batches
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -375,9 +365,7 @@ def _counted_positions(batch: Mapping[str, Tensor], word: str, number: int, posi
         raise TypeError(f"{where} is a {type(batch).__name__}, expected a mapping with input_ids and labels")
     for key in ("input_ids",) if positions == "all" else ("input_ids", "labels"):
         if key not in batch:
-            raise ValueError(
-                f"{where} has no {key!r}, expected input_ids and labels (-100 = not a response token)"
-            )
+            raise ValueError(f"{where} has no {key!r}, expected input_ids and labels (-100 = not a response token)")
     shape = tuple(batch["input_ids"].shape)
     real = batch.get("attention_mask")
     for key, value in (("labels", batch.get("labels")), ("attention_mask", real)):
@@ -429,9 +417,7 @@ def encode_pairs(
     encoded = []
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise TypeError(
-                f"encode_pairs: pair {number} is {pair!r}, expected (prompt, response), two strings"
-            )
+            raise TypeError(f"encode_pairs: pair {number} is {pair!r}, expected (prompt, response), two strings")
         ids, start = _encode_pair(tokenizer, *pair)
         if start >= min(len(ids), max_length):
             raise ValueError(
@@ -458,12 +444,8 @@ def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int],
         whole = bare if any(bare.endswith(token) for token in tokenizer.all_special_tokens) else whole
     else:
         asked, whole = prompt, prompt + response + (tokenizer.eos_token or "")
-    before, ids = (
-        list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in (asked, whole)
-    )
-    start = next(
-        (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-    )
+    before, ids = (list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in (asked, whole))
+    start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
     return ids, start
 
 

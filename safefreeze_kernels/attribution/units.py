@@ -101,9 +101,7 @@ def register_family(model_type: str, family: Family) -> None:
     ...     mlp_in=("layers.{layer}.mlp.fc1",), mlp_out="layers.{layer}.mlp.fc2"))
     """
     if not isinstance(family, Family) or not isinstance(family.mlp_in, tuple) or not family.mlp_in:
-        raise TypeError(
-            f"register_family: family of {model_type!r} is {family!r}, expected a Family, mlp_in a tuple"
-        )
+        raise TypeError(f"register_family: family of {model_type!r} is {family!r}, expected a Family, mlp_in a tuple")
     for template in family.modules:
         if "{layer}" not in template:
             raise ValueError(f"register_family: name {template!r} of {model_type!r} has no '{{layer}}' in it")
@@ -265,16 +263,11 @@ def _with_prefix(family: Family, shapes: Mapping[str, tuple[int, ...]], model_ty
     return replace(
         family,
         mlp_in=tuple(prefix + name for name in family.mlp_in),
-        **{
-            role: prefix + getattr(family, role)
-            for role in ("query", "key", "value", "attention_out", "mlp_out")
-        },
+        **{role: prefix + getattr(family, role) for role in ("query", "key", "value", "attention_out", "mlp_out")},
     )
 
 
-def _measure(
-    names: Family, shapes: Mapping[str, tuple[int, ...]], config: Any, model_type: str
-) -> UnitLayout:
+def _measure(names: Family, shapes: Mapping[str, tuple[int, ...]], config: Any, model_type: str) -> UnitLayout:
     """Dimensions from layer 0's shapes and the number of heads; `find_units` holds every layer to them."""
 
     def shape(template: str) -> tuple[int, ...]:
@@ -310,9 +303,7 @@ def _measure(
     ):
         stated = _setting(config, key)
         if stated is not None and stated != found:
-            raise ValueError(
-                f"find_units: the config says {key}={stated}, but the parameter shapes say {found}"
-            )
+            raise ValueError(f"find_units: the config says {key}={stated}, but the parameter shapes say {found}")
     return UnitLayout(
         model_type=model_type,
         names=names,
@@ -354,17 +345,14 @@ def unit_masks(
     """
     for word, given, valid in (("preset", preset, get_args(Preset)), ("kv", kv, get_args(KvPolicy))):
         if given not in valid:
-            raise ValueError(
-                f"unit_masks: {word} is {given!r}, expected one of {', '.join(map(repr, valid))}"
-            )
+            raise ValueError(f"unit_masks: {word} is {given!r}, expected one of {', '.join(map(repr, valid))}")
     for word, array, shape in (
         ("heads", heads, layout.heads_shape),
         ("channels", channels, layout.channels_shape),
     ):
         if array.shape != shape or array.dtype != np.bool_:
             raise ValueError(
-                f"unit_masks: {word} is {array.dtype} of shape {array.shape}, expected bool {shape} for "
-                f"{layout}"
+                f"unit_masks: {word} is {array.dtype} of shape {array.shape}, expected bool {shape} for {layout}"
             )
     grouped = heads.reshape(layout.n_layers, layout.n_kv_heads, layout.group_size)
     kv_heads = {"any": grouped.any(2), "all": grouped.all(2), "never": np.zeros(grouped.shape[:2], bool)}[kv]

@@ -138,6 +138,8 @@ def choose_backend(name: str, device: torch.device, operation: str) -> Backend:
     states = backend_states()
     if name not in ("auto", *states):
         raise ValueError(f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *states)))}")
+    if device.type == "meta":
+        raise ValueError(f"{operation}: tensors are on the meta device and hold no values; materialise the model first")
     if name == "auto":
         compiled = states["cpu"] if device.type == "cpu" else "no compiled backend for this device in this version"
         if isinstance(compiled, str):

@@ -40,9 +40,10 @@ if "SAFEFREEZE_CPU_ISA" in os.environ:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
-    if any(tensor is None for tensor in tensors):
+    try:
+        return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
+    except TypeError:  # a missing gradient
         return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64)
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
 
 
 def _codes(tensors: Sequence[Tensor | None]) -> np.ndarray:

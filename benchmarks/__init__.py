@@ -1,0 +1,1 @@
+"""Benchmarks of safefreeze_kernels: `python -m benchmarks`, or `pytest benchmarks --benchmark-only`."""
