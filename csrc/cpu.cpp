@@ -41,6 +41,7 @@ struct Place {
   int64_t from = 0, to = 0;
   const Run* rows = nullptr;
   int64_t picks = 0;
+  bool shared = false;  // other threads may be writing to the elements between: touch none but one's own
 
   int64_t row_start(int64_t row) const { return rows ? rows[row].start : start; }
 };
@@ -142,7 +143,15 @@ template <typename T>
 void put(const T* __restrict values, int64_t n, T* __restrict data, Place place, const uint8_t* frozen) {
   if (!place.cols) {
     T* here = data + place.start;
-    for (int64_t i = 0; i < n; ++i) here[i] = frozen && frozen[i] ? here[i] : values[i];
+    if (!frozen) {
+      memcpy(here, values, static_cast<size_t>(n) * sizeof(T));
+    } else if (place.shared) {
+      for (int64_t i = 0; i < n; ++i) {
+        if (!frozen[i]) here[i] = values[i];
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) here[i] = frozen[i] ? here[i] : values[i];
+    }
     return;
   }
   for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
@@ -280,7 +289,9 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
   const Segment& segment = work.segments[piece.segment];
   const int32_t* cols = at<const int32_t>(segment.cols);
   const int32_t* packed_cols = at<const int32_t>(segment.packed_cols);
-  const uint16_t* col_bits = picks_by_bits ? at<const uint16_t>(segment.col_bits) : nullptr;
+  const bool shared = segment.shared != 0;
+  // put_by_bits writes back what lies between picks
+  const uint16_t* col_bits = picks_by_bits && !shared ? at<const uint16_t>(segment.col_bits) : nullptr;
   for (int64_t r = piece.begin; r < piece.end;) {
     const Run& run = work.runs[r];
     int64_t rows = 1;
@@ -307,7 +318,9 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
         }
         place.picks = n;
       }
+      place.shared = shared;
       Place packed{run.packed + (packed_cols ? 0 : done)};
+      packed.shared = shared;
       if (packed_cols) {
         packed.cols = packed_cols + done;
         packed.picks = n;
@@ -389,9 +402,10 @@ struct Operand {
   bool bf16, staged;
 };
 
-Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage) {
-  if (!place.cols && dtype == DType::f32) return {at<float>(address) + place.start, false, false};
-  if (!place.cols && dtype == DType::bf16) return {at<uint16_t>(address) + place.start, true, false};
+Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage, bool in_place = true) {
+  in_place = in_place && !place.cols;
+  if (in_place && dtype == DType::f32) return {at<float>(address) + place.start, false, false};
+  if (in_place && dtype == DType::bf16) return {at<uint16_t>(address) + place.start, true, false};
   load(dtype, address, place, n, stage);
   return {stage, false, true};
 }
@@ -409,11 +423,12 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
       expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
       frozen = flag_stage;
     }
-    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
-    const Operand g = operand(dtype, tensor.grad, b.place, b.n, stage[1]);
-    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);
-    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3]);
-    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4])
+    const bool in_place = !(frozen && b.place.shared);
+    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0], in_place);
+    const Operand g = operand(dtype, tensor.grad, b.place, b.n, stage[1], in_place);
+    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2], in_place);
+    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], in_place);
+    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], in_place)
                                      : Operand{nullptr, false, false};
     const auto choose = p.bf16 ? (m.bf16 ? choose_block<uint16_t, uint16_t> : choose_block<uint16_t, float>)
                                : (m.bf16 ? choose_block<float, uint16_t> : choose_block<float, float>);

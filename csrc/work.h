@@ -25,6 +25,7 @@ struct Segment {
   int64_t cols;         // address of int32[count], picked columns; 0: the run is contiguous
   int64_t col_bits;     // address of the same picks, one bit per column, 16 to a word; 0: too sparse to be read so
   int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...
+  int64_t shared;       // whether other segments visit elements between this one's, perhaps in another thread
   int64_t frozen_bits;  // address of one bit per tensor element, readable 8 bytes past the end; 0: none
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Literal, NamedTuple, overload
 
 import torch
@@ -20,6 +20,7 @@ Model = torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 # Read by `map` for every tensor at every step: the getters themselves, without a Python frame for each.
 _grad: Final = Tensor.grad.__get__  # type: ignore[union-attr]
 _dtype: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_device: Final = Tensor.device.__get__
 _shape: Final = Tensor.shape.__get__  # type: ignore[attr-defined]
 _is_contiguous: Final = Tensor.is_contiguous
 _STORAGE: Final = frozenset(STORAGE)
@@ -37,60 +38,79 @@ class ClippedNorm(NamedTuple):
     raw: Tensor  # norm over all elements, frozen ones included: what torch would have clipped by
 
 
-@dataclass
 class _Bound:
-    """A plan bound to a model: the parameters, and the lists compiled for them."""
+    """A plan bound to a model: its trainable parameters, those the plan names first, and the lists compiled for them.
 
-    params: list[Tensor]  # every trainable parameter once; those the plan names first
-    names: list[str]
-    masks: list[FreezeMask]
-    homes: list[tuple[weakref.ref[torch.nn.Module], str]]  # where each was found, to see that it still is there
-    n_masked: int
-    live: WorkList | None = None
-    frozen: WorkList | None = None
+    Refers to modules and parameters weakly, so that remembering a binding keeps no model alive.
+    """
 
-    def __post_init__(self) -> None:
-        self.shapes = [p.shape for p in self.params]
+    def __init__(self, model: Model, named: list[tuple[str, Tensor]], plan: FreezePlan, operation: str) -> None:
+        entries = bind(plan, named, operation=operation)
+        masked = {id(entry.param) for entry in entries}
+        rest = {id(p): (name, p) for name, p in reversed(named) if id(p) not in masked}
+        self.n_masked = len(entries)
+        self.names = [entry.name for entry in entries] + [name for name, _ in rest.values()]
+        params = [entry.param for entry in entries] + [p for _, p in rest.values()]
+        self.masks = [entry.mask for entry in entries] + [FreezeMask(p.shape) for _, p in rest.values()]
+        self.shapes = [p.shape for p in params]
+        self._params = [weakref.ref(p) for p in params]
+        self._modules = (
+            [weakref.ref(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
+        )
+        self._contents = _contents(self._modules)
+        self._live: WorkList | None = None
+        self._frozen: WorkList | None = None
 
-    def is_current(self) -> bool:
-        found = [module._parameters.get(key) if (module := home()) is not None else None for home, key in self.homes]
-        return list(map(id, found)) == list(map(id, self.params)) and list(map(_shape, self.params)) == self.shapes
+    def params(self) -> list[Tensor] | None:
+        """The parameters, if the model still holds the same modules and parameters of the same shapes."""
+        params = [ref() for ref in self._params]
+        if _contents(self._modules) != self._contents or any(p is None for p in params):
+            return None
+        return params if list(map(_shape, params)) == self.shapes else None  # type: ignore[return-value]
+
+    @property
+    def live(self) -> WorkList:
+        """What trains, in all parameters."""
+        if self._live is None:
+            self._live = compile_live(self.masks)
+        return self._live
+
+    @property
+    def frozen(self) -> WorkList:
+        """What does not, in the first `n_masked` parameters."""
+        if self._frozen is None:
+            self._frozen = compile_frozen(self.masks[: self.n_masked])
+        return self._frozen
 
 
-_bound: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Bound]] = weakref.WeakKeyDictionary()
+def _contents(modules: list[weakref.ref[torch.nn.Module]]) -> list[int] | None:
+    """Which parameters and submodules each module holds, by identity; None if a module is gone."""
+    found = [ref() for ref in modules]
+    if any(module is None for module in found):
+        return None
+    held = ((module._parameters.values(), module._modules.values()) for module in found if module is not None)
+    return list(map(id, chain.from_iterable(chain.from_iterable(held))))
 
 
-def _bind(model: Model, plan: FreezePlan | None, operation: str) -> _Bound:
-    """Bind, or find the binding made before; a module's parameters are looked up again only if one was replaced."""
+_bindings: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, _Bound]] = weakref.WeakKeyDictionary()
+
+
+def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bound, list[Tensor]]:
+    """The binding and its parameters; for a module the last one is remembered, since a model trains under one plan."""
     plan = plan if plan is not None else FreezePlan()
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
-    if not isinstance(model, torch.nn.Module):
-        return _bind_anew(named_tensors(model), plan, operation, {})
-    known = _bound.setdefault(model, {})
-    bound = known.get(plan.fingerprint)
-    if bound is None or not bound.is_current():
-        homes = {
-            id(p): (weakref.ref(module), key) for module in model.modules() for key, p in module._parameters.items()
-        }
-        known.clear()  # one plan at a time: a model is trained under one
-        bound = known[plan.fingerprint] = _bind_anew(named_tensors(model), plan, operation, homes)
-    return bound
-
-
-def _bind_anew(
-    named: list[tuple[str, Tensor]],
-    plan: FreezePlan,
-    operation: str,
-    homes: dict[int, tuple[weakref.ref[torch.nn.Module], str]],
-) -> _Bound:
-    entries = bind(plan, named, operation=operation)
-    masked = {id(entry.param) for entry in entries}
-    rest = {id(p): (name, p) for name, p in reversed(named) if id(p) not in masked}
-    names = [entry.name for entry in entries] + [name for name, _ in rest.values()]
-    params = [entry.param for entry in entries] + [p for _, p in rest.values()]
-    masks = [entry.mask for entry in entries] + [FreezeMask(p.shape) for _, p in rest.values()]
-    return _Bound(params, names, masks, [homes[id(p)] for p in params] if homes else [], len(entries))
+    if isinstance(model, torch.nn.Module):
+        fingerprint, known = _bindings.get(model, (None, None))
+        if known is not None and fingerprint == plan.fingerprint and (params := known.params()) is not None:
+            return known, params
+    named = named_tensors(model)
+    bound = _Bound(model, named, plan, operation)
+    params = bound.params()
+    assert params is not None
+    if isinstance(model, torch.nn.Module):
+        _bindings[model] = plan.fingerprint, bound
+    return bound, params
 
 
 def read_gradients(
@@ -109,14 +129,17 @@ def read_gradients(
         plain = (
             all(map(_is_contiguous, grads))  # type: ignore[arg-type]
             and list(map(_shape, grads)) == shapes
+            and set(map(_device, grads)) == {params[0].device}
             and (list(map(_dtype, grads)) == dtypes if dtypes is not None else set(map(_dtype, grads)) <= _STORAGE)
         )
-    except (RuntimeError, TypeError):  # a layout without strides, or no gradient
+    except (RuntimeError, TypeError, IndexError):  # a layout without strides, no gradient, no parameters
         plain = False
     if not plain:
-        for i, (grad, p) in enumerate(zip(grads, params, strict=True)):
+        for grad, p, name, shape in zip(grads, params, names, shapes, strict=True):
+            if p.shape != shape:
+                raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:
-                check_gradient(p, grad, names[i], operation, STORAGE if dtypes is None else (p.dtype,))
+                check_gradient(p, grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
     return grads, plain
 
 
@@ -139,14 +162,33 @@ def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: S
         raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
 
 
-class _Contiguous:
-    """Kernels see contiguous tensors: others are copied, and copied back by `finish`."""
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements (may) share memory, as in expanded tensors: such a tensor cannot be written to."""
+    reach = 0  # how far the dimensions of smaller stride extend; the next one must step over it
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and tensor.numel():
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
-    def __init__(self, tensors: Sequence[Tensor | None], plain: bool) -> None:
+
+class _Contiguous:
+    """Gradients to be written to. Kernels see contiguous ones: others are copied, and copied back by `finish`."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], plain: bool, names: Sequence[str], operation: str) -> None:
+        for tensor, name in () if plain else zip(tensors, names, strict=True):
+            if tensor is not None and overlaps_itself(tensor):
+                raise ValueError(
+                    f"{operation}: grad of {name!r} overlaps itself in memory (stride {tensor.stride()}) and cannot be "
+                    "written to; assign its .contiguous() copy"
+                )
         self.originals, self.plain = tensors, plain
         self.tensors = tensors if plain else [t if t is None else t.contiguous() for t in tensors]
 
     def finish(self) -> None:
+        """The originals hold what was written, and autograd knows."""
+        torch.autograd.graph.increment_version([t for t in self.originals if t is not None])
         if self.plain:
             return
         for original, used in zip(self.originals, self.tensors, strict=True):
@@ -162,11 +204,16 @@ def _one_backend(name: str, grads: Sequence[Tensor | None], operation: str) -> B
 
 
 def zero_listed_grads_(
-    backend: str, work: WorkList, params: Sequence[Tensor], names: Sequence[str], operation: str
+    backend: str,
+    work: WorkList,
+    params: Sequence[Tensor],
+    names: Sequence[str],
+    shapes: Sequence[torch.Size],
+    operation: str,
 ) -> None:
     """Zero what a frozen list visits in the gradients of ``params``."""
-    grads, plain = read_gradients(params, names, list(map(_shape, params)), operation)
-    ready = _Contiguous(grads, plain)
+    grads, plain = read_gradients(params, names, shapes, operation)
+    ready = _Contiguous(grads, plain, names, operation)
     _one_backend(backend, grads, operation).zero_(work, ready.tensors)
     ready.finish()
 
@@ -185,11 +232,9 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     Raises:
         ValueError: the plan does not fit the model.
     """
-    bound = _bind(model, plan, "zero_frozen_grads_")
-    if bound.frozen is None:
-        bound.frozen = compile_frozen(bound.masks[: bound.n_masked])
-    params, names = bound.params[: bound.n_masked], bound.names[: bound.n_masked]
-    zero_listed_grads_(backend, bound.frozen, params, names, "zero_frozen_grads_")
+    bound, params = _bind(model, plan, "zero_frozen_grads_")
+    n = bound.n_masked
+    zero_listed_grads_(backend, bound.frozen, params[:n], bound.names[:n], bound.shapes[:n], "zero_frozen_grads_")
 
 
 @overload
@@ -234,18 +279,17 @@ def clip_grad_norm_(
     kind = _NORM_KINDS.get(float(norm_type))
     if kind is None:
         raise ValueError(f"{operation}: norm_type is {norm_type}, expected 2.0, 1.0 or inf")
+    if not isinstance(max_norm, (int, float, Tensor)):
+        raise TypeError(f"{operation}: max_norm is a {type(max_norm).__name__}, expected a number >= 0")
+    max_norm = float(max_norm)
     if not max_norm >= 0:
         raise ValueError(f"{operation}: max_norm is {max_norm}, expected a number >= 0")
-    bound = _bind(model, plan, operation)
-    if bound.live is None:
-        bound.live = compile_live(bound.masks)
-    grads = _Contiguous(*read_gradients(bound.params, bound.names, bound.shapes, operation))
+    bound, params = _bind(model, plan, operation)
+    grads = _Contiguous(*read_gradients(params, bound.names, bound.shapes, operation), bound.names, operation)
     chosen = _one_backend(backend, grads.tensors, operation)
     live = chosen.norm(bound.live, grads.tensors, kind)
     frozen = 0.0
     if return_raw:
-        if bound.frozen is None:
-            bound.frozen = compile_frozen(bound.masks[: bound.n_masked])
         frozen = chosen.norm(bound.frozen, grads.tensors[: bound.n_masked], kind)
     norm, raw = _norm_of(kind, live), _norm_of(kind, live, frozen)
     if error_if_nonfinite and not math.isfinite(norm):

@@ -33,6 +33,7 @@ __all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "na
 Indices = Sequence[int] | Tensor | np.ndarray | None
 _FORMAT: Final = "safefreeze.plan"
 _VERSION: Final = 1
+_MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged file may claim at most
 _NONE: Final = np.empty(0, np.int64)
 
 
@@ -234,7 +235,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
         checked = tuple(int(n) for n in shape)
         exact = all(a == b for a, b in zip(checked, shape, strict=True))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         exact, checked = False, ()
     if not exact or any(n < 0 for n in checked):
         raise ValueError(f"FreezeMask: shape is {shape!r}, expected a sequence of sizes such as (rows, columns)")
@@ -245,7 +246,12 @@ def _checked_indices(given: Indices, size: int, what: str) -> np.ndarray:
     """Ascending int64 indices below ``size``; copies, so that a caller's later edits do not reach the mask."""
     if given is None:
         return _NONE.copy()
-    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    try:
+        array = _as_array(given)
+    except ValueError:  # lists of unequal lengths
+        raise ValueError(f"FreezeMask: {what} is {given!r}, expected a 1-D list, tensor or array") from None
+    if isinstance(array, torch.dtype):
+        raise TypeError(f"FreezeMask: {what} has dtype {array}, expected integer indices or a bool vector")
     if array.ndim != 1:
         raise ValueError(f"FreezeMask: {what} has {array.ndim} dimensions, expected a 1-D list, tensor or array")
     if array.dtype == np.bool_:
@@ -271,14 +277,24 @@ def _checked_indices(given: Indices, size: int, what: str) -> np.ndarray:
 def _checked_elements(elements: Tensor | np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
     if elements is None:
         return None
-    frozen = elements.detach().cpu().numpy() if isinstance(elements, Tensor) else np.asarray(elements)
-    if frozen.dtype != np.bool_:
-        raise TypeError(f"FreezeMask: elements has dtype {frozen.dtype}, expected bool with True = frozen")
+    frozen = _as_array(elements)
+    if isinstance(frozen, torch.dtype) or frozen.dtype != np.bool_:
+        dtype = frozen if isinstance(frozen, torch.dtype) else frozen.dtype
+        raise TypeError(f"FreezeMask: elements has dtype {dtype}, expected bool with True = frozen")
     if frozen.shape != shape:
         raise ValueError(f"FreezeMask: elements has shape {frozen.shape}, expected {shape}")
     n_cols = shape[-1] if len(shape) > 1 else 1
     n_rows = math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
     return np.array(frozen).reshape(n_rows, n_cols)
+
+
+def _as_array(given: Any) -> np.ndarray | torch.dtype:
+    """``given`` as an array; for a tensor whose dtype numpy lacks (no indices anyway), that dtype."""
+    if not isinstance(given, Tensor):
+        return np.asarray(given)
+    if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
+        return given.dtype
+    return given.detach().cpu().numpy()
 
 
 def _complement(index: np.ndarray, size: int) -> np.ndarray:
@@ -410,7 +426,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
             "version": str(_VERSION),
             "fingerprint": self.fingerprint,
             "masks": json.dumps(entries, sort_keys=True),
-            "metadata": json.dumps(self.metadata, sort_keys=True),
+            "metadata": json.dumps(self.metadata, sort_keys=True, allow_nan=False),
         }
         header["checksum"] = _checksum(header)
         write_atomically(Path(path), save(tensors, header))
@@ -432,7 +448,16 @@ class FreezePlan(Mapping[str, FreezeMask]):
                 return cls._decode(file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except PlanFileError as error:
             raise PlanFileError(f"FreezePlan.load: {os.fspath(path)!r} {error}") from None
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise PlanFileError(
                 f"FreezePlan.load: {os.fspath(path)!r} is truncated or not a plan file ({error})"
             ) from error
@@ -452,6 +477,8 @@ class FreezePlan(Mapping[str, FreezeMask]):
         for name, entry in json.loads(header["masks"]).items():
             mask = FreezeMask(entry["shape"])
             n_rows, n_cols = mask.matrix_shape
+            if mask.numel > _MOST_ELEMENTS:
+                raise PlanFileError(f"was altered: {name!r} has shape {mask.shape}, more than any tensor holds")
             parts: dict[str, Any] = {}
             for part, size in (("rows", n_rows), ("cols", n_cols), ("elements", mask.numel)):
                 if part in entry:
@@ -539,8 +566,12 @@ def named_tensors(
     """(name, tensor) pairs of a model, with every name of a tied tensor; also takes a mapping or pairs."""
     if isinstance(model, torch.nn.Module):
         return list(model.named_parameters(remove_duplicate=False))
-    pairs = list(model.items()) if isinstance(model, Mapping) else list(model)
-    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
+    pairs: list[Any] = []
+    if isinstance(model, Iterable):
+        pairs = list(model.items()) if isinstance(model, Mapping) else list(model)
+    if not isinstance(model, Iterable) or not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs
+    ):
         raise TypeError("expected a torch.nn.Module, a mapping name -> tensor, or (name, tensor) pairs")
     return pairs
 
@@ -584,11 +615,14 @@ def bind(
                 "give it one mask, for example the union"
             )
         bound.setdefault(id(param), BoundMask(name, param, mask))
-    _refuse_overlap(list(bound.values()), named, operation)
+    # Who only reads may meet a tied weight as two tensors over the same bytes, as in a state dict.
+    _refuse_overlap(list(bound.values()), named, operation, twins_allowed=not require_grad)
     return list(bound.values())
 
 
-def _refuse_overlap(bound: list[BoundMask], named: Sequence[tuple[str, Tensor]], operation: str) -> None:
+def _refuse_overlap(
+    bound: list[BoundMask], named: Sequence[tuple[str, Tensor]], operation: str, *, twins_allowed: bool
+) -> None:
     """Two different parameters over the same bytes: freezing one could not hold while the other trains."""
     masked = {id(entry.param) for entry in bound}
     spans: list[tuple[int, int, str, int]] = []
@@ -600,6 +634,8 @@ def _refuse_overlap(bound: list[BoundMask], named: Sequence[tuple[str, Tensor]],
     spans.sort()
     furthest: tuple[int, int, str, int] | None = None
     for span in spans:
+        if twins_allowed and furthest and span[:2] == furthest[:2]:
+            continue
         if furthest and span[0] < furthest[1] and (span[3] in masked or furthest[3] in masked):
             raise ValueError(
                 f"{operation}: {furthest[2]!r} and {span[2]!r} share storage but are different parameters; "
@@ -620,35 +656,38 @@ def _summarize(plan: FreezePlan) -> str:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    counts: dict[str, dict[str, list[int]]] = {}
+    # (layer, kind) -> [frozen, all elements]; None stands for the total over all of them
+    counts: dict[tuple[str | None, str | None], list[int]] = {}
     for name, mask in plan.items():
         found = _LAYER.search(name)
         layer, rest = (found.group(1), found.group("rest")) if found else ("-", name)
-        kind = ".".join(
-            part for part in rest.removesuffix(".weight").split(".")[-2 if rest.endswith(".bias") else -1 :]
-        )
-        for row in (layer, "all"):
-            for column in (kind, "all"):
-                cell = counts.setdefault(row, {}).setdefault(column, [0, 0])
-                cell[0] += mask.frozen_count
-                cell[1] += mask.numel
-    layers = sorted(
-        (row for row in counts if row != "all"), key=lambda row: (row == "-", int(row) if row != "-" else 0)
-    )
-    kinds = list(dict.fromkeys(kind for layer in layers for kind in counts[layer] if kind != "all"))
-    hidden = len(kinds) - _MOST_KINDS
-    table = Table(title=f"frozen share, fingerprint {plan.fingerprint[:12]}", title_justify="left", box=None)
-    for heading in ("layer", *kinds[:_MOST_KINDS], "all"):
-        table.add_column(heading, justify="right")
-    for layer in [*layers, "all"] if layers else []:
-        cells = [counts[layer].get(kind) for kind in (*kinds[:_MOST_KINDS], "all")]
-        shown = (f"{cell[0] / cell[1]:.1%}" if cell and cell[1] else "" for cell in cells)
-        table.add_row(layer, *shown, style="bold" if layer == "all" else None)
+        parts = rest.removesuffix(".weight").split(".")
+        kind = ".".join(parts[-2 if parts[-1] == "bias" else -1 :])
+        for key in ((layer, kind), (layer, None), (None, kind), (None, None)):
+            cell = counts.setdefault(key, [0, 0])
+            cell[0] += mask.frozen_count
+            cell[1] += mask.numel
+    layers = sorted({row for row, _ in counts if row is not None}, key=lambda row: (row == "-", row.zfill(20)))
+    kinds = list(dict.fromkeys(kind for _, kind in counts if kind is not None))
+    shown, hidden = kinds[:_MOST_KINDS], max(len(kinds) - _MOST_KINDS, 0)
+    table = Table(box=None)
+    for heading in ("layer", *shown, "all"):
+        table.add_column(Text(heading), justify="right")
+    for row in [*layers, None] if layers else []:
+        cells = [counts.get((row, column)) for column in (*shown, None)]
+        texts = [f"{cell[0] / cell[1]:.1%}" if cell and cell[1] else "" for cell in cells]
+        table.add_row("all" if row is None else row, *texts)
     buffer = StringIO()
-    Console(file=buffer, width=80, color_system=None).print(table)
+    console = Console(file=buffer, width=80, color_system=None)
+    console.print(f"frozen share, fingerprint {plan.fingerprint[:12]}", highlight=False)
+    console.print(table)
     live = sum(mask.live_count for mask in plan.values())
     total = sum(mask.numel for mask in plan.values())
-    note = f"{len(plan)} parameters, {total:,} elements: {total - live:,} frozen, {live:,} live"
-    more = f" ({hidden} more kinds of module are counted under all)" if hidden > 0 else ""
-    return buffer.getvalue().rstrip() + "\n" + note + more
+    console.print(
+        f"{len(plan)} parameters, {total:,} elements: {total - live:,} frozen, {live:,} live", highlight=False
+    )
+    if hidden:
+        console.print(f"{hidden} more kinds of module are counted under all", highlight=False)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))

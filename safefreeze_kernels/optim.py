@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import check_gradient, read_gradients, zero_listed_grads_
+from .gradients import check_gradient, overlaps_itself, read_gradients, zero_listed_grads_
 from .kernels import (
     SCALARS,
     STORAGE,
@@ -109,23 +110,26 @@ class MaskedAdam(Optimizer):
         self._ages: dict[str, Ages] = {}
         self._launches: list[_Launch] = []
         self._launch_key: Any = None
+        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
         if freeze is not None:
             self._plan = _checked_plan(freeze, what)
-        self._masks()  # a plan that does not fit is an error now, not at the first step
+        # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
+        self._masks()
+        for device in {p.device for p in self._params()} - {torch.device("meta")} or {torch.device("cpu")}:
+            choose_backend(backend, device, what)
 
     # -- parameters, names, masks -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_hyper_parameters({**self.defaults, **param_group})
-        names = {id(p) for group in self.param_groups for p in group["params"]}
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for p in self.param_groups[-1]["params"]:
-                if id(p) not in names:
-                    _check_parameter(p, type(self).__name__)
+            for i, p in enumerate(group["params"]):
+                _check_parameter(p, type(self).__name__, group["param_names"][i] if "param_names" in group else None)
         except TypeError:
             del self.param_groups[-1]
             raise
@@ -196,7 +200,11 @@ class MaskedAdam(Optimizer):
         """Launches for the present parameters, state and gradients; compiled anew only if one of them was replaced."""
         groups = self.param_groups
         key = [(_flags(group), list(map(id, group["params"]))) for group in groups]
-        if key == self._launch_key and all(launch.is_current() for launch in self._launches):
+        if (
+            key == self._launch_key
+            and all(launch.is_current(self.state) for launch in self._launches)
+            and not any(p.grad is not None for p in self._waiting)
+        ):
             return self._launches
         params, names, masks = self._params(), self._names(), self._masks()
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -214,7 +222,7 @@ class MaskedAdam(Optimizer):
         launches = []
         for ((_, amsgrad, l2), device), members in kinds.items():
             for i in members:
-                self._init_state(params[i], masks[i], amsgrad)
+                self._init_state(params[i], masks[i], amsgrad, names[i])
             launches.append(
                 _Launch(
                     optimizer=type(self).__name__,
@@ -226,19 +234,34 @@ class MaskedAdam(Optimizer):
                     states=[self.state[params[i]] for i in members],
                     amsgrad=amsgrad,
                     l2=l2,
-                    waiting=[p for i, p in enumerate(params) if p.grad is None and not self.state.get(p)],
                 )
             )
         self._launches, self._launch_key = launches, key
+        self._waiting = [p for p in params if p.grad is None and not self.state.get(p)]
         return launches
 
-    def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool) -> None:
+    def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool, name: str) -> None:
+        """Make what state is missing; check what is there, since a kernel takes its addresses."""
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            self._ages.pop(name, None)  # without state everything is equally young
         for key in _MOMENTS[: 3 if amsgrad else 2]:
             if key not in state:
                 state[key] = torch.zeros(mask.packed_shape, dtype=self._state_dtype, device=param.device)
+            moment = state[key]
+            for got, expected, aspect in (
+                (tuple(moment.shape), mask.packed_shape, "shape"),
+                (moment.dtype, self._state_dtype, "dtype"),
+                (moment.device, param.device, "device"),
+            ):
+                if got != expected:
+                    raise ValueError(
+                        f"{type(self).__name__}: state {key!r} of {name!r} has {aspect} {got}, expected {expected}; "
+                        "load foreign state with load_state_dict"
+                    )
+            if not moment.is_contiguous():
+                state[key] = moment.contiguous()
 
     # -- changing the plan --------------------------------------------------------------------------------------
 
@@ -350,6 +373,11 @@ class MaskedAdam(Optimizer):
         if len(saved_ids) != len(params):
             return converted, {}  # torch's loader says what differs
         converted["state"] = dict(given["state"])
+        # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
+        converted["param_groups"] = [
+            {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
+            for saved, own in zip(given["param_groups"], self.param_groups, strict=False)
+        ]
         for index, (saved_id, p, name, mask) in enumerate(zip(saved_ids, params, names, masks, strict=True)):
             if saved_id not in given["state"]:
                 continue
@@ -387,7 +415,7 @@ class MaskedAdam(Optimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._launches, self._launch_key = [], None
+        self._launches, self._launch_key, self._waiting = [], None, []
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -434,6 +462,11 @@ class MaskedAdamW(MaskedAdam):
             decoupled_weight_decay=True, freeze=freeze, backend=backend, state_dtype=state_dtype,
         )  # fmt: skip
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # whatever checkpoint came, as in torch
+
 
 @dataclass
 class _Veiled:
@@ -453,11 +486,11 @@ class _Launch:
 
     def __init__(
         self, *, optimizer: str, backend: Backend, work: WorkList, params: list[Tensor], names: list[str],
-        group_of: np.ndarray, states: list[dict[str, Any]], amsgrad: bool, l2: bool, waiting: list[Tensor],
+        group_of: np.ndarray, states: list[dict[str, Any]], amsgrad: bool, l2: bool,
     ) -> None:  # fmt: skip
         self.optimizer, self.backend, self.work = optimizer, backend, work
         self.params, self.names, self.states = params, names, states
-        self.amsgrad, self.l2, self.waiting = amsgrad, l2, waiting
+        self.amsgrad, self.l2 = amsgrad, l2
         self.group_of_part = group_of[work.tensor_of_part]
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
         self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
@@ -467,23 +500,23 @@ class _Launch:
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
         moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
         self.operands = AdamWOperands(list(params), moments[0], moments[1], moments[2] if amsgrad else None)
-        self.addresses = list(map(Tensor.data_ptr, params))
-        # Kept, so that the kernel's addresses stay valid even if someone takes a state tensor's storage away.
-        self.storages = [tensor.untyped_storage() for column in moments for tensor in column]
+        self.contiguous = list(map(Tensor.is_contiguous, params))
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
         for state, view in zip(states, self.steps.unbind(), strict=True):
             state["step"] = view
         self.counts = self.steps.numpy()
-        self.state_ids = [id(value) for state in states for value in state.values()]
+        self.addresses = _addresses(params, states)
 
-    def is_current(self) -> bool:
-        """Whether parameters lie where they lay, state is the same tensors, and nobody else got a gradient."""
-        return (
-            list(map(Tensor.data_ptr, self.params)) == self.addresses
-            and list(map(id, chain.from_iterable(map(dict.values, self.states)))) == self.state_ids
-            and not any(p.grad is not None for p in self.waiting)
-        )
+    def is_current(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters and their ``states`` lie where they lay. The old ones are kept: no address comes twice."""
+        try:
+            return (
+                _addresses(self.params, map(states.__getitem__, self.params)) == self.addresses
+                and list(map(Tensor.is_contiguous, self.params)) == self.contiguous
+            )
+        except (KeyError, TypeError):  # state was thrown away, or is no tensor
+            return False
 
     def prepare(
         self, groups: list[dict[str, Any]], multiplier: float
@@ -527,6 +560,10 @@ class _Launch:
         torch.autograd.graph.increment_version(changed)
 
 
+def _addresses(params: Iterable[Tensor], states: Iterable[dict[str, Any]]) -> list[int]:
+    return list(map(Tensor.data_ptr, chain(params, chain.from_iterable(map(dict.values, states)))))
+
+
 # ------------------------------------------------------------------------------------------------------- checks
 
 
@@ -540,7 +577,13 @@ def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple
     lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
-    if not (lr >= 0.0 and eps >= 0.0 and weight_decay >= 0.0 and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+    if not (
+        0.0 <= lr < math.inf
+        and 0.0 <= eps < math.inf
+        and 0.0 <= weight_decay < math.inf
+        and 0.0 <= beta1 < 1.0
+        and 0.0 <= beta2 < 1.0
+    ):
         _check_hyper_parameters(group)
     return adamw_scalars(
         lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
@@ -549,13 +592,13 @@ def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple
 
 
 def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    """Ranges, and NaN, which no range holds. The words are torch's, which callers and tests match."""
+    """Ranges, without NaN and infinity. The words are torch's, which callers and tests match."""
     lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
+    if not 0.0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not eps >= 0.0:
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"Invalid epsilon value: {eps}")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
@@ -564,7 +607,7 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Tensor betas[{index}] must be 1-element")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if not weight_decay >= 0.0:
+    if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
@@ -577,7 +620,7 @@ def _check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
             f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16 or float16; convert it, "
             "or give it to torch.optim.AdamW in an optimizer of its own"
         )
-    if p.numel() and sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1 < p.numel():
+    if overlaps_itself(p):
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
 
 
@@ -662,6 +705,8 @@ class Guard:
             if id(entry.param) not in known:
                 raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
         self._names = [entry.name for entry in bound]
+        self._shapes = [entry.param.shape for entry in bound]
+        self._dtypes = [entry.param.dtype for entry in bound]
         self._work = compile_frozen([entry.mask for entry in bound])
         self.refresh()
         self._handles = [
@@ -692,9 +737,17 @@ class Guard:
     def _params(self) -> list[Tensor]:
         # By name, at every use: frameworks swap parameter objects.
         named = dict(named_tensors(self.model))
+        lost = [name for name in self._names if name not in named]
+        if lost:
+            raise ValueError(f"guard: {lost[0]!r} is no longer a parameter of the model; guard it under its new name")
         params = [named[name] for name in self._names]
-        for name, p in zip(self._names, params, strict=True):
+        for name, p, shape, dtype in zip(self._names, params, self._shapes, self._dtypes, strict=True):
             _check_parameter(p, "guard", name)
+            if (p.shape, p.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"guard: {name!r} is {tuple(p.shape)} {p.dtype}, expected {tuple(shape)} {dtype} "
+                    "as before; guard it anew"
+                )
         return params
 
     def _backend(self, params: list[Tensor]) -> Backend:
@@ -720,7 +773,6 @@ class Guard:
                 remedy="if they were loaded on purpose, call guard.refresh()",
             )  # fmt: skip
         self._zero_grads(params)
-        args = list(args)
 
         def watched(closure: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -730,18 +782,17 @@ class Guard:
 
             return run
 
-        if args and callable(args[0]):
-            args[0] = watched(args[0])
-        elif callable(kwargs.get("closure")):
+        if callable(kwargs.get("closure")):
             kwargs = {**kwargs, "closure": watched(kwargs["closure"])}
-        return tuple(args), kwargs
+        # args[0] is the optimizer itself
+        return (args[0], *(watched(arg) if callable(arg) else arg for arg in args[1:])), kwargs
 
     def _masks(self) -> list[FreezeMask]:
         return [self.plan[name] for name in self._names]
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, params, self._names, "guard")
+        zero_listed_grads_(self._backend_name, self._work, params, self._names, self._shapes, "guard")
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .gradients import Model
 from .kernels import choose_backend, compile_frozen
 from .kernels.drift import INTEGER_OF_WIDTH, FrozenDriftError, raise_on_drift
-from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
 
 __all__ = ["FrozenDriftError", "Snapshot", "snapshot"]
 
@@ -20,9 +20,15 @@ class Snapshot:
 
     def __init__(self, model: Model, plan: FreezePlan) -> None:
         self.plan = plan
-        self._names, params, self._masks = _found(model, plan, "snapshot")
-        self._dtypes = [p.dtype for p in params]
-        self._bytes = [_frozen_bytes(p, mask) for p, mask in zip(params, self._masks, strict=True)]
+        named = named_tensors(model)
+        bound = _found(named, plan, "snapshot")
+        self._names = [entry.name for entry in bound]
+        self._masks = [entry.mask for entry in bound]
+        self._dtypes = [entry.param.dtype for entry in bound]
+        self._bytes = [_frozen_bytes(entry.param, entry.mask) for entry in bound]
+        # every name of the plan, tied ones too -> its place in the lists
+        place = {id(entry.param): i for i, entry in enumerate(bound)}
+        self._place = {name: place[id(tensor)] for name, tensor in named if name in plan}
 
     @property
     def nbytes(self) -> int:
@@ -46,15 +52,15 @@ class Snapshot:
             FrozenDriftError: naming the first tensor, row and column that differ, and both values.
             ValueError: the plan does not fit ``model``.
         """
-        _, params, _ = _found(model, self.plan, "verify")
-        for i, p in enumerate(params):
-            if p.dtype != self._dtypes[i]:
+        for entry in _found(named_tensors(model), self.plan, "verify"):
+            i = self._place[entry.name]
+            if entry.param.dtype != self._dtypes[i]:
                 raise FrozenDriftError(
-                    f"verify: {self._names[i]!r} is {p.dtype}, it was {self._dtypes[i]} at the snapshot; "
+                    f"verify: {entry.name!r} is {entry.param.dtype}, it was {self._dtypes[i]} at the snapshot; "
                     "bytes cannot be compared across dtypes"
                 )
-            now = _frozen_bytes(p, self._masks[i])
-            raise_on_drift("verify", self._names[i : i + 1], self._masks[i : i + 1], self._bytes[i : i + 1], [now])
+            now = _frozen_bytes(entry.param, entry.mask)
+            raise_on_drift("verify", [entry.name], [entry.mask], [self._bytes[i]], [now])
 
     def __repr__(self) -> str:
         return f"Snapshot({len(self._names)} tensors, {self.nbytes:,} frozen bytes)"
@@ -73,28 +79,21 @@ def snapshot(model: Model, plan: FreezePlan) -> Snapshot:
     return Snapshot(model, plan)
 
 
-def _found(model: Model, plan: FreezePlan, operation: str) -> tuple[list[str], list[Tensor], list[FreezeMask]]:
+def _found(named: list[tuple[str, Tensor]], plan: FreezePlan, operation: str) -> list[BoundMask]:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
-    bound = bind(plan, named_tensors(model), operation=operation, require_grad=False)
-    return [b.name for b in bound], [b.param for b in bound], [b.mask for b in bound]
+    return bind(plan, named, operation=operation, require_grad=False)
 
 
 @torch.no_grad()
 def _frozen_bytes(param: Tensor, mask: FreezeMask) -> Tensor:
-    """The frozen elements of a tensor, packed, as integers of its width, on the host. Any dtype."""
+    """The frozen elements of a tensor, packed, on the host. Any dtype."""
     host = param.detach().cpu().contiguous()
-    bits = (
-        host.view(INTEGER_OF_WIDTH[host.element_size()])
-        if host.dim()
-        else host.reshape(1).view(INTEGER_OF_WIDTH[host.element_size()])
-    )
-    if host.element_size() not in (2, 4):
-        return bits.reshape(-1)[mask.dense().reshape(-1)]
-    # the copy kernels move bytes by width: any 2- or 4-byte dtype may pass as these
-    alias = torch.float32 if host.element_size() == 4 else torch.bfloat16
-    packed = torch.empty(mask.frozen_count, dtype=bits.dtype)
-    choose_backend("auto", host.device, "snapshot").gather(
-        compile_frozen([mask]), [bits.view(alias).view(mask.shape)], [packed.view(alias)]
-    )
-    return packed
+    flat = host.view(-1).view(INTEGER_OF_WIDTH[host.element_size()])
+    packed = torch.empty(mask.frozen_count, dtype=flat.dtype)
+    # compiled kernels copy by width: any 2- or 4-byte dtype may pass as these
+    alias = {2: torch.bfloat16, 4: torch.float32}.get(host.element_size())
+    backend = choose_backend("auto" if alias else "reference", host.device, "snapshot")
+    source, target = (flat.view(alias), packed.view(alias)) if alias else (flat, packed)
+    backend.gather(compile_frozen([mask]), [source.view(mask.shape)], [target])
+    return packed.view(param.dtype)

@@ -9,6 +9,7 @@ columns (live list), or a copy of the frozen elements (frozen list).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,7 +21,9 @@ from ..masks import FreezeMask
 __all__ = ["PIECE", "RUN", "SEGMENT", "Ages", "Part", "WorkList", "compile_frozen", "compile_live"]
 
 # Mirrors of the structs in csrc/work.h.
-SEGMENT: Final = np.dtype([(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "frozen_bits")])
+SEGMENT: Final = np.dtype(
+    [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
+)
 RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
 PIECE: Final = np.dtype([("segment", "i8"), ("begin", "i8"), ("end", "i8")])
 
@@ -106,12 +109,19 @@ class WorkList:
         runs: list[np.ndarray] = []
         pieces: list[np.ndarray] = []
         n_runs = 0
+        parts_of = Counter(part.tensor for part in self.parts)
+        shared = {
+            part.tensor
+            for part in self.parts
+            if parts_of[part.tensor] > 1 and (part.cols is not None or part.frozen_bits is not None)
+        }
         for index, part in enumerate(self.parts):
             segments[index] = (
                 part.tensor,
                 self._address(part.cols, np.int32),
                 self._address(_column_bits(part), np.uint8),
                 self._address(part.packed_cols, np.int32),
+                part.tensor in shared,
                 self._address(part.frozen_bits, np.uint8),
             )
             part_runs = _runs(part, compressed=self.frozen and part.frozen_bits is not None)

@@ -1,0 +1,128 @@
+"""What the test files share: comparison by bytes, the backends that run here, and deterministic runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from safefreeze_kernels.kernels import backend_states
+
+settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("reproducible")
+
+# The specification first. A compiled backend that does not run here is left out.
+BACKENDS = tuple(name for name in ("reference", "cpu") if not isinstance(backend_states()[name], str))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, and on busy cores wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype as a test's name shows it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, as integers of its width."""
+    return tensor.detach().contiguous().reshape(-1).view(_AS_BITS[tensor.element_size()]).reshape(tensor.shape)
+
+
+def from_bits(pattern: int, dtype: torch.dtype) -> Tensor:
+    """The 0-dim tensor whose bytes are ``pattern``."""
+    width = torch.empty((), dtype=dtype).element_size()
+    signed = pattern - (1 << 8 * width) if pattern >> (8 * width - 1) else pattern
+    return torch.tensor([signed], dtype=_AS_BITS[width]).view(dtype)[0]
+
+
+def shown(value: Tensor) -> str:
+    """A 0-dim tensor with its bytes."""
+    width = value.element_size()
+    return f"{value.item()!r} (0x{int(bits(value).item()) & ((1 << 8 * width) - 1):0{2 * width}x})"
+
+
+def assert_same_bits(
+    got: Tensor, expected: Tensor, what: str, *, where: Tensor | None = None, any_nan: bool = False
+) -> None:
+    """Fail naming the first coordinate that differs and both values with their bytes.
+
+    Args:
+        where: bool tensor, the elements to compare; None: all.
+        any_nan: a NaN equals any NaN. IEEE 754 leaves the payload of a computed NaN open.
+    """
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
+    differs = bits(got) != bits(expected)
+    if any_nan and got.is_floating_point():
+        differs &= ~(got.isnan() & expected.isnan())
+    if where is not None:
+        differs &= where
+    if differs.any():
+        first = tuple(int(i) for i in differs.nonzero()[0])
+        pytest.fail(
+            f"{what}: {int(differs.sum())} of {got.numel()} elements differ, first at {first}: "
+            f"got {shown(got[first])}, expected {shown(expected[first])}"
+        )
+
+
+def assert_within(got: Tensor, low: Tensor, high: Tensor, what: str, *, where: Tensor | None = None) -> None:
+    """Fail naming the first coordinate outside ``[low, high]``; NaN is inside only where both bounds are NaN."""
+    inside = ((got >= low) & (got <= high)) | (got.isnan() & low.isnan() & high.isnan())
+    if where is not None:
+        inside |= ~where
+    if not inside.all():
+        first = tuple(int(i) for i in (~inside).nonzero()[0])
+        pytest.fail(
+            f"{what}: {int((~inside).sum())} of {got.numel()} elements are outside, first at {first}: "
+            f"got {shown(got[first])}, expected {shown(low[first])} to {shown(high[first])}"
+        )
+
+
+def assert_same_state(got: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Two state dicts hold the same: tensors by bytes, everything else by equality, and the same keys."""
+
+    def same(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            assert_same_bits(a, b, path)
+        elif isinstance(a, Mapping) and isinstance(b, Mapping):
+            assert sorted(map(str, a)) == sorted(map(str, b)), f"{path}: keys {list(a)}, expected {list(b)}"
+            for key in a:
+                same(a[key], b[key], f"{path}[{key!r}]")
+        elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            assert len(a) == len(b), f"{path}: {len(a)} entries, expected {len(b)}"
+            for index, (one, other) in enumerate(zip(a, b, strict=True)):
+                same(one, other, f"{path}[{index}]")
+        else:
+            assert a == b, f"{path}: got {a!r}, expected {b!r}"
+
+    same(got, expected, what)
+
+
+def random_normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal values from a seed, the same in every process."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, np.float32)).to(dtype)
+
+
+def replay(seed: int) -> Callable[..., Tensor]:
+    """A source of normal tensors: ``draw(shape, dtype)``; two sources of one seed give the same sequence."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, np.float32)).reshape(shape).to(dtype)
+
+    return draw

@@ -1,0 +1,592 @@
+"""`guard`: frozen weights keep their bytes under any torch optimizer, and the live ones step as if they were alone."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_normal, short
+from torch import Tensor, nn
+
+from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, COLS = 6, 9
+MASKS: dict[str, FreezeMask] = {
+    "nothing": FreezeMask((ROWS, COLS)),
+    "everything": FreezeMask((ROWS, COLS), rows=range(ROWS)),
+    "rows": FreezeMask((ROWS, COLS), rows=[0, 3, 5]),
+    "columns": FreezeMask((ROWS, COLS), cols=[0, 1, 8]),
+    "rows and columns": FreezeMask((ROWS, COLS), rows=[2], cols=[4]),
+    "elements": FreezeMask((ROWS, COLS), elements=torch.eye(ROWS, COLS, dtype=torch.bool)),
+    "all three": FreezeMask((ROWS, COLS), rows=[1], cols=[0], elements=torch.eye(ROWS, COLS, dtype=torch.bool)),
+}
+
+
+class Lion(torch.optim.Optimizer):
+    """As a user would write it: https://arxiv.org/abs/2302.06675, algorithm 2."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(0.9 * momentum + 0.1 * p.grad))
+                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+        return loss
+
+
+Maker = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Maker] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.1),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "Lion of a user": lambda p: Lion(p, lr=0.1, weight_decay=0.1),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.1)
+try:
+    import optimi
+except ImportError:
+    optimi = None
+else:
+    OPTIMIZERS |= {
+        f"optimi {name}": lambda p, name=name: getattr(optimi, name)(p, lr=0.1, weight_decay=0.1)
+        for name in ("Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW")
+    }
+
+
+def a_model(dtype: torch.dtype = torch.float32, *, matrices_only: bool = False) -> nn.Module:
+    """`masked` is what most plans name; `free` is not in any plan; `vector` is."""
+    model = nn.Module()
+    model.masked = nn.Parameter(random_normal(1, ROWS, COLS, dtype=dtype))
+    model.free = nn.Parameter(random_normal(2, 4, 5, dtype=dtype))
+    if not matrices_only:
+        model.vector = nn.Parameter(random_normal(3, 7, dtype=dtype))
+    return model
+
+
+def a_plan(kind: str, model: nn.Module) -> FreezePlan:
+    masks = {"masked": MASKS[kind]}
+    if hasattr(model, "vector"):
+        masks["vector"] = FreezeMask((7,), rows=[0, 6])
+    return FreezePlan(masks, {"kind": kind})
+
+
+def frozen_of(plan: FreezePlan, model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: plan[n].dense() if n in plan else torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()
+    }
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def give_gradients(model: nn.Module, seed: int, frozen: dict[str, Tensor] | None = None, poison: float = 0.0) -> None:
+    """Gradients from a seed, with ``poison`` at frozen places."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        grad = random_normal(1000 * seed + i, *p.shape, dtype=p.dtype)
+        p.grad = grad if frozen is None else grad.masked_fill(frozen[name], poison)
+
+
+def replace(model: nn.Module, opt: torch.optim.Optimizer, name: str, values: Tensor) -> None:
+    """Another parameter object under the old name, in the model and in the optimizer."""
+    old, new = model.get_parameter(name), nn.Parameter(values)
+    for group in opt.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    setattr(model, name, new)
+
+
+def put_special(p: Tensor, where: Tensor) -> None:
+    """Frozen bytes that arithmetic would not keep: -0.0 and a NaN with a payload among the first frozen elements."""
+    nan = {torch.float32: 0x7FA12345, torch.bfloat16: 0x7FA1, torch.float16: 0x7D23}[p.dtype]
+    places = where.reshape(-1).nonzero().flatten()[:2].tolist()
+    with torch.no_grad():
+        for place, value in zip(places, (torch.tensor(-0.0, dtype=p.dtype), from_bits(nan, p.dtype)), strict=False):
+            p.view(-1)[place] = value
+
+
+# ------------------------------------------------------------------------------------------------ it freezes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["rows", "columns", "all three"])
+def test_frozen_bytes_stay_and_live_ones_step_as_with_zeroed_gradients(name: str, kind: str) -> None:
+    matrices_only = name == "Muon"
+    model, twin = a_model(matrices_only=matrices_only), a_model(matrices_only=matrices_only)
+    plan = a_plan(kind, model)
+    frozen = frozen_of(plan, model)
+    for other in (model, twin):  # -0.0, which adding 0.0 would turn, where a decay may pass
+        with torch.no_grad():
+            other.masked[frozen["masked"]] = -0.0
+    first = copies(model)
+    guarded, plain = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
+    guard(guarded, plan, model)
+    for seed in range(4):
+        give_gradients(model, seed, frozen, math.nan if seed % 2 else 1e9)
+        give_gradients(twin, seed, frozen, 0.0)
+        guarded.step()
+        plain.step()
+        with torch.no_grad():
+            for n, p in twin.named_parameters():
+                p[frozen[n]] = first[n][frozen[n]]
+        for n, p in model.named_parameters():
+            assert_same_bits(p, first[n], f"frozen part of {n} after step {seed}", where=frozen[n])
+            assert_same_bits(
+                p, dict(twin.named_parameters())[n], f"live part of {n} after step {seed}", where=~frozen[n]
+            )
+    assert not torch.equal(model.free, first["free"]), "nothing was stepped at all"
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mask_dtype_and_backend(kind: str, dtype: torch.dtype, backend: str) -> None:
+    model = a_model(dtype)
+    plan = a_plan(kind, model)
+    frozen = frozen_of(plan, model)
+    put_special(model.masked, frozen["masked"])
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    watch = guard(opt, plan, model, backend=backend)
+    assert watch.nbytes == sum(int(f.sum()) for f in frozen.values()) * torch.empty((), dtype=dtype).element_size()
+    for seed in range(3):
+        give_gradients(model, seed, frozen, math.nan)
+        opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], f"frozen part of {name}", where=frozen[name])
+        live = ~frozen[name]
+        assert p[live].isfinite().all(), f"the frozen gradients reached live {name}"
+        assert not live.any() or not torch.equal(p[live], first[name][live]), f"live part of {name} did not train"
+
+
+def test_weights_that_share_a_dtype_group_and_a_step_without_gradients() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    first = copies(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    opt.step()  # no gradient anywhere
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], f"{name} after a step without gradients")
+    model.masked.grad = torch.ones(ROWS, COLS)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=plan["masked"].dense())
+    assert_same_bits(model.vector, first["vector"], "a parameter without a gradient")
+
+
+# ------------------------------------------------------------------------------------------------ closures
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=5, history_size=4, line_search_fn="strong_wolfe"),
+        lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=5, history_size=4),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: Lion(p, lr=0.1, weight_decay=0.1),
+    ],
+    ids=["LBFGS with line search", "LBFGS", "SGD", "Lion of a user"],
+)
+@pytest.mark.parametrize("poison", [math.nan, 1e6])
+def test_gradients_a_closure_makes_are_watched_too(make: Maker, call: str, poison: float) -> None:
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    losses: dict[int, list[float]] = {id(model): [], id(twin): []}
+
+    def closure_of(net: nn.Module, at_frozen: float) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            net.zero_grad()
+            loss = sum(((p - 0.5) ** 2)[~frozen[n]].sum() for n, p in net.named_parameters())
+            loss.backward()
+            for n, p in net.named_parameters():
+                p.grad[frozen[n]] = at_frozen
+            losses[id(net)].append(loss.item())
+            return loss
+
+        return closure
+
+    guarded, plain = make(model.parameters()), make(twin.parameters())
+    guard(guarded, plan, model)
+    for _ in range(3):
+        closure = closure_of(model, poison)
+        loss = guarded.step(closure) if call == "positional" else guarded.step(closure=closure)
+        expected = plain.step(closure_of(twin, 0.0))
+        assert loss is not None
+        assert_same_bits(loss, expected, "loss")
+    assert losses[id(model)] == losses[id(twin)]
+    assert losses[id(model)][-1] < losses[id(model)][0], "the live part did not learn"
+    for n, p in model.named_parameters():
+        assert_same_bits(p, first[n], f"frozen part of {n}", where=frozen[n])
+        assert_same_bits(p, dict(twin.named_parameters())[n], f"live part of {n}", where=~frozen[n])
+
+
+# ------------------------------------------------------------------------------------------------ lifetime
+
+
+def test_remove_ends_it() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    watch.remove()
+    watch.remove()
+    before = copies(model)
+    give_gradients(model, 2)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name].add(p.grad, alpha=-0.1), f"{name} after remove()")
+
+
+def test_an_outside_change_of_frozen_weights_is_found_at_the_next_step() -> None:
+    model = a_model()
+    plan = a_plan("all three", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    with torch.no_grad():
+        model.masked[1, 3] += 1.0
+    before = copies(model)
+    give_gradients(model, 2)
+    with pytest.raises(FrozenDriftError) as caught:
+        opt.step()
+    message = str(caught.value)
+    for word in (
+        "guard",
+        "'masked'",
+        "row 1, column 3",
+        "guard.refresh()",
+        "1 of",
+        repr(before["masked"][1, 3].item()),
+    ):
+        assert word in message, f"{message!r} does not say {word}"
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+
+
+def test_an_outside_change_of_live_weights_is_nobodys_business() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    with torch.no_grad():
+        model.masked[~plan["masked"].dense()] += 1.0
+        model.free += 1.0
+    before = copies(model)
+    give_gradients(model, 2)
+    opt.step()
+    frozen = plan["masked"].dense()
+    assert_same_bits(model.masked, before["masked"], "frozen rows", where=frozen)
+    assert_same_bits(model.masked, before["masked"].add(model.masked.grad, alpha=-0.1), "live rows", where=~frozen)
+
+
+def test_changes_autograd_does_not_see_are_put_back() -> None:
+    model = a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    model.masked.data.mul_(2.0)
+    give_gradients(model, 2)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen part", where=frozen["masked"])
+
+
+def test_refresh_takes_the_present_values() -> None:
+    model, other = a_model(), a_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2.0)
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    watch = guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    model.load_state_dict(other.state_dict())
+    give_gradients(model, 2)
+    with pytest.raises(FrozenDriftError, match=r"guard\.refresh\(\)"):
+        opt.step()
+    watch.refresh()
+    give_gradients(model, 3)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, dict(other.named_parameters())[name], f"frozen part of {name}", where=frozen[name])
+    assert not torch.equal(model.free, other.free)
+
+
+def test_loading_the_same_frozen_weights_needs_no_refresh() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    give_gradients(model, 1)
+    opt.step()
+    model.load_state_dict(checkpoint)
+    give_gradients(model, 2)
+    opt.step()
+    assert_same_bits(model.masked, checkpoint["masked"], "frozen rows", where=plan["masked"].dense())
+
+
+def test_the_copy_is_not_the_weights() -> None:
+    model = a_model()
+    everything = FreezePlan({name: FreezeMask(p.shape, rows=range(p.shape[0])) for name, p in model.named_parameters()})
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, everything, model)
+    give_gradients(model, 1)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], name)
+
+
+def test_a_replaced_parameter_object_is_found_by_its_name() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    first = copies(model)
+    replace(model, opt, "masked", model.masked.detach().clone())  # as frameworks do
+    give_gradients(model, 1)
+    opt.step()
+    frozen = plan["masked"].dense()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=frozen)
+    assert not torch.equal(model.masked[~frozen], first["masked"][~frozen])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    {
+        "more rows": (
+            lambda model, opt: replace(model, opt, "masked", torch.ones(ROWS + 2, COLS)),
+            ["'masked'", f"({ROWS + 2}, {COLS})", f"({ROWS}, {COLS})"],
+        ),
+        "another dtype": (lambda model, opt: model.bfloat16(), ["'masked'", "torch.bfloat16", "torch.float32"]),
+        "renamed": (lambda model, opt: model._parameters.update(x=model._parameters.pop("masked")), ["'masked'"]),
+    }.values(),
+    ids=["more rows", "another dtype", "renamed"],
+)
+def test_a_weight_that_no_longer_fits_is_an_error_before_the_step(change: Callable[..., Any], words: list[str]) -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()
+    model.zero_grad()
+    change(model, opt)
+    give_gradients(model, 2)
+    before = copies(model)
+    with pytest.raises((ValueError, TypeError, FrozenDriftError)) as caught:
+        opt.step()
+    for word in ("guard", *words):
+        assert word in str(caught.value), f"{str(caught.value)!r} does not say {word}"
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+
+
+def test_two_guards_of_one_optimizer() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    first = copies(model)
+    one, two = FreezeMask((ROWS, COLS), rows=[0]), FreezeMask((ROWS, COLS), cols=[1])
+    guard(opt, FreezePlan({"masked": one}), model)
+    guard(opt, FreezePlan({"masked": two}), model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen part", where=(one | two).dense())
+    assert not torch.equal(model.masked[1:, 2:], first["masked"][1:, 2:])
+
+
+def test_autograd_is_told_that_weights_were_put_back() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    loss = (model.masked * model.masked).sum()
+    give_gradients(model, 1)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_schedulers_and_scalers_work_through_it() -> None:
+    model = a_model()
+    plan = a_plan("columns", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for seed in range(3):
+        give_gradients(model, seed)
+        for p in model.parameters():
+            p.grad.mul_(scaler.get_scale())
+        scaler.scale(torch.zeros(()))
+        scaler.step(opt)
+        scaler.update()
+        scheduler.step()
+    expected = first["masked"].clone()
+    for seed in range(3):
+        expected -= 0.1 * 0.5**seed * random_normal(1000 * seed, ROWS, COLS)
+    torch.testing.assert_close(model.masked[~frozen["masked"]], expected[~frozen["masked"]], rtol=1e-5, atol=1e-6)
+    assert_same_bits(model.masked, first["masked"], "frozen columns", where=frozen["masked"])
+
+
+# ------------------------------------------------------------------------------------------------ unusual weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ROWS, COLS)
+        self.head = nn.Linear(COLS, ROWS, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("names", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]], ids="+".join)
+def test_tied_weights_under_either_name(names: list[str]) -> None:
+    model = Tied()
+    mask = MASKS["all three"]
+    first = model.embed.weight.detach().clone()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    watch = guard(opt, FreezePlan(dict.fromkeys(names, mask)), model)
+    assert watch.nbytes == mask.frozen_count * 4, "one tensor, one copy"
+    for seed in range(3):
+        give_gradients(model, seed)
+        opt.step()
+    assert_same_bits(model.head.weight, first, "frozen part", where=mask.dense())
+    assert not torch.equal(model.head.weight[~mask.dense()], first[~mask.dense()])
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.zeros(COLS, ROWS).t(),
+    "every second column": lambda: torch.zeros(ROWS, 2 * COLS)[:, ::2],
+    "part of a row": lambda: torch.zeros(ROWS, COLS + 4)[:, 1:-3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_weights(layout: str, kind: str, backend: str) -> None:
+    model, twin = nn.Module(), nn.Module()
+    model.masked = nn.Parameter(LAYOUTS[layout]().copy_(random_normal(1, ROWS, COLS)))
+    twin.masked = nn.Parameter(random_normal(1, ROWS, COLS))
+    plan = FreezePlan({"masked": MASKS[kind]})
+    frozen = plan["masked"].dense()
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (model, twin)]
+    guard(opts[0], plan, model, backend=backend)
+    guard(opts[1], plan, twin, backend=backend)
+    for seed in range(3):
+        for net, opt in zip((model, twin), opts, strict=True):
+            give_gradients(net, seed, {"masked": frozen}, math.nan)
+            opt.step()
+    assert not model.masked.is_contiguous()
+    assert_same_bits(model.masked, twin.masked, "all of it")
+    assert_same_bits(model.masked, random_normal(1, ROWS, COLS), "frozen part", where=frozen)
+
+
+def test_a_weight_the_optimizer_holds_in_a_later_group() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD([{"params": [model.free]}, {"params": [model.vector]}, {"params": [model.masked]}], lr=0.1)
+    first = copies(model)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=plan["masked"].dense())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_weight_the_optimizer_does_not_hold() -> None:
+    model = a_model()
+    opt = torch.optim.SGD([model.free], lr=0.1)
+    with pytest.raises(ValueError, match="guard: 'masked' is in the plan and the model but not in the optimizer"):
+        guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()  # no hook was left behind
+
+
+@pytest.mark.parametrize("given", [object(), nn.Linear(2, 2), "sgd", None], ids=lambda given: type(given).__name__)
+def test_what_is_no_optimizer(given: Any) -> None:
+    model = a_model()
+    with pytest.raises(TypeError, match=rf"guard: optimizer is a {type(given).__name__}, expected a torch\.optim"):
+        guard(given, a_plan("rows", model), model)
+
+
+def test_a_wrapped_optimizer_names_the_remedy() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = a_model()
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="unwrap a wrapper first"):
+        guard(wrapper, a_plan("rows", model), model)  # type: ignore[arg-type]
+
+
+def test_a_refused_guard_leaves_the_optimizer_alone() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for bad, error in (
+        (FreezePlan({"maskd": MASKS["rows"]}), ValueError),
+        (FreezePlan({"masked": FreezeMask((2, 2))}), ValueError),
+        ({"masked": MASKS["rows"]}, TypeError),
+    ):
+        with pytest.raises(error, match="guard"):
+            guard(opt, bad, model)  # type: ignore[arg-type]
+    assert not opt._optimizer_step_pre_hooks
+    assert not opt._optimizer_step_post_hooks
+
+
+def test_a_guard_goes_with_its_optimizer() -> None:
+    import weakref
+
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    gone = weakref.ref(guard(opt, a_plan("rows", model), model))
+    gc.collect()
+    assert gone() is not None, "the guard must last as long as the optimizer, also if nobody holds it"
+    give_gradients(model, 1)
+    opt.step()
+    del opt
+    gc.collect()
+    assert gone() is None
