@@ -33,6 +33,7 @@ from torch import Tensor
 from .attribution import LABELS, MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
 from .calibration import load_pairs
 from .gradients import clip_grad_norm_
+from .kernels import choose_backend
 from .masks import FreezeMask, FreezePlan, bind, write_atomically
 from .optim import MaskedAdamW
 from .proof import snapshot
@@ -217,7 +218,8 @@ def run_demo(
         timings=timings,
         settings={
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": _WEIGHT_DECAY, "max_norm": _MAX_NORM,
-            "seed": seed, "repeats": repeats, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "seed": seed, "repeats": repeats, "threads": torch.get_num_threads(), "backend": choose_backend("auto", torch.device("cpu"), "demo").name,
+            "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(),
         },
     )  # fmt: skip
@@ -749,7 +751,8 @@ def _megabytes(count: int) -> str:
 
 def _print(console: Console, report: DemoReport, folder: Path) -> None:
     table = Table(
-        title=f"{report.model}, {report.parameters / 1e6:,.1f} M parameters, {torch.get_num_threads()} threads\n"
+        title=f"{report.model}, {report.parameters / 1e6:,.1f} M parameters; "
+        f"backend {report.settings['backend']}, {report.settings['threads']} threads\n"
         f"plan: {report.plan}, {report.frozen_fraction_of_blocks:.1%} of the block parameters",
         caption=(
             "\n".join(

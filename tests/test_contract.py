@@ -524,6 +524,17 @@ def test_3_the_norm_counts_live_elements_only(backend: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_3_a_small_norm_is_clipped_as_torch_clips_it(backend: str) -> None:
+    """torch divides by the norm plus 1e-6, which shows once the norm is as small as that."""
+    masked, stock = (nn.Parameter(torch.zeros(4, 3)) for _ in range(2))
+    masked.grad = torch.full((4, 3), 1e-6)
+    stock.grad = masked.grad.clone().index_fill(0, torch.tensor([1]), 0.0)
+    torch.nn.utils.clip_grad_norm_([stock], 1e-6)
+    sf.clip_grad_norm_({"w": masked}, 1e-6, sf.FreezePlan({"w": sf.FreezeMask((4, 3), rows=[1])}), backend=backend)
+    torch.testing.assert_close(masked.grad[[0, 2, 3]], stock.grad[[0, 2, 3]], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_2_a_live_nan_does_reach_the_norm_and_error_if_nonfinite_changes_nothing(backend: str) -> None:
     zoo = Zoo(torch.float32)
     for p in zoo.parameters():
@@ -1006,6 +1017,21 @@ def test_6_a_tied_weight_under_its_other_name_is_an_error_when_that_name_is_not_
 def test_6_something_else_than_a_plan_is_a_type_error(entrance: str, not_a_plan: Any) -> None:
     with pytest.raises(TypeError, match="FreezePlan"):
         ENTRANCES[entrance](Pair(), not_a_plan)
+
+
+def test_6_one_tensor_in_two_groups_is_an_error_that_names_it() -> None:
+    """Sorted by name into two groups, a tied weight would silently take the settings of the first."""
+    model = Pair()
+    model.down.weight = model.up.weight
+    bias = nn.Parameter(torch.zeros(2))
+    groups = [
+        {"params": [("up.weight", model.up.weight)], "weight_decay": 0.0},
+        {"params": [("down.weight", model.down.weight), ("bias", bias)], "weight_decay": 0.1},
+    ]
+    with pytest.raises(ValueError, match=r"more than one parameter group|up\.weight.*down\.weight"):
+        sf.MaskedAdamW(groups)
+    with pytest.raises(ValueError, match=r"more than one parameter group|up\.weight.*down\.weight"):
+        sf.MaskedAdamW([groups[0], {**groups[1], "params": groups[1]["params"][:1]}])
 
 
 def test_6_guard_refuses_a_plan_for_parameters_the_optimizer_does_not_have() -> None:

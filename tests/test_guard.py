@@ -433,17 +433,6 @@ def test_two_guards_of_one_optimizer() -> None:
     assert not torch.equal(model.masked[1:, 2:], first["masked"][1:, 2:])
 
 
-def test_autograd_is_told_that_weights_were_put_back() -> None:
-    model = a_model()
-    opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard(opt, a_plan("rows", model), model)
-    loss = (model.masked * model.masked).sum()
-    give_gradients(model, 1)
-    opt.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_schedulers_and_scalers_work_through_it() -> None:
     model = a_model()
     plan = a_plan("columns", model)

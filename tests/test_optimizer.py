@@ -419,6 +419,19 @@ def test_an_optimizer_is_a_torch_optimizer() -> None:
 # ---------------------------------------------------------------------------------------------- copies and checkpoints
 
 
+def test_state_can_be_saved_and_loaded_when_training_is_over() -> None:
+    """``model.requires_grad_(False)`` before the last checkpoint is written must not lose it."""
+    model = Net()
+    optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=PLAN)
+    train(model, optimizer, batches(2))
+    before, dense = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.dense_state_dict())
+    model.requires_grad_(False)
+    assert_same_state(optimizer.state_dict(), before, "packed")
+    assert_same_state(optimizer.dense_state_dict(), dense, "dense")
+    optimizer.load_state_dict(before)
+    assert_same_state(optimizer.state_dict(), before, "loaded")
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alone(how: str) -> None:
     model = Net()
@@ -779,6 +792,22 @@ def test_grad_scaler(ours: Any, stock: Any, fused: bool) -> None:
     assert scaler.get_scale() == 2.0**9
     assert_close_weights(model, other, "scaled against plain")
     assert optimizer.state[model.up.weight]["step"].item() == 5.0
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_grad_scaler_takes_the_step_once_frozen_gradients_are_zeroed(fused: bool) -> None:
+    """The scaler looks for infinities in whole gradients, frozen parts included, before any optimizer is asked."""
+    model = Net()
+    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05, freeze=PLAN, fused=fused or None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (x, y), *_ = batches(1)
+    scaler.scale((model(x) - y).square().mean()).backward()
+    model.up.weight.grad[1] = math.inf
+    sf.zero_frozen_grads_(model, PLAN)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10
+    assert optimizer.state[model.up.weight]["step"].item() == 1.0
 
 
 def test_grad_scaler_with_clipping_between() -> None:

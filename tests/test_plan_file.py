@@ -232,8 +232,8 @@ def damaged(path: Path, patterns: Iterator[int] | range | tuple[int, ...]) -> No
             loads_the_same_or_fails(path, f"byte {place} {good[place]:#04x} -> {bad[place]:#04x}")
 
 
-def test_every_flipped_bit_is_seen(path: Path) -> None:
-    damaged(path, tuple(1 << bit for bit in range(8)))
+def test_a_flipped_bit_of_any_byte_is_seen(path: Path) -> None:
+    damaged(path, (0x01, 0x20, 0x80))
 
 
 @pytest.mark.slow
