@@ -55,6 +55,9 @@ class MaskedAdam(Optimizer):
     Parameters are float32, bfloat16 or float16; the arithmetic is float32. State keys are torch's; with rows or columns
     frozen, ``exp_avg`` and ``exp_avg_sq`` are packed to (live rows, live columns).
 
+    `torch.amp.GradScaler` looks at all gradients: to keep an inf in a frozen one from skipping a step, call
+    `zero_frozen_grads_` before ``scaler.unscale_`` or ``scaler.step``.
+
     Raises:
         ValueError: hyper-parameters out of range or NaN; a plan that does not fit (contract 6).
         TypeError: parameters of an unsupported dtype or layout.
@@ -818,6 +821,7 @@ def guard(optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, *, bac
 
     Raises:
         ValueError: the plan does not fit the model, or names a parameter the optimizer does not have.
-        FrozenDriftError: at the next step, if someone else changed frozen weights in between.
+        FrozenDriftError: at the next step, if someone else changed frozen weights in between. Writes through ``.data``
+            leave no trace in autograd's version counters: those are put back without a word.
     """
     return Guard(optimizer, plan, model, backend)

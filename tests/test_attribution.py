@@ -127,9 +127,7 @@ class Toy(nn.Module):
         return layer["self_attn"].o_proj(hidden) + layer["mlp"].down_proj(hidden)
 
 
-def toy_layout(
-    n_layers: int = 2, n_heads: int = 4, n_kv_heads: int = 2, d_ff: int = 6, **more: int
-) -> UnitLayout:
+def toy_layout(n_layers: int = 2, n_heads: int = 4, n_kv_heads: int = 2, d_ff: int = 6, **more: int) -> UnitLayout:
     """A Llama layout with hidden 8 and heads of 2, from shapes alone."""
     size = {"hidden": 8, "head_dim": 2, **more}
     width, kv = n_heads * size["head_dim"], n_kv_heads * size["head_dim"]
@@ -142,9 +140,7 @@ def toy_layout(
         "mlp.up_proj": (d_ff, size["hidden"]),
         "mlp.down_proj": (size["hidden"], d_ff),
     }
-    names = {
-        f"model.layers.{i}.{name}.weight": shape for i in range(n_layers) for name, shape in shapes.items()
-    }
+    names = {f"model.layers.{i}.{name}.weight": shape for i in range(n_layers) for name, shape in shapes.items()}
     return find_units(names, {"model_type": "llama", "num_attention_heads": n_heads})
 
 
@@ -155,9 +151,7 @@ def random_scores(layout: UnitLayout, seed: int = 0) -> UnitScores:
     generator = torch.Generator().manual_seed(seed)
 
     def one() -> SetScores:
-        heads = torch.empty(layout.n_layers, layout.n_heads, layout.head_dim).exponential_(
-            generator=generator
-        )
+        heads = torch.empty(layout.n_layers, layout.n_heads, layout.head_dim).exponential_(generator=generator)
         channels = torch.empty(layout.n_layers, layout.d_ff).exponential_(generator=generator)
         return SetScores(heads, channels, 10)
 
@@ -224,9 +218,7 @@ def test_family_heads_and_channels_are_where_the_table_says(model_type: str) -> 
 
 def test_biases_of_producers_are_found_and_biases_of_outputs_are_not() -> None:
     model = tiny("llama", attention_bias=True, mlp_bias=True)
-    biases = {
-        name for name in find_units(model).parameters if name.startswith("model.layers.0") and "bias" in name
-    }
+    biases = {name for name in find_units(model).parameters if name.startswith("model.layers.0") and "bias" in name}
     assert {name.split(".")[-2] for name in biases} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert "model.layers.0.self_attn.o_proj.bias" in dict(model.named_parameters())
 
@@ -236,9 +228,7 @@ def test_names_follow_the_wrapper() -> None:
     assert "layers.1.mlp.up_proj.weight" in find_units(model.model).parameters
     wrapped = nn.ModuleDict({"a{b}": model})
     found = find_units(wrapped, model.config)
-    assert (
-        found.parameters.items() <= {name: tuple(p.shape) for name, p in wrapped.named_parameters()}.items()
-    )
+    assert found.parameters.items() <= {name: tuple(p.shape) for name, p in wrapped.named_parameters()}.items()
 
 
 def test_checkpoint_shapes_and_a_config_dict_are_enough() -> None:
@@ -256,9 +246,7 @@ def test_layout_survives_json() -> None:
 
 def test_registered_family_works_like_a_built_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("phi")
-    with pytest.raises(
-        ValueError, match=r"model_type is 'phi', expected one of .*llama.*register_family\('phi'"
-    ):
+    with pytest.raises(ValueError, match=r"model_type is 'phi', expected one of .*llama.*register_family\('phi'"):
         find_units(model)
     monkeypatch.delitem(FAMILIES, "phi", raising=False)  # for its clean-up
     llama = FAMILIES["llama"]
@@ -343,9 +331,7 @@ def shapes_with(**changes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]
         ),
     ],
 )
-def test_find_units_says_what_does_not_fit(
-    shapes: dict[str, Any], config: dict[str, Any] | None, message: str
-) -> None:
+def test_find_units_says_what_does_not_fit(shapes: dict[str, Any], config: dict[str, Any] | None, message: str) -> None:
     if config is not None and message != "model_type is None":
         config = {"model_type": "llama", **config}
     with pytest.raises(ValueError, match=message):
@@ -432,9 +418,7 @@ def test_producer_leaves_output_projections_alone_and_freezes_biases() -> None:
     heads[1, 1] = channels[0, 3] = True
     plans = {preset: UnitSelection(heads, channels).build(model, preset) for preset in ("producer", "full")}
     attention = [f"model.layers.1.self_attn.{name}" for name in ("q_proj.weight", "q_proj.bias")]
-    shared = [
-        f"model.layers.1.self_attn.{n}.{kind}" for n in ("k_proj", "v_proj") for kind in ("weight", "bias")
-    ]
+    shared = [f"model.layers.1.self_attn.{n}.{kind}" for n in ("k_proj", "v_proj") for kind in ("weight", "bias")]
     mlp = [f"model.layers.0.mlp.{name}.weight" for name in ("gate_proj", "up_proj")]
     assert set(plans["producer"]) == {*attention, *shared, *mlp}
     outputs = {"model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"}
@@ -462,9 +446,7 @@ def test_unit_masks_refuses_what_does_not_fit() -> None:
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-def expected_scores(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_scores(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula over all activations at once: variance by torch.var, squared norms by hand."""
     scores = []
     for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -495,9 +477,7 @@ def test_scores_are_the_papers_formula() -> None:
     batches = [batch_of(ROWS[:2], ANSWERS[:2]), batch_of(ROWS[2:], ANSWERS[2:])]
     scores = score_units(model, batches, UTILITY)
     features, channels = expected_scores(model, batches)
-    torch.testing.assert_close(
-        scores.safety.head_features.reshape(2, 48).double(), features, rtol=1e-5, atol=1e-9
-    )
+    torch.testing.assert_close(scores.safety.head_features.reshape(2, 48).double(), features, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(scores.safety.channels.double(), channels, rtol=1e-5, atol=1e-9)
     heads = features.reshape(2, 4, 12).mean(2)
     torch.testing.assert_close(scores.safety.heads.double(), heads, rtol=1e-5, atol=1e-9)
@@ -513,10 +493,7 @@ def test_scores_do_not_depend_on_batching_or_padding(sizes: list[int], side: str
     model = tiny()
     whole = score_units(model, [batch_of([row], [n]) for row, n in zip(ROWS, ANSWERS, strict=True)], UTILITY)
     ends = np.cumsum(sizes)
-    split = [
-        batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side)
-        for n, end in zip(sizes, ends, strict=True)
-    ]
+    split = [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
     scores = score_units(model, iter(split), iter(UTILITY))
     assert scores.safety.n_positions == whole.safety.n_positions
     torch.testing.assert_close(scores.safety.head_features, whole.safety.head_features, rtol=2e-4, atol=1e-6)
@@ -581,9 +558,7 @@ def test_low_precision_activations_are_accumulated_in_high_precision() -> None:
         [{"input_ids": ids, "labels": ids}],
     )
     rows = table[:-1].double().repeat(2, 1)
-    torch.testing.assert_close(
-        scores.safety.channels[0].double(), 4 * torch.var(rows, dim=0), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(scores.safety.channels[0].double(), 4 * torch.var(rows, dim=0), rtol=1e-5, atol=0)
 
 
 def test_modes_and_hooks_are_left_as_found() -> None:
@@ -597,9 +572,7 @@ def test_modes_and_hooks_are_left_as_found() -> None:
     score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
     assert seen == [False, False]
     assert [module.training for module in model.modules()] == modes and hook_count(model) == before
-    assert all(
-        param.grad is None and torch.equal(param, weights[name]) for name, param in model.named_parameters()
-    )
+    assert all(param.grad is None and torch.equal(param, weights[name]) for name, param in model.named_parameters())
 
     def failing() -> Any:
         yield batch_of(ROWS, ANSWERS)
@@ -654,9 +627,7 @@ def test_score_units_refuses_bad_words_and_models() -> None:
     good = [batch_of(ROWS, ANSWERS)]
     with pytest.raises(ValueError, match="method is 'wanda', expected one of 'fluctuation'"):
         score_units(tiny(), good, good, method="wanda")
-    with pytest.raises(
-        ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"
-    ):
+    with pytest.raises(ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"):
         score_units(tiny(), good, good, positions="prompt")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model_type is 'gpt2'"):
         score_units(tiny("gpt2"), good, good)
@@ -672,9 +643,7 @@ def test_nan_activations_are_named(value: float) -> None:
     model = tiny()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[4, 0] = value
-    with pytest.raises(
-        ValueError, match=r"input of 'model.layers.1.mlp.down_proj' is NaN or infinite on the safety"
-    ):
+    with pytest.raises(ValueError, match=r"input of 'model.layers.1.mlp.down_proj' is NaN or infinite on the safety"):
         score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
     assert hook_count(model) == 0
 
@@ -684,14 +653,10 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
     model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids])  # type: ignore[method-assign]
     ids = torch.tensor([[0, 1, 2]])
     batch = {"input_ids": ids, "labels": ids}
-    with pytest.raises(
-        ValueError, match=r"'layers.0.self_attn.o_proj' saw 0 positions of the safety set, expected 2"
-    ):
+    with pytest.raises(ValueError, match=r"'layers.0.self_attn.o_proj' saw 0 positions of the safety set, expected 2"):
         score_units(model, [batch], [batch])
     model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids].flatten(0, 1))  # type: ignore[method-assign]
-    with pytest.raises(
-        ValueError, match=r"'layers.0.mlp.down_proj' received \(3, 2\), expected \(1, 3\) positions"
-    ):
+    with pytest.raises(ValueError, match=r"'layers.0.mlp.down_proj' received \(3, 2\), expected \(1, 3\) positions"):
         score_units(model, [batch], [batch])
 
 
@@ -702,9 +667,7 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
     loaded = UnitScores.load(path)
     assert loaded.layout == scores.layout and loaded.method == "fluctuation"
     for mine, theirs in ((scores.safety, loaded.safety), (scores.utility, loaded.utility)):
-        assert torch.equal(mine.head_features, theirs.head_features) and torch.equal(
-            mine.channels, theirs.channels
-        )
+        assert torch.equal(mine.head_features, theirs.head_features) and torch.equal(mine.channels, theirs.channels)
         assert mine.n_positions == theirs.n_positions
     before, after = (MaskBuilder(s).freeze(cu=0.06).build() for s in (scores, loaded))
     assert before == after
@@ -745,9 +708,7 @@ def test_set_scores_are_checked() -> None:
         with pytest.raises(ValueError, match="channels of layer 1 holds NaN or inf"):
             SetScores(ones(2, 4), channels)
     good = SetScores(ones(2, 4), ones(2, 6))
-    with pytest.raises(
-        ValueError, match=r"utility scores heads \(2, 4\) and channels \(2, 7\), expected .*\(2, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"utility scores heads \(2, 4\) and channels \(2, 7\), expected .*\(2, 6\)"):
         UnitScores(layout, good, SetScores(ones(2, 4), ones(2, 7)))
 
 
@@ -786,9 +747,7 @@ def test_pairs_go_through_the_chat_template() -> None:
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
         response = batch["labels"] != -100
         assert torch.equal(batch["labels"][response], batch["input_ids"][response])
-    said = [
-        words_of(b["input_ids"][i][b["labels"][i] != -100]) for b in batches for i in range(len(b["labels"]))
-    ]
+    said = [words_of(b["input_ids"][i][b["labels"][i] != -100]) for b in batches for i in range(len(b["labels"]))]
     assert said == ["sorry no <end>", "flour and water <end>", "no <end>"]
     assert first["attention_mask"][1].tolist() == [1] * 9 + [0] * 3
     assert set(first["input_ids"][1, 9:].tolist()) == {0} and set(first["labels"][1, 9:].tolist()) == {-100}
@@ -808,9 +767,7 @@ def test_pairs_are_cut_to_length_and_checked() -> None:
     tokenizer = word_tokenizer(chat_template=CHAT)
     (batch,) = encode_pairs(tokenizer, [("bake", "flour and water")], max_length=6)
     assert words_of(batch["input_ids"][0]) == "<user> bake <end> \n <bot> flour"
-    with pytest.raises(
-        ValueError, match=r"pair 0 has 5 prompt and 2 response tokens, .* within max_length=5"
-    ):
+    with pytest.raises(ValueError, match=r"pair 0 has 5 prompt and 2 response tokens, .* within max_length=5"):
         encode_pairs(tokenizer, iter([("bake", "no")]), max_length=5)
     with pytest.raises(ValueError, match="no pairs given"):
         encode_pairs(tokenizer, [])
@@ -1084,9 +1041,7 @@ def test_freeze_refuses_bad_requests() -> None:
             builder.freeze(share=0.5, **more)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cu_share_of is 'all', expected one of 'units', 'cu'"):
         builder.freeze(cu=0.1, cu_share_of="all")  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match="cu_rank is 'size', expected one of 'sum', 'safety', 'utility', 'diff'"
-    ):
+    with pytest.raises(ValueError, match="cu_rank is 'size', expected one of 'sum', 'safety', 'utility', 'diff'"):
         builder.freeze(cu=0.1, cu_rank="size")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="label is 'XU', expected one of 'RU', 'SCU', 'UCU', 'CU'"):
         builder.train_only("XU")
@@ -1115,9 +1070,7 @@ def test_labels_alone_freeze_whole_labels_only() -> None:
 
 def test_build_refuses_another_model() -> None:
     selection = MaskBuilder(random_scores(toy_layout())).freeze(cu=True)
-    with pytest.raises(
-        ValueError, match=r"heads \(2, 4\) and channels \(2, 6\), expected \(2, 4\) and \(2, 24\)"
-    ):
+    with pytest.raises(ValueError, match=r"heads \(2, 4\) and channels \(2, 6\), expected \(2, 4\) and \(2, 24\)"):
         selection.build(tiny())
     with pytest.raises(ValueError, match="preset is 'both'"):
         selection.build(preset="both")  # type: ignore[arg-type]
@@ -1160,10 +1113,7 @@ def test_selections_are_compared_and_checked() -> None:
     heads = np.zeros((1, 2), bool)
     one, two = (UnitSelection(heads, np.array([row])) for row in ([True, True, False], [False, True, True]))
     assert one.jaccard(two) == 1 / 3 and one.jaccard(one) == 1.0
-    assert (
-        UnitSelection(heads, np.zeros((1, 3), bool)).jaccard(UnitSelection(heads, np.zeros((1, 3), bool)))
-        == 1.0
-    )
+    assert UnitSelection(heads, np.zeros((1, 3), bool)).jaccard(UnitSelection(heads, np.zeros((1, 3), bool))) == 1.0
     assert repr(one) == "UnitSelection(0 of 2 heads and 2 of 3 channels frozen)"
     with pytest.raises(ValueError, match="jaccard: selections of"):
         one.jaccard(UnitSelection(heads, np.zeros((1, 4), bool)))
