@@ -587,6 +587,9 @@ void scatter_block(T* data, const T* twin, const Block& b, const uint8_t* kept, 
   } else if (b.packed.cols) {
     pick(twin, b.packed, b.n, stage);
     values = stage;
+  } else if (b.place.col_bits) {  // put_by_bits reads whole vectors, past the last value
+    memcpy(stage, values, static_cast<size_t>(b.n) * sizeof(T));
+    values = stage;
   }
   put(values, b.n, data, b.place, kept);
 }

@@ -218,9 +218,9 @@ def run_demo(
         timings=timings,
         settings={
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": _WEIGHT_DECAY, "max_norm": _MAX_NORM,
-            "seed": seed, "repeats": repeats, "threads": torch.get_num_threads(), "backend": choose_backend("auto", torch.device("cpu"), "demo").name,
-            "torch": torch.__version__,
-            "python": platform.python_version(), "machine": platform.machine(),
+            "seed": seed, "repeats": repeats, "threads": torch.get_num_threads(),
+            "backend": choose_backend("auto", torch.device("cpu"), "demo").name,
+            "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
         },
     )  # fmt: skip
     if frozen_changed or not live_changed:

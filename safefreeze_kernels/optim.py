@@ -120,7 +120,7 @@ class MaskedAdam(Optimizer):
         if freeze is not None:
             self._plan = _checked_plan(freeze, what)
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
-        self._masks()
+        self._masks(require_grad=True)
         for device in {p.device for p in self._params()} - {torch.device("meta")} or {torch.device("cpu")}:
             choose_backend(backend, device, what)
 
@@ -154,8 +154,11 @@ class MaskedAdam(Optimizer):
             or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
         ]
 
-    def _masks(self, plan: FreezePlan | None = None) -> list[FreezeMask]:
-        """A mask per parameter under ``plan`` (default: the one in force), nothing frozen where it names none."""
+    def _masks(self, plan: FreezePlan | None = None, *, require_grad: bool = False) -> list[FreezeMask]:
+        """A mask per parameter under ``plan`` (default: the one in force), nothing frozen where it names none.
+
+        ``require_grad``: for a plan that comes into force; state can be saved after ``requires_grad_(False)`` too.
+        """
         plan = plan if plan is not None else self._plan
         params = self._params()
         masks: dict[int, FreezeMask] = {}
@@ -168,7 +171,10 @@ class MaskedAdam(Optimizer):
                 )
             named = dict(zip(self._names(), params, strict=True))
             named |= {alias: named[name] for alias, name in self._aliases.items() if name in named}
-            masks = {id(entry.param): entry.mask for entry in bind(plan, list(named.items()), operation=what)}
+            masks = {
+                id(entry.param): entry.mask
+                for entry in bind(plan, list(named.items()), operation=what, require_grad=require_grad)
+            }
         return [masks.get(id(p)) or FreezeMask(p.shape) for p in params]
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ class MaskedAdam(Optimizer):
             ValueError: the plan does not fit; the old one stays in force.
         """
         plan = _checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
-        old_masks, new_masks = self._masks(), self._masks(plan)
+        old_masks, new_masks = self._masks(), self._masks(plan, require_grad=True)
         ages, states = dict(self._ages), {}
         for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
             state = self.state.get(p)
@@ -635,17 +641,22 @@ def _checked_plan(plan: Any, what: str) -> FreezePlan:
 
 def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
     """Keep a tied tensor once, under its first name, and remember the other names in ``aliases``."""
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, int]] = {}
 
-    def keep(items: Iterable[Any]) -> list[Any]:
+    def keep(items: Iterable[Any], group: int) -> list[Any]:
         kept = []
         for item in items:
             if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
                 name, tensor = item
-                if id(tensor) in first and first[id(tensor)] != name:
-                    aliases[name] = first[id(tensor)]
+                known, home = first.setdefault(id(tensor), (name, group))
+                if home != group:
+                    raise ValueError(
+                        f"some parameters appear in more than one parameter group: {known!r} of group {home} and "
+                        f"{name!r} of group {group} are one tensor; give it to one of them"
+                    )
+                if known != name:
+                    aliases[name] = known
                     continue
-                first.setdefault(id(tensor), name)
             kept.append(item)
         return kept
 
@@ -654,12 +665,12 @@ def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
     groups = list(params)
     if groups and isinstance(groups[0], dict):
         return [
-            {**group, "params": keep(group["params"])}
+            {**group, "params": keep(group["params"], i)}
             if isinstance(group, dict) and not isinstance(group.get("params"), (Tensor, set, type(None)))
             else group
-            for group in groups
+            for i, group in enumerate(groups)
         ]
-    return keep(groups)
+    return keep(groups, 0)
 
 
 # ----------------------------------------------------------------------------------------------- packed state

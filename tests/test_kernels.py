@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -396,8 +397,10 @@ class Step:
         self.scalars = np.array(sets, SCALARS)
         self.scalar_set = rng.integers(0, 3, len(self.work.parts)).astype(np.int32)
 
-    def run(self, backend: Any) -> list[list[Tensor]]:
-        params, state = copies(self.params), [copies(moments) for moments in self.state]
+    def run(self, backend: Any, in_place: bool = False) -> list[list[Tensor]]:
+        params, state = self.params, self.state
+        if not in_place:
+            params, state = copies(params), [copies(moments) for moments in state]
         operands = AdamWOperands(params, state[0], state[1], state[2] if self.amsgrad else None, self.grads)
         backend.adamw_(self.work, operands, self.scalars, self.scalar_set, l2=self.l2, amsgrad=self.amsgrad)
         return [params, *state]
@@ -665,6 +668,70 @@ def test_one_openmp_runtime_and_threads_of_our_own_where_there_is_none() -> None
     borrowed, digest = done.stdout.split()
     assert borrowed == "None"
     assert digest == here["digest"], "threads of our own and torch's give different bits"
+
+
+# --------------------------------------------------------------------------------------- nothing beyond a tensor's ends
+
+GUARDED = """
+import ctypes, mmap, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_kernels import BY_NAME, ISAS, Step, _C, compile_frozen
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def guarded(tensor, at_end):
+    "A copy between two pages nobody may touch, up against the last one or the first."
+    size = tensor.numel() * tensor.element_size()
+    if tensor.numel() == 0:
+        return tensor.clone()
+    room = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, room + 2 * PAGE)
+    kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (address, address + PAGE + room):
+        assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0, ctypes.get_errno()
+    offset = PAGE + (room - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return copy.copy_(tensor.reshape(-1)).reshape(tensor.shape)
+
+backend = BY_NAME["cpu"]
+for seed in range({seeds}):
+    for isa in ISAS:
+        _C.choose_isa(isa)
+        step = Step(seed, large=seed % 4 == 0)
+        frozen = compile_frozen(step.masks)
+        for at_end in (True, False):
+            print(isa, seed, at_end, step.masks, flush=True)
+            step.params = [guarded(p, at_end) for p in step.params]
+            step.grads = [None if g is None else guarded(g, at_end) for g in step.grads]
+            step.state = [[guarded(m, at_end) for m in moments] for moments in step.state]
+            step.run(backend, in_place=True)
+            for work in (step.work, frozen):
+                packed = [torch.zeros(n, dtype=p.dtype) for n, p in zip(work.packed_sizes, step.params)]
+                packed = [guarded(t, at_end) for t in packed]
+                backend.gather(work, step.params, packed)
+                backend.scatter_(work, step.params, packed)
+                backend.norm(work, step.params, "sum_of_squares")
+                backend.zero_(work, step.params)
+            backend.scale_(step.work, step.params, 0.5)
+        step.params = step.grads = step.state = packed = None
+        kept.clear()
+print("done")
+"""
+
+
+@needs_cpu
+@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+def test_kernels_touch_nothing_beyond_the_ends_of_a_tensor() -> None:
+    """Vectors are wider than what is left at the end of a row; a page that may not be touched would end the process."""
+    program = GUARDED.format(tests=str(Path(__file__).parent), seeds=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    last = done.stdout.splitlines()[-1:] or [done.stderr]
+    assert done.returncode == 0, f"exit status {done.returncode} at: {last[0]}\n{done.stderr[-2000:]}"
+    assert last == ["done"]
 
 
 # -------------------------------------------------------------------------------------- conversions, exhaustively
