@@ -73,11 +73,11 @@ struct Work {
       : list{at<const Segment>(segments), at<const Piece>(pieces), at<const Run>(runs), n_pieces, frozen} {}
 };
 
-void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t param_dtype, uintptr_t state_dtype,
+void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t grads, uintptr_t param_dtype, uintptr_t state_dtype,
                   uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, int threads) {
   run<AdamWLaunch>(
-      {work.list, at<const AdamWTensor>(tensors), at<const int32_t>(param_dtype), at<const int32_t>(state_dtype),
-       at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2, amsgrad},
+      {work.list, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads), at<const int32_t>(param_dtype),
+       at<const int32_t>(state_dtype), at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2, amsgrad},
       threads, kernels->adamw);
 }
 

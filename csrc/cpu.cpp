@@ -415,7 +415,8 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
   alignas(64) uint8_t flag_stage[block];
   walk(launch.work, piece, [&](const Block& b) {
     const AdamWTensor& tensor = launch.tensors[b.segment.tensor];
-    if (tensor.grad == 0) return;
+    const int64_t grad = launch.grads[b.segment.tensor].data;
+    if (grad == 0) return;
     const DType dtype = static_cast<DType>(launch.param_dtype[b.segment.tensor]);
     const DType state = static_cast<DType>(launch.state_dtype[b.segment.tensor]);
     const uint8_t* frozen = nullptr;
@@ -425,7 +426,7 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
     }
     const bool in_place = !(frozen && b.place.shared);
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0], in_place);
-    const Operand g = operand(dtype, tensor.grad, b.place, b.n, stage[1], in_place);
+    const Operand g = operand(dtype, grad, b.place, b.n, stage[1], in_place);
     const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2], in_place);
     const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], in_place);
     const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], in_place)

@@ -47,9 +47,9 @@ struct WorkList {
   bool frozen;
 };
 
-// One row of addresses per tensor. A tensor whose `grad` is 0 is left alone.
+// One row of addresses per tensor. A tensor whose gradient is at 0 is left alone.
 struct AdamWTensor {
-  int64_t param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  int64_t param, exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 struct DenseTensor {
   int64_t data;
@@ -61,6 +61,7 @@ struct PackedTensor {
 struct AdamWLaunch {
   WorkList work;
   const AdamWTensor* tensors;
+  const DenseTensor* grads;    // the only addresses that change from step to step
   const int32_t* param_dtype;  // DType per tensor, of parameter and gradient
   const int32_t* state_dtype;  // DType per tensor
   const int32_t* scalar_set;   // per segment

@@ -6,6 +6,7 @@ class Work:
 def adamw(
     work: Work,
     tensors: int,
+    grads: int,
     param_dtype: int,
     state_dtype: int,
     scalar_set: int,

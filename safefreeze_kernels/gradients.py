@@ -188,9 +188,10 @@ class _Contiguous:
 
     def finish(self) -> None:
         """The originals hold what was written, and autograd knows."""
-        torch.autograd.graph.increment_version([t for t in self.originals if t is not None])
         if self.plain:
+            torch.autograd.graph.increment_version(self.originals)  # type: ignore[arg-type]
             return
+        torch.autograd.graph.increment_version([t for t in self.originals if t is not None])
         for original, used in zip(self.originals, self.tensors, strict=True):
             if original is not None and used is not None and used is not original:
                 original.copy_(used)
@@ -214,7 +215,8 @@ def zero_listed_grads_(
     """Zero what a frozen list visits in the gradients of ``params``."""
     grads, plain = read_gradients(params, names, shapes, operation)
     ready = _Contiguous(grads, plain, names, operation)
-    _one_backend(backend, grads, operation).zero_(work, ready.tensors)
+    chosen = choose_backend(backend, params[0].device, operation) if plain else _one_backend(backend, grads, operation)
+    chosen.zero_(work, ready.tensors)
     ready.finish()
 
 

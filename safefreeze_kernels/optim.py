@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +33,7 @@ from .masks import FreezeMask, FreezePlan, bind, named_tensors
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_SCALAR_ROW: Final = struct.Struct(f"{len(SCALARS.names or ())}f")
 _EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
 
 
@@ -179,7 +181,6 @@ class MaskedAdam(Optimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure``: reevaluates the model and returns the loss, as in `torch.optim`.
 
@@ -504,6 +505,8 @@ class _Launch:
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
         self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
         self.ageless = not work.born_of_part.any()
+        self.scalars = np.empty(len(self.groups), SCALARS)
+        self.scalar_memory = self.scalars.view(np.uint8).data
         self.shapes = [p.shape for p in params]
         self.dtypes = [p.dtype for p in params]
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
@@ -515,6 +518,10 @@ class _Launch:
         for state, view in zip(states, self.steps.unbind(), strict=True):
             state["step"] = view
         self.counts = self.steps.numpy()
+        self.count_bytes = self.counts.view(np.uint8).data
+        self.counting: np.ndarray | None = None
+        self.uniform_count: int | None = None
+        self._note_counts()
         self.addresses = _addresses(params, states)
 
     def is_current(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -533,40 +540,51 @@ class _Launch:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
         grads, plain = read_gradients(self.params, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
-        self.counting = np.float32(1.0) if plain else np.array([g is not None for g in grads], np.float32)
+        self.counting = None if plain else np.array([g is not None for g in grads], np.float32)
         if not plain:
             grads = [None if grad is None else grad.contiguous() for grad in grads]
-        counts = self.counts + self.counting
-        if self.ageless and (counts == counts[0]).all():  # the usual case: groups are the only difference
-            sets, scalar_set = self.groups, self.set_of_part
-            ages = [max(int(counts[0]), 1)] * len(sets)
-        else:
-            age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
-            codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
-            sets, ages, scalar_set = (codes >> 40).tolist(), (codes & (1 << 40) - 1).tolist(), inverse.astype(np.int32)
-        scalars = np.empty(len(sets), SCALARS)
-        for row, (group, age) in enumerate(zip(sets, ages, strict=True)):
-            scalars[row] = _group_scalars(groups[group], age, multiplier)
-        return grads, scalars, scalar_set
+        if plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
+            # the usual case: all tensors took as many steps, and groups are the only difference
+            for row, group in enumerate(self.groups):
+                values = _group_scalars(groups[group], self.uniform_count + 1, multiplier)
+                _SCALAR_ROW.pack_into(self.scalar_memory, row * SCALARS.itemsize, *values)
+            return grads, self.scalars, self.set_of_part
+        self.uniform_count = None
+        counts = self.counts + (np.float32(1.0) if self.counting is None else self.counting)
+        age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
+        codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
+        scalars = np.empty(len(codes), SCALARS)
+        for row, code in enumerate(codes.tolist()):
+            scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1, multiplier)
+        return grads, scalars, inverse.astype(np.int32)
 
     def run(self, grads: list[Tensor | None], scalars: np.ndarray, scalar_set: np.ndarray) -> None:
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
-                self.operands.params[i] = self.params[i].contiguous()
+                self.operands.params[i] = self.params[i].detach().contiguous()
             self.operands.native = None
         self.backend.adamw_(self.work, self.operands, scalars, scalar_set, l2=self.l2, amsgrad=self.amsgrad)
         for i in self.strided:
             if grads[i] is not None:
-                self.params[i].copy_(self.operands.params[i])
+                self.params[i].detach().copy_(self.operands.params[i])
         self.operands.grads = []
-        self.counts += self.counting
-        changed = (
-            self.params
-            if self.counting.ndim == 0
-            else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-        )
-        torch.autograd.graph.increment_version(changed)
+        if self.counting is None:
+            self.counts += np.float32(1.0)
+            torch.autograd.graph.increment_version(self.params)
+        else:
+            self.counts += self.counting
+            changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+            torch.autograd.graph.increment_version(changed)
+        self._note_counts()
+
+    def _note_counts(self) -> None:
+        """Remember the step counts, so as to see at a glance whether someone else wrote to them."""
+        if self.uniform_count is not None:
+            self.uniform_count += 1
+        elif self.ageless and len(self.counts) and (self.counts == self.counts[0]).all():
+            self.uniform_count = int(self.counts[0])
+        self.expected_bytes = bytes(self.count_bytes)
 
 
 def _addresses(params: Iterable[Tensor], states: Iterable[dict[str, Any]]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from .worklist import PIECE, RUN, SEGMENT
 
 _CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
-_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")])
+_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")])
 
 _mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": _ADAMW_TENSOR, "Scalars": SCALARS}
 if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
@@ -39,15 +40,20 @@ if "SAFEFREEZE_CPU_ISA" in os.environ:
     _C.choose_isa(os.environ["SAFEFREEZE_CPU_ISA"])
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
+# Plain arrays rather than numpy's: after a backward pass everything is cold, and they take a quarter of the way.
+def _addresses(tensors: Sequence[Tensor | None]) -> array[int]:
     try:
-        return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))  # type: ignore[arg-type]
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # a missing gradient
-        return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64)
+        return array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _codes(tensors: Sequence[Tensor | None]) -> np.ndarray:
-    return np.array([0 if tensor is None else _CODES[tensor.dtype] for tensor in tensors], np.int32)
+def _codes(tensors: Sequence[Tensor | None]) -> array[int]:
+    return array("i", [0 if tensor is None else _CODES[tensor.dtype] for tensor in tensors])
+
+
+def _address(values: array[int]) -> int:
+    return values.buffer_info()[0]
 
 
 def _native(work: WorkList) -> _C.Work:
@@ -67,17 +73,17 @@ class CpuBackend:
         *, l2: bool, amsgrad: bool,
     ) -> None:  # fmt: skip
         if operands.native is None:
-            table = np.zeros(len(operands.params), _ADAMW_TENSOR)
-            table["param"] = _addresses(operands.params)
-            table["exp_avg"] = _addresses(operands.exp_avgs)
-            table["exp_avg_sq"] = _addresses(operands.exp_avg_sqs)
-            if operands.max_exp_avg_sqs is not None:
-                table["max_exp_avg_sq"] = _addresses(operands.max_exp_avg_sqs)
-            operands.native = table, _codes(operands.params), _codes(operands.exp_avgs)
-        table, param_dtype, state_dtype = operands.native
-        table["grad"] = _addresses(operands.grads)
+            columns = [operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs or []]
+            table = np.zeros((len(operands.params), len(columns)), np.int64)
+            for column, tensors in enumerate(columns):
+                table[: len(tensors), column] = _addresses(tensors)
+            codes = _codes(operands.params), _codes(operands.exp_avgs)
+            # the addresses are of what stands behind them in this tuple
+            operands.native = table.ctypes.data, _address(codes[0]), _address(codes[1]), table, codes
+        grads = _addresses(operands.grads)
+        tensors_at, param_dtype_at, state_dtype_at, *_ = operands.native
         _C.adamw(
-            _native(work), table.ctypes.data, param_dtype.ctypes.data, state_dtype.ctypes.data, scalar_set.ctypes.data,
+            _native(work), tensors_at, _address(grads), param_dtype_at, state_dtype_at, scalar_set.ctypes.data,
             scalars.ctypes.data, l2, amsgrad, torch.get_num_threads(),
         )  # fmt: skip
 
@@ -85,20 +91,18 @@ class CpuBackend:
         table, dtype = _addresses(tensors), _codes(tensors)
         partial = np.zeros(len(work.pieces), np.float64)
         _C.norm(
-            _native(work), table.ctypes.data, dtype.ctypes.data, _NORMS[kind], partial.ctypes.data,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            _native(work), _address(table), _address(dtype), _NORMS[kind], partial.ctypes.data, torch.get_num_threads()
+        )
         return float(partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum())
 
     def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
         table, dtype = _addresses(tensors), _codes(tensors)
-        _C.scale(
-            _native(work), table.ctypes.data, dtype.ctypes.data, float(np.float32(factor)), torch.get_num_threads()
-        )
+        factor = float(np.float32(factor))
+        _C.scale(_native(work), _address(table), _address(dtype), factor, torch.get_num_threads())
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         table, dtype = _addresses(tensors), _codes(tensors)
-        _C.zero(_native(work), table.ctypes.data, dtype.ctypes.data, torch.get_num_threads())
+        _C.zero(_native(work), _address(table), _address(dtype), torch.get_num_threads())
 
     def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=True)
@@ -109,4 +113,4 @@ class CpuBackend:
     def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
         table = np.stack([_addresses(tensors), _addresses(packed)], axis=1)
         dtype = _codes(tensors)
-        _C.copy(_native(work), table.ctypes.data, dtype.ctypes.data, gather, torch.get_num_threads())
+        _C.copy(_native(work), table.ctypes.data, _address(dtype), gather, torch.get_num_threads())
