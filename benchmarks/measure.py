@@ -162,9 +162,11 @@ class Stopwatch:
         time.sleep(_SETTLE_S)
         self._cold.sum()
 
-    def time(self, call: Callable[[], Any]) -> int:
-        """Nanoseconds of one call."""
+    def time(self, call: Callable[[], Any], warm: bool = False) -> int:
+        """Nanoseconds of one call; ``warm``: of the second of two."""
         self.evict()
+        if warm:
+            call()
         began = time.perf_counter_ns()
         call()
         return time.perf_counter_ns() - began
@@ -320,7 +322,7 @@ class Bench:
     def _time_pair(self, timed: Timed, runners: dict[Contender, Runner], contender_first: bool) -> None:
         pair = [(timed.times_ns, timed.case.contender), (timed.against_ns, timed.case.against)]
         for times, who in pair if contender_first else reversed(pair):
-            times.append(self._stopwatch.time(runners[who].run))
+            times.append(self._stopwatch.time(runners[who].run, timed.case.warm))
 
 
 def _rounds_left(timed: Timed) -> bool:
