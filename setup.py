@@ -66,6 +66,7 @@ extension = Pybind11Extension(
     "safefreeze_kernels._C",
     ["csrc/bindings.cpp", "csrc/threads.cpp"],
     include_dirs=["csrc"],
+    cxx_std=17,  # said, not tried out: the trial would end the build where there is no compiler
     depends=["csrc/arithmetic.h", "csrc/work.h", "csrc/cpu.h", "csrc/cpu.cpp"],
 )
 extension.optional = os.environ.get("SAFEFREEZE_REQUIRE_NATIVE") != "1"
