@@ -499,7 +499,7 @@ class _Launch:
         group_of: np.ndarray, states: list[dict[str, Any]], amsgrad: bool, l2: bool,
     ) -> None:  # fmt: skip
         self.optimizer, self.backend, self.work = optimizer, backend, work
-        self.params, self.names, self.states = params, names, states
+        self.params, self.names = params, names
         self.amsgrad, self.l2 = amsgrad, l2
         self.group_of_part = group_of[work.tensor_of_part]
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)

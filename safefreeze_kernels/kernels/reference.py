@@ -63,7 +63,7 @@ class ReferenceBackend:
                 old_p.float(), old_g.float(), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
             )
             new_p = p.to(param.dtype)
-            live = _live_flags(part, work, param.device)
+            live = _chosen_flags(part, work, param.device)
             if live is not None:
                 new_p = torch.where(live, new_p, old_p)
                 new_state = [
@@ -111,7 +111,7 @@ class ReferenceBackend:
                 twin[part.packed_start : part.packed_start + chosen.numel()] = chosen.reshape(-1)
             else:
                 _, there = _places(part, twin.device)
-                live = _live_flags(part, work, twin.device)
+                live = _chosen_flags(part, work, twin.device)
                 if live is not None:
                     here, _ = _places(part, twin.device)
                     whole = _matrix(tensors[part.tensor], part)[here]
@@ -165,11 +165,6 @@ def _places(part: Part, device: torch.device) -> tuple[Any, Any]:
         row, col = _index(rows, device), _index(cols, device)
         places.append((row[:, None], col[None, :]) if rows is not None and cols is not None else (row, col))
     return places[0], places[1]
-
-
-def _live_flags(part: Part, work: WorkList, device: torch.device) -> Tensor | None:
-    assert not work.frozen
-    return _chosen_flags(part, work, device)
 
 
 def _chosen_flags(part: Part, work: WorkList, device: torch.device) -> Tensor | None:
