@@ -1,0 +1,388 @@
+"""Attribution: scores of units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from attribution_models import (
+    ANSWERS,
+    OTHER_ANSWERS,
+    ROWS,
+    UTILITY,
+    Toy,
+    batch_of,
+    hook_count,
+    random_scores,
+    tiny,
+    toy_layout,
+)
+from torch import nn
+
+from safefreeze_kernels.attribution import (
+    MaskBuilder,
+    SetScores,
+    UnitLabels,
+    UnitScores,
+    encode_pairs,
+    score_units,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and on busy cores wait seconds for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def expected_scores(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula over all activations at once: variance by torch.var, squared norms by hand."""
+    scores = []
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        per_layer = []
+        for layer in range(2):
+            module = model.get_submodule(f"model.layers.{layer}.{name}")
+            rows: list[torch.Tensor] = []
+            handle = module.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0]))
+            with torch.no_grad():
+                for batch in batches:
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            handle.remove()
+            kept = [
+                x[i, t]
+                for x, batch in zip(rows, batches, strict=True)
+                for i in range(x.shape[0])
+                for t in range(x.shape[1] - 1)
+                if batch["labels"][i, t + 1] != -100
+            ]
+            weight = module.weight.detach().double()
+            per_layer.append(torch.var(torch.stack(kept).double(), dim=0) * weight.pow(2).sum(0))
+        scores.append(torch.stack(per_layer))
+    return scores[0], scores[1]
+
+
+def test_scores_are_the_papers_formula() -> None:
+    model = tiny()
+    batches = [batch_of(ROWS[:2], ANSWERS[:2]), batch_of(ROWS[2:], ANSWERS[2:])]
+    scores = score_units(model, batches, UTILITY)
+    features, channels = expected_scores(model, batches)
+    torch.testing.assert_close(scores.safety.head_features.reshape(2, 48).double(), features, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(scores.safety.channels.double(), channels, rtol=1e-5, atol=1e-9)
+    heads = features.reshape(2, 4, 12).mean(2)
+    torch.testing.assert_close(scores.safety.heads.double(), heads, rtol=1e-5, atol=1e-9)
+    assert scores.safety.n_positions == sum(ANSWERS) and scores.utility.n_positions == sum(OTHER_ANSWERS)
+    assert scores.safety.heads.shape == (2, 4) and scores.safety.channels.shape == (2, 24)
+    features, channels = expected_scores(model, UTILITY)
+    torch.testing.assert_close(scores.utility.channels.double(), channels, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("sizes", [[6], [1, 5], [2, 2, 2], [1, 1, 1, 1, 1, 1]])
+def test_scores_do_not_depend_on_batching_or_padding(sizes: list[int], side: str) -> None:
+    model = tiny()
+    whole = score_units(model, [batch_of([row], [n]) for row, n in zip(ROWS, ANSWERS, strict=True)], UTILITY)
+    ends = np.cumsum(sizes)
+    split = [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
+    scores = score_units(model, iter(split), iter(UTILITY))
+    assert scores.safety.n_positions == whole.safety.n_positions
+    torch.testing.assert_close(scores.safety.head_features, whole.safety.head_features, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(scores.safety.channels, whole.safety.channels, rtol=2e-4, atol=1e-6)
+
+
+#: Tokens 0 to 3 feed these rows to both readers; column norms² are 1 and 4 (o_proj), 4 and 16 (down_proj).
+TOY_TABLE = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 2.0], [100.0, 100.0]])
+TOY_READERS = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+
+
+def toy_scores(labels: list[int], positions: str = "predicting", **more: Any) -> SetScores:
+    batch = {"input_ids": torch.tensor([[0, 1, 2, 3]]), "labels": torch.tensor([labels]), **more}
+    return score_units(Toy(TOY_TABLE, TOY_READERS), [batch], [batch], positions=positions).safety  # type: ignore[arg-type]
+
+
+def test_positions_by_hand() -> None:
+    """Response = tokens 2 and 3. Predicting them: positions 1, 2, rows (3, 0) and (5, 2): variances 2, 2."""
+    scores = toy_scores([-100, -100, 2, 3])
+    assert scores.n_positions == 2
+    assert scores.head_features.flatten().tolist() == [2.0 * 1, 2.0 * 4]
+    assert scores.channels.tolist() == [[2.0 * 4, 2.0 * 16]]
+    # the response tokens themselves: rows (5, 2) and (100, 100), variances 95²/2 and 98²/2
+    scores = toy_scores([-100, -100, 2, 3], "response")
+    assert scores.head_features.flatten().tolist() == [95**2 / 2, 4 * 98**2 / 2]
+    # all, the last one padded away: rows (1, 0), (3, 0), (5, 2): variances 4 and 4/3; labels do not matter
+    scores = toy_scores([-100] * 4, "all", attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    assert scores.n_positions == 3
+    torch.testing.assert_close(scores.head_features.flatten(), torch.tensor([4.0, 4 * 4 / 3]))
+
+
+def test_a_response_from_the_first_token_on_has_no_position_before_it() -> None:
+    assert toy_scores([0, 1, 2, 3]).n_positions == 3
+
+
+def test_masked_positions_do_not_count_even_with_labels() -> None:
+    labels = [-100, 1, 2, 3]
+    assert toy_scores(labels, attention_mask=torch.tensor([[1, 1, 0, 0]])).n_positions == 2
+
+
+def test_variance_survives_a_large_mean() -> None:
+    """Mean 1000, deviations of 0.001: in float32 squares lose them and the mean's own rounding shows."""
+    noise = torch.randn(300, 2, generator=torch.Generator().manual_seed(1))
+    table = (1000 + 0.001 * noise).float()
+    batches = [{"input_ids": ids[None], "labels": ids[None]} for ids in torch.arange(300).split(7)]
+    counted = torch.cat([batch["input_ids"][0, :-1] for batch in batches])
+    scores = score_units(Toy(table, torch.eye(2)), batches, batches)
+    torch.testing.assert_close(
+        scores.safety.head_features.flatten().double(),
+        torch.var(table[counted].double(), dim=0),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_low_precision_activations_are_accumulated_in_high_precision() -> None:
+    table = torch.randn(64, 2, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ids = torch.arange(64)[None]
+    scores = score_units(
+        Toy(table, torch.eye(2)).bfloat16(),
+        [{"input_ids": ids, "labels": ids}] * 2,
+        [{"input_ids": ids, "labels": ids}],
+    )
+    rows = table[:-1].double().repeat(2, 1)
+    torch.testing.assert_close(scores.safety.channels[0].double(), 4 * torch.var(rows, dim=0), rtol=1e-5, atol=0)
+
+
+def test_modes_and_hooks_are_left_as_found() -> None:
+    model = tiny().train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    seen: list[bool] = []
+    model.model.layers[1].register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    before = hook_count(model)
+    weights = {name: param.clone() for name, param in model.named_parameters()}
+    score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    assert seen == [False, False]
+    assert [module.training for module in model.modules()] == modes and hook_count(model) == before
+    assert all(param.grad is None and torch.equal(param, weights[name]) for name, param in model.named_parameters())
+
+    def failing() -> Any:
+        yield batch_of(ROWS, ANSWERS)
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        score_units(model, failing(), UTILITY)
+    assert [module.training for module in model.modules()] == modes and hook_count(model) == before
+
+
+def test_sets_may_be_generators_and_show_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = batch_of(ROWS, ANSWERS)
+    quiet = score_units(tiny(), [batch, batch], UTILITY)
+    assert capsys.readouterr().err == ""
+    loud = score_units(tiny(), (batch for _ in range(2)), iter(UTILITY), progress=True)
+    assert torch.equal(quiet.safety.channels, loud.safety.channels)
+    bars = capsys.readouterr().err
+    assert "scoring safety" in bars and "scoring utility" in bars
+
+
+def bad_batch(**changes: Any) -> dict[str, Any]:
+    batch = {**batch_of(ROWS, ANSWERS), **changes}
+    return {key: value for key, value in batch.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("safety", "kind", "message"),
+    [
+        ([], ValueError, "safety holds no batches"),
+        (
+            [batch_of(ROWS, [0] * 6)],
+            ValueError,
+            "safety has 0 counted positions in 1 batches, expected at least 2",
+        ),
+        ([batch_of(ROWS[:1], [1])], ValueError, "safety has 1 counted positions"),
+        (batch_of(ROWS, ANSWERS), TypeError, r"safety is one batch, .* pass \[batch\]"),
+        ([torch.ones(2, 3)], TypeError, "batch 0 of safety is a Tensor, expected a mapping"),
+        ([bad_batch(), bad_batch(labels=None)], ValueError, "batch 1 of safety has no 'labels'"),
+        ([bad_batch(input_ids=None)], ValueError, "batch 0 of safety has no 'input_ids'"),
+        ([bad_batch(labels=torch.ones(6, 2))], ValueError, r"labels has shape \(6, 2\) and input_ids \(6, "),
+        ([bad_batch(attention_mask=torch.ones(6))], ValueError, r"attention_mask has shape \(6,\)"),
+    ],
+)
+def test_score_units_refuses_bad_sets(safety: Any, kind: type[Exception], message: str) -> None:
+    model = tiny()
+    with pytest.raises(kind, match=message):
+        score_units(model, safety, UTILITY)
+    assert hook_count(model) == 0
+
+
+def test_score_units_refuses_bad_words_and_models() -> None:
+    good = [batch_of(ROWS, ANSWERS)]
+    with pytest.raises(ValueError, match="method is 'wanda', expected one of 'fluctuation'"):
+        score_units(tiny(), good, good, method="wanda")
+    with pytest.raises(ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"):
+        score_units(tiny(), good, good, positions="prompt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
+        score_units(tiny("gpt2"), good, good)
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj.weight' is on the meta device"):
+        score_units(tiny().to("meta"), good, good)
+    used_up = iter(good)
+    with pytest.raises(ValueError, match="utility holds no batches"):
+        score_units(tiny(), used_up, used_up)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_activations_are_named(value: float) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[4, 0] = value
+    with pytest.raises(ValueError, match=r"input of 'model.layers.1.mlp.down_proj' is NaN or infinite on the safety"):
+        score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    assert hook_count(model) == 0
+
+
+def test_a_layer_that_does_not_run_is_an_error() -> None:
+    model = Toy(TOY_TABLE, TOY_READERS)
+    model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids])  # type: ignore[method-assign]
+    ids = torch.tensor([[0, 1, 2]])
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match=r"'layers.0.self_attn.o_proj' saw 0 positions of the safety set, expected 2"):
+        score_units(model, [batch], [batch])
+    model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids].flatten(0, 1))  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"'layers.0.mlp.down_proj' received \(3, 2\), expected \(1, 3\) positions"):
+        score_units(model, [batch], [batch])
+
+
+def test_scores_survive_a_file(tmp_path: Path) -> None:
+    scores = score_units(tiny("qwen2"), [batch_of(ROWS, ANSWERS)], UTILITY)
+    path = tmp_path / "scores.safetensors"
+    scores.save(path)
+    loaded = UnitScores.load(path)
+    assert loaded.layout == scores.layout and loaded.method == "fluctuation"
+    for mine, theirs in ((scores.safety, loaded.safety), (scores.utility, loaded.utility)):
+        assert torch.equal(mine.head_features, theirs.head_features) and torch.equal(mine.channels, theirs.channels)
+        assert mine.n_positions == theirs.n_positions
+    before, after = (MaskBuilder(s).freeze(cu=0.06).build() for s in (scores, loaded))
+    assert before == after
+    assert "qwen2" in repr(loaded) and f"{sum(ANSWERS)} safety" in repr(loaded)
+
+
+def test_score_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    with pytest.raises(FileNotFoundError, match="no file"):
+        UnitScores.load(path)
+    random_scores(toy_layout()).save(path)
+    whole = path.read_bytes()
+    for damaged in (
+        b"",
+        whole[:40],
+        whole[:-1],
+        whole.replace(b"safefreeze.unit_scores", b"safefreeze.unit_thores"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a score file this package reads"):
+            UnitScores.load(path)
+    UnitLabels(torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)).save(path)
+    with pytest.raises(ValueError, match="format None"):
+        UnitScores.load(path)
+
+
+def test_set_scores_are_checked() -> None:
+    layout = toy_layout()
+    ones = torch.ones
+    assert SetScores(ones(2, 4), ones(2, 6)).heads.tolist() == ones(2, 4).tolist()
+    with pytest.raises(ValueError, match=r"head_features has shape \(4,\)"):
+        SetScores(ones(4), ones(2, 6))
+    with pytest.raises(ValueError, match=r"channels \(3, 6\)"):
+        SetScores(ones(2, 4), ones(3, 6))
+    for bad in (math.nan, math.inf, 1e39):
+        channels = ones(2, 6, dtype=torch.float64)
+        channels[1, 2] = bad
+        with pytest.raises(ValueError, match="channels of layer 1 holds NaN or inf"):
+            SetScores(ones(2, 4), channels)
+    good = SetScores(ones(2, 4), ones(2, 6))
+    with pytest.raises(ValueError, match=r"utility scores heads \(2, 4\) and channels \(2, 7\), expected .*\(2, 6\)"):
+        UnitScores(layout, good, SetScores(ones(2, 4), ones(2, 7)))
+
+
+# ----------------------------------------------------------------------------------------------- calibration
+
+VOCABULARY = "<pad> <bos> <end> <user> <bot> how do i bake rob bread sorry no flour and water \n"
+WORDS = VOCABULARY.split(" ")
+CHAT = (
+    "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }}"
+    "{{ ' <end> \n ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+)
+
+
+def word_tokenizer(**settings: Any) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", **settings)
+
+
+def words_of(ids: torch.Tensor) -> str:
+    return " ".join(WORDS[i] for i in ids.tolist())
+
+
+def test_pairs_go_through_the_chat_template() -> None:
+    tokenizer = word_tokenizer(chat_template=CHAT, pad_token="<pad>")
+    pairs = [("how do i rob bread", "sorry no"), ("bake", "flour and water"), ("bread", "no")]
+    batches = encode_pairs(tokenizer, pairs, batch_size=2)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 12), (1, 7)]
+    first = batches[0]
+    assert words_of(first["input_ids"][0]) == "<user> how do i rob bread <end> \n <bot> sorry no <end>"
+    for batch in batches:
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        response = batch["labels"] != -100
+        assert torch.equal(batch["labels"][response], batch["input_ids"][response])
+    said = [words_of(b["input_ids"][i][b["labels"][i] != -100]) for b in batches for i in range(len(b["labels"]))]
+    assert said == ["sorry no <end>", "flour and water <end>", "no <end>"]
+    assert first["attention_mask"][1].tolist() == [1] * 9 + [0] * 3
+    assert set(first["input_ids"][1, 9:].tolist()) == {0} and set(first["labels"][1, 9:].tolist()) == {-100}
+
+
+def test_pairs_without_a_template_are_joined() -> None:
+    tokenizer = word_tokenizer()
+    assert tokenizer.pad_token_id is None
+    (batch,) = encode_pairs(tokenizer, [("bake bread ", "flour "), ("rob ", "no ")])
+    assert words_of(batch["input_ids"][0]) == "<bos> bake bread flour <end>"
+    assert words_of(batch["input_ids"][0][batch["labels"][0] != -100]) == "flour <end>"
+    assert words_of(batch["input_ids"][1][batch["labels"][1] != -100]) == "no <end>"
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+
+
+def test_pairs_are_cut_to_length_and_checked() -> None:
+    tokenizer = word_tokenizer(chat_template=CHAT)
+    (batch,) = encode_pairs(tokenizer, [("bake", "flour and water")], max_length=6)
+    assert words_of(batch["input_ids"][0]) == "<user> bake <end> \n <bot> flour"
+    with pytest.raises(ValueError, match=r"pair 0 has 5 prompt and 2 response tokens, .* within max_length=5"):
+        encode_pairs(tokenizer, iter([("bake", "no")]), max_length=5)
+    with pytest.raises(ValueError, match="no pairs given"):
+        encode_pairs(tokenizer, [])
+    for bad in ("ab", ("a",), ("a", 3), ("a", "b", "c")):
+        with pytest.raises(TypeError, match=r"pair 0 is .*expected"):
+            encode_pairs(tokenizer, [bad])  # type: ignore[list-item]
+    for sizes in ({"max_length": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="is 0, expected at least 1"):
+            encode_pairs(tokenizer, [("a", "b")], **sizes)
+
+
+def test_pairs_can_be_scored() -> None:
+    tokenizer = word_tokenizer(chat_template=CHAT)
+    batches = encode_pairs(tokenizer, [("rob", "sorry no"), ("bake bread", "flour and water")], batch_size=1)
+    scores = score_units(tiny(), batches, batches)
+    assert scores.safety.n_positions == 3 + 4  # each response and its end of turn
+    assert torch.equal(scores.safety.channels, scores.utility.channels)
