@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace safefreeze;
@@ -108,6 +110,23 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   py::class_<Work>(module, "Work")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"), py::arg("pieces"),
            py::arg("runs"), py::arg("n_pieces"), py::arg("frozen"));
+  py::class_<Whereabouts>(module, "Whereabouts")
+      .def(py::init([](py::type tensor, py::dict state) {
+             return std::make_unique<Whereabouts>(TensorLibrary(tensor.ptr()), state.ptr());
+           }),
+           py::arg("tensor_type"), py::arg("state"))
+      .def("hold", [](const Whereabouts& self, py::dict state) { return self.hold(state.ptr()); });
+  py::class_<Gradients>(module, "Gradients")
+      .def(py::init([](py::type tensor, py::list params) {
+             return std::make_unique<Gradients>(TensorLibrary(tensor.ptr()), params.ptr());
+           }),
+           py::arg("tensor_type"), py::arg("params"))
+      .def("read",
+           [](Gradients& self, py::list params, py::list grads) { return self.read(params.ptr(), grads.ptr()); })
+      .def_property_readonly("tables", [](const Gradients& self) {
+        return std::make_pair(reinterpret_cast<uintptr_t>(self.addresses.data()),
+                              reinterpret_cast<uintptr_t>(self.dtypes.data()));
+      });
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);
   module.def("scale", &launch_scale);

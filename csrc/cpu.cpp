@@ -8,7 +8,7 @@
 
 #include "cpu.h"
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -41,10 +41,22 @@ struct Place {
   int64_t from = 0, to = 0;
   const Run* rows = nullptr;
   int64_t picks = 0;
+  int64_t n_rows = 0;   // rows from `rows` on in this piece: more than the block has, if others follow
   bool shared = false;  // other threads may be writing to the elements between: touch none but one's own
 
   int64_t row_start(int64_t row) const { return rows ? rows[row].start : start; }
+  // The row to fetch while `row` is picked: two ahead, since hardware prefetchers lose their way among picks (Zen 5).
+  int64_t row_to_fetch(int64_t row) const { return row_start(row + 2 < n_rows ? row + 2 : row); }
 };
+
+template <typename T>
+inline void prefetch(const T* data) {
+#if defined(__GNUC__)
+  __builtin_prefetch(data);
+#else
+  (void)data;
+#endif
+}
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // Sixteen neighbours at a time. Whole vectors are loaded, blended and stored: masked ones run three times slower once
@@ -115,9 +127,15 @@ void put_by_bits(const T*, Place, T*) {}
 #endif
 
 template <typename T>
-SAFEFREEZE_SCALAR void pick_by_index(const T* row, const int32_t* cols, int64_t n, T* __restrict out) {
+SAFEFREEZE_SCALAR void pick_by_index(const T* row, const T* later, const int32_t* cols, int64_t n, T* __restrict out) {
+  int64_t i = 0;
   SAFEFREEZE_SCALAR_LOOP
-  for (int64_t i = 0; i < n; ++i) out[i] = row[cols[i]];
+  for (; i + 2 <= n; i += 2) {
+    prefetch(later + cols[i]);
+    out[i] = row[cols[i]];
+    out[i + 1] = row[cols[i + 1]];
+  }
+  if (i < n) out[i] = row[cols[i]];
 }
 
 template <typename T>
@@ -129,11 +147,11 @@ SAFEFREEZE_SCALAR void put_by_index(const T* __restrict values, const int32_t* c
 template <typename T>
 void pick(const T* data, Place place, int64_t n, T* __restrict out) {
   for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
-    const T* there = data + place.row_start(row);
+    const T *there = data + place.row_start(row), *later = data + place.row_to_fetch(row);
     if (picks_by_bits && place.col_bits) {
       pick_by_bits(there, place, out + done);
     } else {
-      pick_by_index(there, place.cols, place.picks, out + done);
+      pick_by_index(there, later, place.cols, place.picks, out + done);
     }
   }
 }
@@ -308,6 +326,7 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
       if (cols) {
         place.cols = cols + done;
         place.rows = &run;
+        place.n_rows = piece.end - r;
         if (col_bits) {
           const int64_t last = cols[run.count - 1] + 1;
           place.col_bits = col_bits;
@@ -524,13 +543,31 @@ void scale_piece(const ScaleLaunch& launch, int64_t piece) {
   });
 }
 
+// Zeros written past the caches: nobody reads frozen gradients, and a line that is to be overwritten need not be
+// fetched first. Short stretches are not worth it.
+void write_zeros(char* data, size_t size) {
+#if defined(__SSE2__)
+  constexpr size_t line = 64;
+  const size_t head = (line - reinterpret_cast<uintptr_t>(data) % line) % line;
+  if (size >= head + 8 * line) {
+    memset(data, 0, head);
+    char* const end = data + size - (size - head) % line;
+    for (char* at = data + head; at < end; at += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(at), _mm_setzero_si128());
+    size -= static_cast<size_t>(end - data);
+    data = end;
+  }
+#endif
+  memset(data, 0, size);
+}
+
 template <typename T>
 void zero_block(T* data, const Block& b, const uint8_t* kept) {
   static const T zeros[block + slack] = {};
   if (kept || b.place.cols) {
     put(zeros, b.n, data, b.place, kept);
   } else {
-    memset(data + b.place.start, 0, static_cast<size_t>(b.n) * sizeof(T));
+    write_zeros(reinterpret_cast<char*>(data + b.place.start), static_cast<size_t>(b.n) * sizeof(T));
   }
 }
 
@@ -546,6 +583,9 @@ void zero_piece(const ZeroLaunch& launch, int64_t piece) {
       zero_block(at<uint16_t>(address), b, kept);
     }
   });
+#if defined(__SSE2__)
+  _mm_sfence();  // streamed stores are not ordered by what ends the parallel region
+#endif
 }
 
 // A live list's packed twin keeps a place, holding zero, for a frozen single element; a frozen list's twin has no

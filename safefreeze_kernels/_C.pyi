@@ -1,7 +1,22 @@
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 STRUCT_SIZES: dict[str, int]
 
 class Work:
     def __init__(self, segments: int, pieces: int, runs: int, n_pieces: int, frozen: bool) -> None: ...
+
+class Whereabouts:
+    def __init__(self, tensor_type: type[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None: ...
+    def hold(self, state: Mapping[Tensor, dict[str, Any]]) -> bool: ...
+
+class Gradients:
+    def __init__(self, tensor_type: type[Tensor], params: list[Tensor]) -> None: ...
+    def read(self, params: list[Tensor], grads: list[Tensor | None]) -> bool: ...
+    @property
+    def tables(self) -> tuple[int, int]: ...
 
 def adamw(
     work: Work,

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 
 from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
+from .kernels.tensors import GradientList, GradientReader
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
 
 __all__ = ["ClippedNorm", "clip_grad_norm_", "zero_frozen_grads_"]
 
 Model = torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-# Read by `map` for every tensor at every step: the getters themselves, without a Python frame for each.
-_grad: Final = Tensor.grad.__get__  # type: ignore[union-attr]
-_dtype: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_device: Final = Tensor.device.__get__
-_shape: Final = Tensor.shape.__get__  # type: ignore[attr-defined]
-_is_contiguous: Final = Tensor.is_contiguous
-_STORAGE: Final = frozenset(STORAGE)
 _NORM_KINDS: Final[dict[float, NormKind]] = {
     1.0: "sum_of_absolutes",
     2.0: "sum_of_squares",
@@ -58,6 +52,7 @@ class _Bound:
             [weakref.ref(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
         )
         self._contents = _contents(self._modules)
+        self.gradients, self.masked_gradients = GradientReader(params), GradientReader(params[: self.n_masked])
         self._live: WorkList | None = None
         self._frozen: WorkList | None = None
 
@@ -66,7 +61,7 @@ class _Bound:
         params = [ref() for ref in self._params]
         if _contents(self._modules) != self._contents or any(p is None for p in params):
             return None
-        return params if list(map(_shape, params)) == self.shapes else None  # type: ignore[return-value]
+        return params if [p.shape for p in params if p is not None] == self.shapes else None  # type: ignore[return-value]
 
     @property
     def live(self) -> WorkList:
@@ -114,33 +109,22 @@ def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bound
 
 
 def read_gradients(
-    params: Sequence[Tensor],
+    reader: GradientReader,
+    params: list[Tensor],
     names: Sequence[str],
     shapes: Sequence[torch.Size],
     operation: str,
     dtypes: Sequence[torch.dtype] | None = None,
-) -> tuple[list[Tensor | None], bool]:
-    """The gradients of ``params``, checked; and whether they are plain: all there, all contiguous.
-
-    ``dtypes``: what each must have; None: any of `STORAGE`.
-    """
-    grads: list[Tensor | None] = list(map(_grad, params))
-    try:
-        plain = (
-            all(map(_is_contiguous, grads))  # type: ignore[arg-type]
-            and list(map(_shape, grads)) == shapes
-            and set(map(_device, grads)) == {params[0].device}
-            and (list(map(_dtype, grads)) == dtypes if dtypes is not None else set(map(_dtype, grads)) <= _STORAGE)
-        )
-    except (RuntimeError, TypeError, IndexError):  # a layout without strides, no gradient, no parameters
-        plain = False
-    if not plain:
+) -> GradientList:
+    """The gradients of ``params``, checked. ``dtypes``: what each must have; None: any of `STORAGE`."""
+    grads = reader.read(params)
+    if not grads.plain:
         for grad, p, name, shape in zip(grads, params, names, shapes, strict=True):
             if p.shape != shape:
                 raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:
                 check_gradient(p, grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
-    return grads, plain
+    return grads
 
 
 def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: Sequence[torch.dtype] = STORAGE) -> None:
@@ -176,15 +160,15 @@ def overlaps_itself(tensor: Tensor) -> bool:
 class _Contiguous:
     """Gradients to be written to. Kernels see contiguous ones: others are copied, and copied back by `finish`."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], plain: bool, names: Sequence[str], operation: str) -> None:
-        for tensor, name in () if plain else zip(tensors, names, strict=True):
+    def __init__(self, tensors: GradientList, names: Sequence[str], operation: str) -> None:
+        for tensor, name in () if tensors.plain else zip(tensors, names, strict=True):
             if tensor is not None and overlaps_itself(tensor):
                 raise ValueError(
                     f"{operation}: grad of {name!r} overlaps itself in memory (stride {tensor.stride()}) and cannot be "
                     "written to; assign its .contiguous() copy"
                 )
-        self.originals, self.plain = tensors, plain
-        self.tensors = tensors if plain else [t if t is None else t.contiguous() for t in tensors]
+        self.originals, self.plain = tensors, tensors.plain
+        self.tensors = tensors if self.plain else GradientList(t if t is None else t.contiguous() for t in tensors)
 
     def finish(self) -> None:
         """The originals hold what was written, and autograd knows."""
@@ -197,8 +181,8 @@ class _Contiguous:
                 original.copy_(used)
 
 
-def _one_backend(name: str, grads: Sequence[Tensor | None], operation: str) -> Backend:
-    devices = {g.device for g in grads if g is not None}
+def _one_backend(name: str, grads: GradientList, operation: str) -> Backend:
+    devices = {g.device for g in (grads[:1] if grads.plain else grads) if g is not None}
     if len(devices) > 1:
         raise ValueError(f"{operation}: gradients are on {sorted(map(str, devices))}, expected one device")
     return choose_backend(name, next(iter(devices), torch.device("cpu")), operation)
@@ -207,15 +191,15 @@ def _one_backend(name: str, grads: Sequence[Tensor | None], operation: str) -> B
 def zero_listed_grads_(
     backend: str,
     work: WorkList,
-    params: Sequence[Tensor],
+    reader: GradientReader,
+    params: list[Tensor],
     names: Sequence[str],
     shapes: Sequence[torch.Size],
     operation: str,
 ) -> None:
     """Zero what a frozen list visits in the gradients of ``params``."""
-    grads, plain = read_gradients(params, names, shapes, operation)
-    ready = _Contiguous(grads, plain, names, operation)
-    chosen = choose_backend(backend, params[0].device, operation) if plain else _one_backend(backend, grads, operation)
+    ready = _Contiguous(read_gradients(reader, params, names, shapes, operation), names, operation)
+    chosen = _one_backend(backend, ready.tensors, operation)
     chosen.zero_(work, ready.tensors)
     ready.finish()
 
@@ -236,7 +220,15 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     """
     bound, params = _bind(model, plan, "zero_frozen_grads_")
     n = bound.n_masked
-    zero_listed_grads_(backend, bound.frozen, params[:n], bound.names[:n], bound.shapes[:n], "zero_frozen_grads_")
+    zero_listed_grads_(
+        backend,
+        bound.frozen,
+        bound.masked_gradients,
+        params[:n],
+        bound.names[:n],
+        bound.shapes[:n],
+        "zero_frozen_grads_",
+    )
 
 
 @overload
@@ -287,7 +279,9 @@ def clip_grad_norm_(
     if not max_norm >= 0:
         raise ValueError(f"{operation}: max_norm is {max_norm}, expected a number >= 0")
     bound, params = _bind(model, plan, operation)
-    grads = _Contiguous(*read_gradients(params, bound.names, bound.shapes, operation), bound.names, operation)
+    grads = _Contiguous(
+        read_gradients(bound.gradients, params, bound.names, bound.shapes, operation), bound.names, operation
+    )
     chosen = _one_backend(backend, grads.tensors, operation)
     live = chosen.norm(bound.live, grads.tensors, kind)
     frozen = 0.0

@@ -6,13 +6,13 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .gradients import check_gradient, overlaps_itself, read_gradients, zero_listed_grads_
 from .kernels import (
@@ -28,6 +28,7 @@ from .kernels import (
     compile_live,
 )
 from .kernels.drift import raise_on_drift
+from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
 
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
@@ -115,6 +116,7 @@ class MaskedAdam(Optimizer):
         self._ages: dict[str, Ages] = {}
         self._launches: list[_Launch] = []
         self._launch_key: Any = None
+        self._whereabouts: Whereabouts | None = None
         self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
@@ -190,6 +192,20 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: a hyper-parameter became NaN or negative; a gradient does not fit. Nothing was changed then.
         """
+        # torch's wrapper opens a named range for profilers and calls hooks: a tenth of a millisecond when caches are cold
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        ):
+            return _observed_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # so torch does not wrap it once more
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,7 +228,8 @@ class MaskedAdam(Optimizer):
         key = [(_flags(group), list(map(id, group["params"]))) for group in groups]
         if (
             key == self._launch_key
-            and all(launch.is_current(self.state) for launch in self._launches)
+            and self._whereabouts is not None
+            and self._whereabouts.hold(self.state)
             and not any(p.grad is not None for p in self._waiting)
         ):
             return self._launches
@@ -246,7 +263,7 @@ class MaskedAdam(Optimizer):
                     l2=l2,
                 )
             )
-        self._launches, self._launch_key = launches, key
+        self._launches, self._launch_key, self._whereabouts = launches, key, whereabouts(self.state)
         self._waiting = [p for p in params if p.grad is None and not self.state.get(p)]
         return launches
 
@@ -425,7 +442,7 @@ class MaskedAdam(Optimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._launches, self._launch_key, self._waiting = [], None, []
+        self._launches, self._launch_key, self._whereabouts, self._waiting = [], None, None, []
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -438,6 +455,9 @@ class MaskedAdam(Optimizer):
                 "decoupled_weight_decay",
             ):
                 group.setdefault(key, self.defaults[key])
+
+
+_observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
 
 
 class MaskedAdamW(MaskedAdam):
@@ -491,7 +511,7 @@ class _Veiled:
 class _Launch:
     """One kernel call per step: the tensors of one device and one set of kernel flags, ready to go.
 
-    Everything that does not change from step to step is computed here once. `is_current` says whether it still holds.
+    Everything that does not change from step to step is computed here once.
     """
 
     def __init__(
@@ -512,7 +532,7 @@ class _Launch:
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
         moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
         self.operands = AdamWOperands(list(params), moments[0], moments[1], moments[2] if amsgrad else None)
-        self.contiguous = list(map(Tensor.is_contiguous, params))
+        self.gradients = GradientReader(params)
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
         for state, view in zip(states, self.steps.unbind(), strict=True):
@@ -522,28 +542,15 @@ class _Launch:
         self.counting: np.ndarray | None = None
         self.uniform_count: int | None = None
         self._note_counts()
-        self.addresses = _addresses(params, states)
 
-    def is_current(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether parameters and their ``states`` lie where they lay. The old ones are kept: no address comes twice."""
-        try:
-            return (
-                _addresses(self.params, map(states.__getitem__, self.params)) == self.addresses
-                and list(map(Tensor.is_contiguous, self.params)) == self.contiguous
-            )
-        except (KeyError, TypeError):  # state was thrown away, or is no tensor
-            return False
-
-    def prepare(
-        self, groups: list[dict[str, Any]], multiplier: float
-    ) -> tuple[list[Tensor | None], np.ndarray, np.ndarray]:
+    def prepare(self, groups: list[dict[str, Any]], multiplier: float) -> tuple[GradientList, np.ndarray, np.ndarray]:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
-        grads, plain = read_gradients(self.params, self.names, self.shapes, self.optimizer, self.dtypes)
+        grads = read_gradients(self.gradients, self.params, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
-        self.counting = None if plain else np.array([g is not None for g in grads], np.float32)
-        if not plain:
-            grads = [None if grad is None else grad.contiguous() for grad in grads]
-        if plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
+        self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
+        if not grads.plain:
+            grads = GradientList(None if grad is None else grad.contiguous() for grad in grads)
+        elif self.uniform_count is not None and self.count_bytes == self.expected_bytes:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
                 values = _group_scalars(groups[group], self.uniform_count + 1, multiplier)
@@ -558,7 +565,7 @@ class _Launch:
             scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1, multiplier)
         return grads, scalars, inverse.astype(np.int32)
 
-    def run(self, grads: list[Tensor | None], scalars: np.ndarray, scalar_set: np.ndarray) -> None:
+    def run(self, grads: GradientList, scalars: np.ndarray, scalar_set: np.ndarray) -> None:
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
@@ -568,7 +575,7 @@ class _Launch:
         for i in self.strided:
             if grads[i] is not None:
                 self.params[i].detach().copy_(self.operands.params[i])
-        self.operands.grads = []
+        self.operands.grads = GradientList()
         if self.counting is None:
             self.counts += np.float32(1.0)
             torch.autograd.graph.increment_version(self.params)
@@ -585,10 +592,6 @@ class _Launch:
         elif self.ageless and len(self.counts) and (self.counts == self.counts[0]).all():
             self.uniform_count = int(self.counts[0])
         self.expected_bytes = bytes(self.count_bytes)
-
-
-def _addresses(params: Iterable[Tensor], states: Iterable[dict[str, Any]]) -> list[int]:
-    return list(map(Tensor.data_ptr, chain(params, chain.from_iterable(map(dict.values, states)))))
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -740,6 +743,7 @@ class Guard:
         self._shapes = [entry.param.shape for entry in bound]
         self._dtypes = [entry.param.dtype for entry in bound]
         self._work = compile_frozen([entry.mask for entry in bound])
+        self._gradients = GradientReader([entry.param for entry in bound])
         self.refresh()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -824,7 +828,7 @@ class Guard:
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, params, self._names, self._shapes, "guard")
+        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, self._names, self._shapes, "guard")
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .tensors import GradientList
 from .worklist import Ages, Part, WorkList, compile_frozen, compile_live
 
 __all__ = [
@@ -81,7 +82,7 @@ class AdamWOperands:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor] | None = None
-    grads: list[Tensor | None] = field(default_factory=list)
+    grads: GradientList = field(default_factory=GradientList)
     native: Any = None  # address and dtype tables, kept by the native backend
 
 

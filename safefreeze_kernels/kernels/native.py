@@ -6,7 +6,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -52,6 +52,15 @@ def _codes(tensors: Sequence[Tensor | None]) -> array[int]:
     return array("i", [0 if tensor is None else _CODES[tensor.dtype] for tensor in tensors])
 
 
+def _tables(tensors: Sequence[Tensor | None]) -> tuple[int, int, Any]:
+    """Addresses of the tensors' tables of addresses and dtypes, and what keeps these alive."""
+    known = getattr(tensors, "tables", None)
+    if known is not None:
+        return (*known, tensors)
+    addresses, codes = _addresses(tensors), _codes(tensors)
+    return _address(addresses), _address(codes), (addresses, codes)
+
+
 def _address(values: array[int]) -> int:
     return values.buffer_info()[0]
 
@@ -80,29 +89,27 @@ class CpuBackend:
             codes = _codes(operands.params), _codes(operands.exp_avgs)
             # the addresses are of what stands behind them in this tuple
             operands.native = table.ctypes.data, _address(codes[0]), _address(codes[1]), table, codes
-        grads = _addresses(operands.grads)
+        grads_at, _, _keep = _tables(operands.grads)
         tensors_at, param_dtype_at, state_dtype_at, *_ = operands.native
         _C.adamw(
-            _native(work), tensors_at, _address(grads), param_dtype_at, state_dtype_at, scalar_set.ctypes.data,
+            _native(work), tensors_at, grads_at, param_dtype_at, state_dtype_at, scalar_set.ctypes.data,
             scalars.ctypes.data, l2, amsgrad, torch.get_num_threads(),
         )  # fmt: skip
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
-        table, dtype = _addresses(tensors), _codes(tensors)
+        tensors_at, dtype_at, _keep = _tables(tensors)
         partial = np.zeros(len(work.pieces), np.float64)
-        _C.norm(
-            _native(work), _address(table), _address(dtype), _NORMS[kind], partial.ctypes.data, torch.get_num_threads()
-        )
+        _C.norm(_native(work), tensors_at, dtype_at, _NORMS[kind], partial.ctypes.data, torch.get_num_threads())
         return float(partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum())
 
     def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
-        table, dtype = _addresses(tensors), _codes(tensors)
+        tensors_at, dtype_at, _keep = _tables(tensors)
         factor = float(np.float32(factor))
-        _C.scale(_native(work), _address(table), _address(dtype), factor, torch.get_num_threads())
+        _C.scale(_native(work), tensors_at, dtype_at, factor, torch.get_num_threads())
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
-        table, dtype = _addresses(tensors), _codes(tensors)
-        _C.zero(_native(work), _address(table), _address(dtype), torch.get_num_threads())
+        tensors_at, dtype_at, _keep = _tables(tensors)
+        _C.zero(_native(work), tensors_at, dtype_at, torch.get_num_threads())
 
     def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=True)

@@ -1,0 +1,98 @@
+"""Many tensors looked at in one call: has one of them moved, and where are the gradients?
+
+Both are asked at every step, of thousands of tensors, when a backward pass has just emptied the caches. The answer
+comes from csrc/tensors.cpp; the classes here are its twins for where there is no extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradientList", "GradientReader", "whereabouts"]
+
+_STORAGE: Final = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+_C: Any = None
+try:
+    from .. import _C
+
+    _C.Gradients(Tensor, [])  # a torch without DLPack's C exchange says so here
+except (ImportError, RuntimeError):
+    _C = None
+
+
+class Whereabouts:
+    """Where the tensors of an optimizer's state lie, and whether they still do.
+
+    Args:
+        state: parameter -> dict with tensors among its values. They are kept alive, so that no address comes twice.
+    """
+
+    def __init__(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self._objects = list(_walk(state))
+        self._places = list(map(_place, self._objects))
+
+    def hold(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether ``state`` holds the same objects in the same order, no tensor moved, none with other strides."""
+        objects = list(_walk(state))
+        return list(map(id, objects)) == list(map(id, self._objects)) and list(map(_place, objects)) == self._places
+
+
+def _walk(state: Mapping[Tensor, dict[str, Any]]) -> Any:
+    for param, entries in state.items():
+        yield param
+        yield entries
+        for item in entries.items() if isinstance(entries, dict) else ():
+            yield from item
+
+
+def _place(item: Any) -> tuple[int, bool] | None:
+    return (item.data_ptr(), item.is_contiguous()) if isinstance(item, Tensor) else None
+
+
+def whereabouts(state: Mapping[Tensor, dict[str, Any]]) -> Whereabouts:
+    """`Whereabouts`, in the extension where there is one."""
+    return Whereabouts(state) if _C is None else _C.Whereabouts(Tensor, state)
+
+
+class GradientList(list[Tensor | None]):
+    """The gradient of each parameter.
+
+    ``plain``: all are there, contiguous, on one device, and of the shape and dtype their parameters had.
+    ``tables``: addresses of an int64 table of their addresses and an int32 table of their dtypes, if known. They belong
+    to the reader and hold until it reads again.
+    """
+
+    plain: bool = False
+    tables: tuple[int, int] | None = None
+
+
+class GradientReader:
+    """Reads the gradients of parameters that look like ``params``; holds no reference to them."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._one_device = len({p.device for p in params}) == 1
+        self._native = None if _C is None else _C.Gradients(Tensor, list(params))
+        self._looks = [] if self._native else list(map(_look, params))
+
+    def read(self, params: list[Tensor]) -> GradientList:
+        """The gradients of ``params``, which are as many as the reader was made for."""
+        if self._native is None:
+            grads = GradientList(p.grad for p in params)
+            grads.plain = self._one_device and all(
+                grad is not None and _look(grad) == look and grad.is_contiguous() and grad.dtype in _STORAGE
+                for grad, look in zip(grads, self._looks, strict=True)
+            )
+            return grads
+        grads = GradientList(params)  # to be overwritten one by one
+        grads.plain = self._native.read(params, grads) and self._one_device
+        grads.tables = self._native.tables if grads.plain else None
+        return grads
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
