@@ -23,6 +23,7 @@ struct Scalars {
   float step_size;   // lr / (1 - beta1^t)
   float bias2_sqrt;  // sqrt(1 - beta2^t)
   float eps;
+  uint32_t step;  // how many steps elements of the set have taken, this one included; the noise of stochastic rounding
 };
 
 SAFEFREEZE_INLINE float square_root(float x) {
@@ -97,6 +98,77 @@ SAFEFREEZE_INLINE uint16_t to_f16(float value) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and more round to infinity
   result = magnitude > 0x7f800000u ? 0x7e00u : result;
   return static_cast<uint16_t>(result | sign);
+}
+
+// A float32 master as bfloat16 and 16 more bits. The bfloat16 is the master rounded to nearest, ties away from zero (of
+// ties to even one could not tell which way they went); a NaN loses its payload.
+SAFEFREEZE_INLINE float from_remainder(uint16_t stored, uint16_t remainder) {
+  FloatBits x;
+  x.bits = ((static_cast<uint32_t>(stored) - (remainder >> 15)) << 16) | remainder;
+  return x.value;
+}
+
+SAFEFREEZE_INLINE uint16_t to_remainder(float value, uint16_t& remainder) {
+  FloatBits x;
+  x.value = value;
+  if ((x.bits & 0x7fffffffu) > 0x7f800000u) x.bits = 0x7fc00000u;
+  remainder = static_cast<uint16_t>(x.bits);
+  return static_cast<uint16_t>((x.bits + 0x8000u) >> 16);
+}
+
+// Stochastic rounding: up with the probability that makes the expected result exact, to 16 bits. `noise` is uniform.
+SAFEFREEZE_INLINE uint16_t to_bf16(float value, uint16_t noise) {
+  FloatBits x;
+  x.value = value;
+  const bool is_nan = (x.bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? 0x7fc0u : (x.bits + noise) >> 16);
+}
+
+SAFEFREEZE_INLINE uint16_t to_f16(float value, uint16_t noise) {
+  FloatBits x;
+  x.value = value;
+  const uint32_t sign = (x.bits >> 16) & 0x8000u;
+  const uint32_t magnitude = x.bits & 0x7fffffffu;
+  // As in to_f16(value), with noise below the last bit that is kept instead of half of it.
+  const uint32_t normal = (magnitude - (112u << 23) + (noise >> 3)) >> 13;
+  const uint32_t exponent = magnitude >> 23;
+  const uint32_t shift = exponent < 102u ? 31u : (exponent > 125u ? 1u : 126u - exponent);
+  const uint32_t significand = exponent < 102u ? 0u : ((magnitude & 0x007fffffu) | 0x00800000u);
+  const uint32_t below = shift > 16u ? static_cast<uint32_t>(noise) << (shift - 16u) : noise >> (16u - shift);
+  const uint32_t subnormal = (significand + below) >> shift;
+  uint32_t result = magnitude < (113u << 23) ? subnormal : normal;
+  result = result > 0x7c00u ? 0x7c00u : result;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;  // 65536 and more are infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return static_cast<uint16_t>(result | sign);
+}
+
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011): ten rounds on a counter, keyed.
+struct Words {
+  uint32_t word[4];
+};
+
+SAFEFREEZE_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(counter.word[0]) * 0xD2511F53u;
+    const uint64_t product1 = static_cast<uint64_t>(counter.word[2]) * 0xCD9E8D57u;
+    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(product1),
+                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+// The noise of eight neighbours, elements 8 * group to 8 * group + 7 of tensor `number`: element e has 16 bits of it,
+// those at 16 * (e % 2) of word (e % 8) / 2. It depends on nothing else, so not on how the work was cut.
+SAFEFREEZE_INLINE Words noise_of_eight(uint64_t seed, uint32_t step, uint32_t number, uint64_t group) {
+  return philox({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), step, number}},
+                static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+SAFEFREEZE_INLINE uint16_t noise_of(const Words& eight, uint64_t element) {
+  return static_cast<uint16_t>(eight.word[(element >> 1) & 3u] >> (16u * (element & 1u)));
 }
 
 }  // namespace safefreeze

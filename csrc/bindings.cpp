@@ -76,11 +76,12 @@ struct Work {
 };
 
 void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t grads, uintptr_t param_dtype, uintptr_t state_dtype,
-                  uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, int threads) {
-  run<AdamWLaunch>(
-      {work.list, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads), at<const int32_t>(param_dtype),
-       at<const int32_t>(state_dtype), at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2, amsgrad},
-      threads, kernels->adamw);
+                  uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, bool stochastic, uint64_t seed,
+                  int threads) {
+  run<AdamWLaunch>({work.list, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads),
+                    at<const int32_t>(param_dtype), at<const int32_t>(state_dtype), at<const int32_t>(scalar_set),
+                    at<const Scalars>(scalars), l2, amsgrad, stochastic, seed},
+                   threads, kernels->adamw);
 }
 
 void launch_norm(const Work& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial, int threads) {

@@ -212,14 +212,19 @@ void store_f16(const float* values, int64_t n, uint16_t* data) {
 
 using Stage = float[block + slack];
 
+template <typename T>
+void copy_or_pick(const T* data, Place place, int64_t n, T* __restrict out) {
+  if (place.cols) {
+    pick(data, place, n, out);
+  } else {
+    memcpy(out, data + place.start, static_cast<size_t>(n) * sizeof(T));
+  }
+}
+
 void load(DType dtype, int64_t address, Place place, int64_t n, float* __restrict out) {
   if (dtype == DType::f32) {
-    if (place.cols) {
-      // Bits, not floats: the same code picks every storage type.
-      pick(at<const uint32_t>(address), place, n, reinterpret_cast<uint32_t*>(out));
-    } else {
-      memcpy(out, at<const float>(address) + place.start, static_cast<size_t>(n) * 4);
-    }
+    // Bits, not floats: the same code picks every storage type.
+    copy_or_pick(at<const uint32_t>(address), place, n, reinterpret_cast<uint32_t*>(out));
     return;
   }
   const uint16_t* data = at<const uint16_t>(address);
@@ -233,7 +238,9 @@ void load(DType dtype, int64_t address, Place place, int64_t n, float* __restric
   }
 }
 
-void store(DType dtype, const float* values, int64_t n, int64_t address, Place place, const uint8_t* frozen) {
+// `noise`: for stochastic rounding; null: to nearest.
+void store(DType dtype, const float* values, int64_t n, int64_t address, Place place, const uint8_t* frozen,
+           const uint16_t* noise = nullptr) {
   if (dtype == DType::f32) {
     put(reinterpret_cast<const uint32_t*>(values), n, at<uint32_t>(address), place, frozen);
     return;
@@ -241,6 +248,8 @@ void store(DType dtype, const float* values, int64_t n, int64_t address, Place p
   uint16_t rounded[block + slack];
   if (dtype == DType::bf16) {
     for (int64_t i = 0; i < n; ++i) rounded[i] = to_bf16(values[i]);
+  } else if (noise) {
+    for (int64_t i = 0; i < n; ++i) rounded[i] = to_f16(values[i], noise[i]);
   } else {
     store_f16(values, n, rounded);
   }
@@ -353,11 +362,33 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
 
 // ------------------------------------------------------------------------------------------------ the operations
 
-// Float32 is worked on as float, bfloat16 as its bits; everything else is staged as float.
+// Float32 is worked on as float, bfloat16 as its bits; float16 is staged as float.
 inline float value_of(float stored) { return stored; }
 inline float value_of(uint16_t stored) { return from_bf16(stored); }
 inline void keep(float value, float& stored) { stored = value; }
 inline void keep(float value, uint16_t& stored) { stored = to_bf16(value); }
+
+// How a bf16 parameter is rounded; `extra` is its noise or its remainder.
+enum class Rounding { nearest, stochastic, remainder };
+
+template <Rounding rounding>
+inline float param_of(float stored, uint16_t) {
+  return stored;
+}
+template <Rounding rounding>
+inline float param_of(uint16_t stored, uint16_t extra) {
+  return rounding == Rounding::remainder ? from_remainder(stored, extra) : from_bf16(stored);
+}
+template <Rounding rounding>
+inline void keep_param(float value, float& stored, uint16_t&) {
+  stored = value;
+}
+template <Rounding rounding>
+inline void keep_param(float value, uint16_t& stored, uint16_t& extra) {
+  stored = rounding == Rounding::remainder    ? to_remainder(value, extra)
+           : rounding == Rounding::stochastic ? to_bf16(value, extra)
+                                              : to_bf16(value);
+}
 
 // Chosen by arithmetic, not by a branch: compilers turn `if (...) store` into masked stores, which run three times
 // slower than whole ones once the data comes from memory (measured on Zen 5).
@@ -375,21 +406,22 @@ inline uint16_t select(uint8_t flag, uint16_t old_value, uint16_t new_value) {
 }
 
 // `masked`: an element whose flag is set keeps its bytes, state included; what its lane computes is dropped.
-template <typename P, typename S, bool l2, bool amsgrad, bool masked>
+template <typename P, typename S, Rounding rounding, bool l2, bool amsgrad, bool masked>
 void adamw_block(void* params, const void* grads, void* exp_avgs, void* exp_avg_sqs, void* max_exp_avg_sqs,
-                 const uint8_t* __restrict frozen, int64_t n, Scalars s) {
+                 uint16_t* __restrict extras, const uint8_t* __restrict frozen, int64_t n, Scalars s) {
   P* __restrict p = static_cast<P*>(params);
   const P* __restrict g = static_cast<const P*>(grads);
   S* __restrict m = static_cast<S*>(exp_avgs);
   S* __restrict v = static_cast<S*>(exp_avg_sqs);
   S* __restrict x = static_cast<S*>(max_exp_avg_sqs);
   for (int64_t i = 0; i < n; ++i) {
-    float pi = value_of(p[i]), mi = value_of(m[i]), vi = value_of(v[i]);
+    uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
+    float pi = param_of<rounding>(p[i], extra), mi = value_of(m[i]), vi = value_of(v[i]);
     float xi = amsgrad ? value_of(x[i]) : 0.0f;
     adamw<l2, amsgrad>(pi, value_of(g[i]), mi, vi, xi, s);
     P p_new;
     S m_new, v_new, x_new;
-    keep(pi, p_new);
+    keep_param<rounding>(pi, p_new, extra);
     keep(mi, m_new);
     keep(vi, v_new);
     p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;
@@ -399,23 +431,33 @@ void adamw_block(void* params, const void* grads, void* exp_avgs, void* exp_avg_
       keep(xi, x_new);
       x[i] = masked ? select(frozen[i], x[i], x_new) : x_new;
     }
+    if (rounding == Rounding::remainder) extras[i] = masked ? select(frozen[i], extras[i], extra) : extra;
   }
 }
 
-using AdamWBlock = void (*)(void*, const void*, void*, void*, void*, const uint8_t*, int64_t, Scalars);
+using AdamWBlock = void (*)(void*, const void*, void*, void*, void*, uint16_t*, const uint8_t*, int64_t, Scalars);
 
-template <typename P, typename S>
-AdamWBlock choose_block(bool l2, bool amsgrad, bool masked) {
+template <typename P, typename S, Rounding rounding>
+AdamWBlock choose_flags(bool l2, bool amsgrad, bool masked) {
   static constexpr AdamWBlock blocks[2][2][2] = {
-      {{adamw_block<P, S, false, false, false>, adamw_block<P, S, false, false, true>},
-       {adamw_block<P, S, false, true, false>, adamw_block<P, S, false, true, true>}},
-      {{adamw_block<P, S, true, false, false>, adamw_block<P, S, true, false, true>},
-       {adamw_block<P, S, true, true, false>, adamw_block<P, S, true, true, true>}},
+      {{adamw_block<P, S, rounding, false, false, false>, adamw_block<P, S, rounding, false, false, true>},
+       {adamw_block<P, S, rounding, false, true, false>, adamw_block<P, S, rounding, false, true, true>}},
+      {{adamw_block<P, S, rounding, true, false, false>, adamw_block<P, S, rounding, true, false, true>},
+       {adamw_block<P, S, rounding, true, true, false>, adamw_block<P, S, rounding, true, true, true>}},
   };
   return blocks[l2][amsgrad][masked];
 }
 
-// A block's operand: where it lies if float32 or bfloat16 lie together there, else its float32 stage.
+template <typename S>
+AdamWBlock choose_block(bool bf16, Rounding rounding, bool l2, bool amsgrad, bool masked) {
+  const auto choose = !bf16                              ? choose_flags<float, S, Rounding::nearest>
+                      : rounding == Rounding::remainder  ? choose_flags<uint16_t, S, Rounding::remainder>
+                      : rounding == Rounding::stochastic ? choose_flags<uint16_t, S, Rounding::stochastic>
+                                                         : choose_flags<uint16_t, S, Rounding::nearest>;
+  return choose(l2, amsgrad, masked);
+}
+
+// A block's operand as float32 or bfloat16: where it lies, if its elements lie together there, else its stage.
 struct Operand {
   void* data;
   bool bf16, staged;
@@ -423,14 +465,53 @@ struct Operand {
 
 Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage, bool in_place = true) {
   in_place = in_place && !place.cols;
+  if (dtype == DType::bf16) {
+    uint16_t* data = at<uint16_t>(address);
+    if (in_place) return {data + place.start, true, false};
+    uint16_t* staged = reinterpret_cast<uint16_t*>(stage);
+    copy_or_pick(data, place, n, staged);
+    return {staged, true, true};
+  }
   if (in_place && dtype == DType::f32) return {at<float>(address) + place.start, false, false};
-  if (in_place && dtype == DType::bf16) return {at<uint16_t>(address) + place.start, true, false};
   load(dtype, address, place, n, stage);
   return {stage, false, true};
 }
 
+void put_back(const Operand& operand, DType dtype, int64_t address, Place place, int64_t n, const uint8_t* frozen,
+              const uint16_t* noise = nullptr) {
+  if (!operand.staged) return;
+  if (operand.bf16) {
+    put(static_cast<const uint16_t*>(operand.data), n, at<uint16_t>(address), place, frozen);
+  } else {
+    store(dtype, static_cast<const float*>(operand.data), n, address, place, frozen, noise);
+  }
+}
+
+// The noise of a block's elements.
+void make_noise(uint64_t seed, uint32_t step, uint32_t number, Place place, int64_t n, uint16_t* noise) {
+  if (place.cols) {
+    for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
+      uint64_t group = ~uint64_t(0);
+      Words eight{};
+      for (int64_t i = 0; i < place.picks; ++i) {
+        const uint64_t element = static_cast<uint64_t>(place.row_start(row) + place.cols[i]);
+        if (element / 8 != group) eight = noise_of_eight(seed, step, number, group = element / 8);
+        noise[done + i] = noise_of(eight, element);
+      }
+    }
+    return;
+  }
+  const uint64_t first = static_cast<uint64_t>(place.start), end = first + static_cast<uint64_t>(n);
+  for (uint64_t group = first / 8; group * 8 < end; ++group) {
+    const Words eight = noise_of_eight(seed, step, number, group);
+    for (uint64_t element = group * 8; element < group * 8 + 8; ++element) {
+      if (element >= first && element < end) noise[element - first] = noise_of(eight, element);
+    }
+  }
+}
+
 void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
-  alignas(64) Stage stage[5];
+  alignas(64) Stage stage[6];
   alignas(64) uint8_t flag_stage[block];
   walk(launch.work, piece, [&](const Block& b) {
     const AdamWTensor& tensor = launch.tensors[b.segment.tensor];
@@ -438,6 +519,7 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
     if (grad == 0) return;
     const DType dtype = static_cast<DType>(launch.param_dtype[b.segment.tensor]);
     const DType state = static_cast<DType>(launch.state_dtype[b.segment.tensor]);
+    const Scalars& scalars = launch.scalars[launch.scalar_set[b.segment_index]];
     const uint8_t* frozen = nullptr;
     if (b.segment.frozen_bits) {
       expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
@@ -450,16 +532,26 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
     const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], in_place);
     const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], in_place)
                                      : Operand{nullptr, false, false};
-    const auto choose = p.bf16 ? (m.bf16 ? choose_block<uint16_t, uint16_t> : choose_block<uint16_t, float>)
-                               : (m.bf16 ? choose_block<float, uint16_t> : choose_block<float, float>);
-    choose(launch.l2, launch.amsgrad, frozen != nullptr)(p.data, g.data, m.data, v.data, x.data, frozen, b.n,
-                                                         launch.scalars[launch.scalar_set[b.segment_index]]);
-    if (p.staged) store(dtype, stage[0], b.n, tensor.param, b.place, frozen);
-    if (m.staged) {
-      store(state, stage[2], b.n, tensor.exp_avg, b.packed, frozen);
-      store(state, stage[3], b.n, tensor.exp_avg_sq, b.packed, frozen);
-      if (launch.amsgrad) store(state, stage[4], b.n, tensor.max_exp_avg_sq, b.packed, frozen);
+    Operand extra{nullptr, true, false};
+    Rounding rounding = Rounding::nearest;
+    if (tensor.remainder) {
+      rounding = Rounding::remainder;
+      extra = operand(DType::bf16, tensor.remainder, b.packed, b.n, stage[5], in_place);
+    } else if (launch.stochastic && dtype != DType::f32) {
+      rounding = Rounding::stochastic;
+      extra.data = stage[5];
+      make_noise(launch.seed, scalars.step, static_cast<uint32_t>(tensor.number), b.place, b.n,
+                 static_cast<uint16_t*>(extra.data));
     }
+    const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
+    uint16_t* const extras = static_cast<uint16_t*>(extra.data);
+    choose(p.bf16, rounding, launch.l2, launch.amsgrad, frozen != nullptr)(p.data, g.data, m.data, v.data, x.data,
+                                                                           extras, frozen, b.n, scalars);
+    put_back(p, dtype, tensor.param, b.place, b.n, frozen, rounding == Rounding::stochastic ? extras : nullptr);
+    put_back(m, state, tensor.exp_avg, b.packed, b.n, frozen);
+    put_back(v, state, tensor.exp_avg_sq, b.packed, b.n, frozen);
+    put_back(x, state, tensor.max_exp_avg_sq, b.packed, b.n, frozen);
+    put_back(extra, DType::bf16, tensor.remainder, b.packed, b.n, frozen);
   });
 }
 

@@ -50,6 +50,8 @@ struct WorkList {
 // One row of addresses per tensor. A tensor whose gradient is at 0 is left alone.
 struct AdamWTensor {
   int64_t param, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  int64_t remainder;  // packed: the lower halves of float32 masters whose upper halves are the (bf16) parameter; or 0
+  int64_t number;     // tells tensors apart in the noise of stochastic rounding
 };
 struct DenseTensor {
   int64_t data;
@@ -67,6 +69,8 @@ struct AdamWLaunch {
   const int32_t* scalar_set;   // per segment
   const Scalars* scalars;
   bool l2, amsgrad;
+  bool stochastic;  // how bf16 and f16 parameters without remainders are rounded; else to nearest, ties to even
+  uint64_t seed;
 };
 
 enum class NormKind : int32_t { sum_of_squares = 0, sum_of_absolutes = 1, largest_absolute = 2 };

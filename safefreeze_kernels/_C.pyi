@@ -28,6 +28,8 @@ def adamw(
     scalars: int,
     l2: bool,
     amsgrad: bool,
+    stochastic: bool,
+    seed: int,
     threads: int,
 ) -> None: ...
 def norm(work: Work, tensors: int, dtype: int, kind: int, partial: int, threads: int) -> None: ...

@@ -34,7 +34,7 @@ from .masks import FreezeMask, FreezePlan, bind, named_tensors
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_SCALAR_ROW: Final = struct.Struct(f"{len(SCALARS.names or ())}f")
+_SCALAR_ROW: Final = struct.Struct("=10fI")
 _EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
 
 

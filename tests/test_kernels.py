@@ -31,6 +31,7 @@ from safefreeze_kernels.kernels import (
     backend_states,
     compile_frozen,
     compile_live,
+    reference,
 )
 from safefreeze_kernels.kernels.worklist import PIECE, RUN
 from safefreeze_kernels.masks import FreezeMask
@@ -386,6 +387,14 @@ class Step:
             self.state.append(
                 [(m.abs() if nonnegative else m).to(d) for m, d in zip(moments, state_dtypes, strict=True)]
             )
+        self.stochastic, self.seed = bool(rng.random() < 0.5), int(rng.integers(0, 2**63))
+        self.numbers = rng.permutation(100)[: len(self.masks)].tolist()
+        self.remainders = [
+            torch.from_numpy(rng.integers(-(2**15), 2**15, mask.packed_shape, np.int16)).reshape(mask.packed_shape)
+            if dtype == torch.bfloat16 and has
+            else None
+            for mask, dtype, has in zip(self.masks, dtypes, rng.random(len(self.masks)) < 0.5, strict=True)
+        ]
         sets = [
             adamw_scalars(
                 lr=float(rng.choice([0.0, 1e-3, 0.5])), betas=(0.9, 0.999), eps=float(rng.choice([0.0, 1e-8, 1.0])),
@@ -398,15 +407,23 @@ class Step:
         self.scalar_set = rng.integers(0, 3, len(self.work.parts)).astype(np.int32)
 
     def run(self, backend: Any, in_place: bool = False) -> list[list[Tensor]]:
-        params, state = self.params, self.state
+        params, state, remainders = self.params, self.state, self.remainders
         if not in_place:
             params, state = copies(params), [copies(moments) for moments in state]
-        operands = AdamWOperands(params, state[0], state[1], state[2] if self.amsgrad else None, self.grads)
-        backend.adamw_(self.work, operands, self.scalars, self.scalar_set, l2=self.l2, amsgrad=self.amsgrad)
-        return [params, *state]
+            remainders = [r if r is None else r.clone() for r in remainders]
+        operands = AdamWOperands(
+            params, state[0], state[1], state[2] if self.amsgrad else None, remainders, self.numbers, self.grads
+        )
+        backend.adamw_(
+            self.work, operands, self.scalars, self.scalar_set, l2=self.l2, amsgrad=self.amsgrad,
+            stochastic=self.stochastic, seed=self.seed,
+        )  # fmt: skip
+        return [params, [r if r is not None else torch.zeros(0) for r in remainders], *state]
 
     def check(self, got: list[list[Tensor]], expected: list[list[Tensor]], what: str, *, any_nan: bool) -> None:
-        for key, ours, theirs in zip(("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), got, expected, strict=False):
+        for key, ours, theirs in zip(
+            ("param", "remainder", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), got, expected, strict=False
+        ):
             for a, b, mask in zip(ours, theirs, self.masks, strict=True):
                 assert_same_bits(a, b, f"{what}: {key}, {short(a.dtype)}, {mask}", any_nan=any_nan)
 
@@ -447,7 +464,7 @@ def test_the_step_is_the_published_formula(name: str, amsgrad: bool, l2: bool, d
     )
     operands = AdamWOperands(
         [torch.from_numpy(p.astype(half))], [torch.from_numpy(m.copy())], [torch.from_numpy(v.copy())],
-        [torch.from_numpy(x.copy())] if amsgrad else None, [torch.from_numpy(g.astype(half))],
+        [torch.from_numpy(x.copy())] if amsgrad else None, grads=[torch.from_numpy(g.astype(half))],
     )  # fmt: skip
     work = compile_live([FreezeMask((n,))])
     BY_NAME[name].adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=l2, amsgrad=amsgrad)
@@ -556,7 +573,7 @@ def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dty
 
     def run() -> dict[str, Tensor]:
         p, m, v = start.clone(), torch.zeros(shape), torch.zeros(shape)
-        operands = AdamWOperands([p], [m], [v], None, [grad])
+        operands = AdamWOperands([p], [m], [v], grads=[grad])
         BY_NAME["cpu"].adamw_(work, operands, scalars, scalar_set, l2=False, amsgrad=False)
         return {"p": p, "m": m, "v": v}
 
@@ -615,7 +632,7 @@ def test_threads_are_as_many_as_torch_says(monkeypatch: pytest.MonkeyPatch) -> N
     backend = native.CpuBackend()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        operands = AdamWOperands([values.clone()], [values.clone()], [values.clone()], None, [values])
+        operands = AdamWOperands([values.clone()], [values.clone()], [values.clone()], grads=[values])
         scalars = np.zeros(1, SCALARS)
         backend.adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=False, amsgrad=False)
         backend.norm(work, [values], "sum_of_squares")
@@ -738,8 +755,8 @@ def test_kernels_touch_nothing_beyond_the_ends_of_a_tensor() -> None:
 
 # beta1 = 0 with m = -0.0 makes m the gradient: the sum of -0.0 and anything is that thing, its zero's sign included.
 # beta1 = 1, decay = 0, eps = 1 and step_size = -1 with p = g = -0.0 make p the moment: -0.0 - (-m) / (sqrt(0) / 1 + 1).
-TAKE_GRADIENT = np.array([(1, 0, 1, 0, 1, 0, 0, 0, 1, 1)], SCALARS)
-STORE_MOMENT = np.array([(0, 0, 0, 1, 0, 0, 0, -1, 1, 1)], SCALARS)
+TAKE_GRADIENT = np.array([(1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1)], SCALARS)
+STORE_MOMENT = np.array([(0, 0, 0, 1, 0, 0, 0, -1, 1, 1, 1)], SCALARS)
 
 
 def conversion_backends() -> list[Any]:
@@ -750,7 +767,7 @@ def conversion_backends() -> list[Any]:
 def one_step(name: str, isa: str, p: Tensor, g: Tensor, m: Tensor, scalars: np.ndarray) -> None:
     if isa:
         _C.choose_isa(isa)
-    operands = AdamWOperands([p], [m], [torch.zeros_like(m)], None, [g])
+    operands = AdamWOperands([p], [m], [torch.zeros_like(m)], grads=[g])
     work = compile_live([FreezeMask(p.shape)])
     BY_NAME[name].adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=False, amsgrad=False)
 
@@ -862,3 +879,89 @@ def test_parts_and_arrays_are_two_views_of_one_list() -> None:
     assert all(isinstance(part, Part) for part in work.parts)
     assert [part.tensor for part in work.parts] == work.segments["tensor"].tolist()
     assert shown(torch.tensor(-0.0)) == "-0.0 (0x80000000)"
+
+
+# --------------------------------------------------------------------------------- rounding of bf16 and f16 parameters
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 with Python's integers."""
+    for _ in range(10):
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [b >> 32 ^ counter[1] ^ key[0], b & 0xFFFFFFFF, a >> 32 ^ counter[3] ^ key[1], a & 0xFFFFFFFF]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
+    words = [[int(word, 16) for word in text.split()] for text in (counter, key, expected)]
+    assert philox(words[0], words[1]) == words[2]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 0x299F31D0A4093822])
+def test_noise_is_philox_of_seed_step_tensor_and_element(seed: int) -> None:
+    elements = torch.tensor([0, 1, 7, 8, 12345, 2**31 + 5, 2**40 + 3])
+    noise = reference.noise_of(elements, seed=seed, step=9, number=4).tolist()
+    for element, got in zip(elements.tolist(), noise, strict=True):
+        group = element // 8
+        words = philox([group & 0xFFFFFFFF, group >> 32, 9, 4], [seed & 0xFFFFFFFF, seed >> 32])
+        assert got == words[element % 8 // 2] >> 16 * (element % 2) & 0xFFFF, f"element {element}"
+
+
+def rounded(name: str, values: Tensor, dtype: torch.dtype, step: int = 1) -> Tensor:
+    """``values`` through a step that changes nothing but moves them from the gradient to the parameter, rounded."""
+    n = values.numel()
+    p, m, v = torch.zeros(n, dtype=dtype), -values.clone(), torch.ones(n)
+    scalars = np.array([(0, 0, 0, 1, 0, 1, 0, 1, 1, 0, step)], SCALARS)
+    operands = AdamWOperands([p], [m], [v], grads=[torch.zeros(n, dtype=dtype)])
+    work = compile_live([FreezeMask((n,))])
+    BY_NAME[name].adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=False, amsgrad=False, stochastic=True)
+    return p
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average(name: str, dtype: torch.dtype) -> None:
+    n = 40_000
+    for value in (1.0 + 2.0**-12, -3.0001, 1e-3, 6e-8 if dtype == torch.float16 else 1e-30, 65_000.0):
+        got = rounded(name, torch.full((n,), value), dtype).double()
+        neighbours = sorted(set(got.tolist()))
+        assert len(neighbours) == 2 and neighbours[0] < value < neighbours[1], f"{value}: {neighbours}"
+        share = (value - neighbours[0]) / (neighbours[1] - neighbours[0])
+        found = (got == neighbours[1]).double().mean().item()
+        # five standard deviations of a binomial share, and one part in 2**16 that 16 bits of noise cannot tell
+        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / n) + 2.0**-16, f"{value}: {found} for {share}"
+        again = rounded(name, torch.full((n,), value), dtype, step=2).double()
+        assert not torch.equal(got, again), "each step has its own noise"
+    for value in (0.0, 1.0, -2.0, math.inf, -math.inf, math.nan):  # representable: stays
+        exact = torch.full((64,), value)
+        assert_same_bits(rounded(name, exact, dtype), exact.to(dtype), f"{value}", any_nan=True)
+
+
+@needs_cpu
+def test_stochastic_float16_equals_the_specification_on_all_exponents() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
+    words[:70_000] = (words[:70_000] & 0x807FFFFF) | (words[:70_000] % 50 + 95) << 23  # around float16's range
+    values = torch.from_numpy(words.view(np.float32).copy())
+    for dtype in (torch.float16, torch.bfloat16):
+        assert_same_bits(rounded("cpu", values, dtype), rounded("reference", values, dtype), short(dtype), any_nan=True)
+
+
+def test_a_master_survives_being_split() -> None:
+    words = np.random.default_rng(1).integers(0, 2**32, 300_000, np.uint32)
+    words[:4] = [0x7F7FFFFF, 0xFF7FFFFF, 0x00008000, 0x80007FFF]
+    master = torch.from_numpy(words.view(np.float32).copy())
+    p, remainder = reference.to_remainder(master)
+    assert_same_bits(reference.from_remainder(p, remainder), master, "split and joined", any_nan=True)
+    assert torch.equal(p.isnan(), master.isnan())
+    nearest = master.bfloat16()  # ties to even there
+    tie = torch.from_numpy(words & 0xFFFF == 0x8000)
+    assert_same_bits(p, nearest, "rounded to nearest", where=~tie, any_nan=True)

@@ -40,7 +40,7 @@ SCALARS: Final = np.dtype([
     (name, "f4")
     for name in ("grad_multiplier", "weight_decay", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
                  "step_size", "bias2_sqrt", "eps")
-])  # fmt: skip
+] + [("step", "u4")])  # fmt: skip
 
 
 def adamw_scalars(
@@ -71,6 +71,7 @@ def adamw_scalars(
         lr / (1.0 - beta1**step),
         math.sqrt(1.0 - beta2**step),
         eps,
+        step,
     )
 
 
@@ -82,6 +83,8 @@ class AdamWOperands:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor] | None = None
+    remainders: list[Tensor | None] | None = None  # int16, packed as state is: what bf16 parameters lack of fp32
+    numbers: Sequence[int] = ()  # tell tensors apart in the noise of stochastic rounding; () = their places here
     grads: GradientList = field(default_factory=GradientList)
     native: Any = None  # address and dtype tables, kept by the native backend
 
@@ -93,9 +96,13 @@ class Backend(Protocol):
 
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
-        """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses."""
+        """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses.
+
+        A parameter with a remainder is a float32 master. Others are rounded to nearest, ties to even, or with
+        ``stochastic`` up or down at random: Philox on ``seed``, step, tensor number and element.
+        """
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
         """Sum of squares, sum or maximum of absolute values, over a live or a frozen list, in double."""

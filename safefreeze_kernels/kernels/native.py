@@ -18,7 +18,8 @@ from .worklist import PIECE, RUN, SEGMENT
 
 _CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
-_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")])
+_COLUMNS: Final = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "number")
+_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in _COLUMNS])
 
 _mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": _ADAMW_TENSOR, "Scalars": SCALARS}
 if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
@@ -74,18 +75,26 @@ def _native(work: WorkList) -> _C.Work:
     return native
 
 
+def adamw_table(operands: AdamWOperands) -> np.ndarray:
+    """Rows of struct AdamWTensor, one per tensor: int64 [tensors, 6]."""
+    table = np.zeros((len(operands.params), len(_COLUMNS)), np.int64)
+    columns = (operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs, operands.remainders)
+    for column, tensors in enumerate(columns):
+        if tensors is not None:
+            table[:, column] = _addresses(tensors)
+    table[:, -1] = operands.numbers or range(len(table))
+    return table
+
+
 class CpuBackend:
     name = "cpu"
 
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         if operands.native is None:
-            columns = [operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs or []]
-            table = np.zeros((len(operands.params), len(columns)), np.int64)
-            for column, tensors in enumerate(columns):
-                table[: len(tensors), column] = _addresses(tensors)
+            table = adamw_table(operands)
             codes = _codes(operands.params), _codes(operands.exp_avgs)
             # the addresses are of what stands behind them in this tuple
             operands.native = table.ctypes.data, _address(codes[0]), _address(codes[1]), table, codes
@@ -93,7 +102,7 @@ class CpuBackend:
         tensors_at, param_dtype_at, state_dtype_at, *_ = operands.native
         _C.adamw(
             _native(work), tensors_at, grads_at, param_dtype_at, state_dtype_at, scalar_set.ctypes.data,
-            scalars.ctypes.data, l2, amsgrad, torch.get_num_threads(),
+            scalars.ctypes.data, l2, amsgrad, stochastic, seed, torch.get_num_threads(),
         )  # fmt: skip
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:

@@ -7,7 +7,7 @@ float32 operation per operator, rounded to nearest (norms are sums and agree to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,9 +32,69 @@ def adamw(
     return p, m, v, v_max
 
 
+def from_remainder(p: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``."""
+    lower = remainder.int() & 0xFFFF
+    upper = p.view(torch.int16).int() - (lower >> 15)
+    return (upper << 16 | lower).view(torch.float32)
+
+
+def to_remainder(master: Tensor) -> tuple[Tensor, Tensor]:
+    """``master`` as bfloat16, ties away from zero, and the remainder: its lower 16 bits."""
+    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))
+    return _low_half(bits + 0x8000 >> 16).view(torch.bfloat16), _low_half(bits)
+
+
+def _low_half(bits: Tensor) -> Tensor:
+    """The lower 16 bits of each int32, as int16; adding 0x8000 wraps around, as it must."""
+    return (bits << 16 >> 16).to(torch.int16)
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """Float32 ``x`` rounded up or down to bfloat16 or float16, by 16-bit ``noise`` (int32) below the last bit kept."""
+    bits = x.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = torch.where(x.isnan(), 0x7FC0, bits + noise >> 16)
+        return _low_half(rounded).view(dtype)
+    sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    normal = magnitude - (112 << 23) + (noise >> 3) >> 13
+    exponent = magnitude >> 23
+    shift = (126 - exponent).clamp(min=1).where(exponent >= 102, 31)
+    significand = (magnitude & 0x007FFFFF | 0x00800000).where(exponent >= 102, 0)
+    below = torch.where(shift > 16, noise << (shift - 16).clamp(min=0), noise >> (16 - shift).clamp(min=0))
+    subnormal = significand + below.where(exponent >= 102, 0) >> shift
+    rounded = torch.where(magnitude < 113 << 23, subnormal, normal).clamp(max=0x7C00)
+    rounded = torch.where(magnitude >= 0x47800000, 0x7C00, rounded)
+    rounded = torch.where(magnitude > 0x7F800000, 0x7E00, rounded)
+    return _low_half(rounded | sign).view(dtype)
+
+
+def noise_of(elements: Tensor, *, seed: int, step: int, number: int) -> Tensor:
+    """16 random bits (int32) for each element index of a tensor: Philox4x32-10, as in csrc/arithmetic.h."""
+    group = elements >> 3
+    word0, word1 = group & _WORD, group >> 32
+    word2, word3 = torch.full_like(group, step), torch.full_like(group, number)
+    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        product0, product1 = word0 * 0xD2511F53, word2 * 0xCD9E8D57  # int64 wraps, and keeps the right 64 bits
+        word0, word1, word2, word3 = (
+            (product1 >> 32 & _WORD) ^ word1 ^ key0,
+            product1 & _WORD,
+            (product0 >> 32 & _WORD) ^ word3 ^ key1,
+            product0 & _WORD,
+        )
+        key0, key1 = key0 + 0x9E3779B9 & _WORD, key1 + 0xBB67AE85 & _WORD
+    words = torch.stack([word0, word1, word2, word3])
+    word = words.gather(0, (elements >> 1 & 3)[None])[0]
+    return (word >> 16 * (elements & 1) & 0xFFFF).int()
+
+
 def _square_root(x: Tensor) -> Tensor:
     # torch's vectorised CPU sqrt is up to one unit off; a double's root rounded to float32 is the correctly rounded one
     return x.double().sqrt().float()
+
+
+_WORD: Final = 0xFFFFFFFF
 
 
 class ReferenceBackend:
@@ -42,7 +102,7 @@ class ReferenceBackend:
 
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         rows = scalars.view(np.recarray)
         for part, which in zip(work.parts, scalar_set, strict=True):
@@ -58,22 +118,35 @@ class ReferenceBackend:
             old_p, old_g = _matrix(param, part)[here], _matrix(grad, part)[here]
             old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
             moments = [tensor.float() for tensor in old_state]
+            remainder = operands.remainders[part.tensor] if operands.remainders is not None else None
+            master = old_p.float()
+            if remainder is not None:
+                old_remainder = _packed_matrix(remainder, part)[there]
+                master = from_remainder(old_p, old_remainder)
             scalar = _Scalars(rows[which])
-            p, *new_state = adamw(
-                old_p.float(), old_g.float(), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
+            p, *updated = adamw(
+                master, old_g.float(), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
             )
-            new_p = p.to(param.dtype)
+            if remainder is not None:
+                new_p, new_remainder = to_remainder(p)
+                state.append(remainder)
+                old_state.append(old_remainder)
+                updated = [*updated[: len(moments)], new_remainder]
+            elif stochastic and param.dtype != torch.float32:
+                elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
+                number = operands.numbers[part.tensor] if operands.numbers else part.tensor
+                noise = noise_of(elements, seed=seed, step=int(rows[which].step), number=number)
+                new_p = round_stochastically(p, param.dtype, noise)
+            else:
+                new_p = p.to(param.dtype)
+            new_state = [new.to(old.dtype) for new, old in zip(updated, old_state, strict=False) if new is not None]
             live = _chosen_flags(part, work, param.device)
             if live is not None:
                 new_p = torch.where(live, new_p, old_p)
-                new_state = [
-                    None if new is None else torch.where(live, new.to(old.dtype), old)
-                    for new, old in zip(new_state[: len(old_state)], old_state, strict=True)
-                ]
+                new_state = [torch.where(live, new, old) for new, old in zip(new_state, old_state, strict=True)]
             _matrix(param, part)[here] = new_p
-            for tensor, new in zip(state, new_state, strict=False):
-                assert new is not None
-                _packed_matrix(tensor, part)[there] = new.to(tensor.dtype)
+            for tensor, new in zip(state, new_state, strict=True):
+                _packed_matrix(tensor, part)[there] = new
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
         total = 0.0
