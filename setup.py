@@ -67,7 +67,7 @@ extension = Pybind11Extension(
     ["csrc/bindings.cpp", "csrc/threads.cpp", "csrc/tensors.cpp"],
     include_dirs=["csrc"],
     cxx_std=17,  # said, not tried out: the trial would end the build where there is no compiler
-    depends=["csrc/arithmetic.h", "csrc/work.h", "csrc/cpu.h", "csrc/cpu.cpp", "csrc/tensors.h"],
+    depends=sorted(str(path) for path in Path("csrc").iterdir()),
 )
 extension.optional = os.environ.get("SAFEFREEZE_REQUIRE_NATIVE") != "1"
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

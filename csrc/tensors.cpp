@@ -139,10 +139,9 @@ Gradients::Gradients(TensorLibrary library, PyObject* params) : library_(library
   expect_list(params, "params");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
     DLTensor look;
-    if (!library_.describe(PyList_GET_ITEM(params, i), &look))
-      throw std::invalid_argument("params must be dense tensors");
+    if (!library_.describe(PyList_GET_ITEM(params, i), &look)) look = {};
     looks_.push_back({look.device_type, look.device_id, look.ndim});
-    dtypes.push_back(dtype_of(look));
+    dtypes.push_back(dtype_of(look));  // -1 where there was nothing to look at: never plain
     shapes_.insert(shapes_.end(), look.shape, look.shape + look.ndim);
   }
   addresses.resize(looks_.size());

@@ -74,7 +74,7 @@ def noise_of(elements: Tensor, *, seed: int, step: int, number: int) -> Tensor:
     group = elements >> 3
     word0, word1 = group & _WORD, group >> 32
     word2, word3 = torch.full_like(group, step), torch.full_like(group, number)
-    key0, key1 = seed & _WORD, seed >> 32 & _WORD
+    key0, key1 = seed & _WORD, seed >> 32
     for _ in range(10):
         product0, product1 = word0 * 0xD2511F53, word2 * 0xCD9E8D57  # int64 wraps, and keeps the right 64 bits
         word0, word1, word2, word3 = (
