@@ -63,7 +63,9 @@ class MaskedAdam(Optimizer):
             element alone: the same on every backend, and after a resume.
         fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first.
         foreach: accepted and ignored: there is one implementation, and it takes all tensors at once.
-        capturable, differentiable: not supported in this version; True raises.
+        capturable: step counts live on the parameters' device, where lr (as a tensor), ``grad_scale`` and ``found_inf``
+            are read too: the host never waits, and a step can be recorded in a CUDA graph.
+        differentiable: not supported; True raises.
 
     Parameters are float32, bfloat16 or float16; the arithmetic is float32. State keys are torch's; with rows or columns
     frozen, ``exp_avg`` and ``exp_avg_sq`` are packed to (live rows, live columns).
@@ -101,8 +103,6 @@ class MaskedAdam(Optimizer):
         what = type(self).__name__
         if differentiable:
             raise ValueError(f"{what}: differentiable=True is not supported; use torch.optim for it")
-        if capturable:
-            raise ValueError(f"{what}: capturable=True is not supported in this version; leave it out")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")  # torch's words: callers match them
         if state_dtype not in (torch.float32, torch.bfloat16):
@@ -231,14 +231,12 @@ class MaskedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item() != 0:
+        amp = _Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        captured = all(group["capturable"] for group in self.param_groups)
+        if not captured and amp.found_inf is not None and amp.found_inf.item() != 0:
             return loss
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        # one IEEE float32 division, as a kernel reading the scale on a device would do it
-        multiplier = 1.0 if grad_scale is None else float(np.float32(1.0) / np.float32(grad_scale.item()))
         launches = self._compiled()
-        prepared = [launch.prepare(self.param_groups, multiplier) for launch in launches]
+        prepared = [launch.prepare(self.param_groups, amp) for launch in launches]
         for launch, (grads, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(grads, scalars, scalar_set)
         return loss
@@ -268,12 +266,12 @@ class MaskedAdam(Optimizer):
                     check_gradient(params[i], grad, names[i], type(self).__name__, (params[i].dtype,))
             choose_backend(self._backend, device, type(self).__name__)
         launches = []
-        for ((_, amsgrad, _), _), members in kinds.items():
+        for ((_, amsgrad, *_), _), members in kinds.items():
             for i in members:
                 self._init_state(params[i], masks[i], amsgrad, names[i])
-        for ((_, amsgrad, l2), device), members in kinds.items():
+        for ((_, amsgrad, l2, capturable), device), members in kinds.items():
             launches.append(
-                _Launch(
+                (_CapturableLaunch if capturable else _Launch)(
                     optimizer=type(self).__name__,
                     backend=choose_backend(self._backend, device, type(self).__name__),
                     work=compile_live([masks[i] for i in members], [self._ages.get(names[i]) for i in members]),
@@ -565,6 +563,8 @@ class _Launch:
     Everything that does not change from step to step is computed here once.
     """
 
+    on_device = False  # whether step counts and scalars live on the parameters' device
+
     def __init__(
         self, *, optimizer: str, backend: Backend, work: WorkList, params: list[Tensor], names: list[str],
         group_of: np.ndarray, states: list[dict[str, Any]], numbers: list[int], amsgrad: bool, l2: bool,
@@ -591,22 +591,28 @@ class _Launch:
         self.gradients = GradientReader(params)
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
+        if self.on_device:
+            self.steps = self.steps.to(params[0].device)
         for state, view in zip(states, self.steps.unbind(), strict=True):
             state["step"] = view
+        if self.on_device:
+            return
         self.counts = self.steps.numpy()
         self.count_bytes = self.counts.view(np.uint8).data
         self.counting: np.ndarray | None = None
         self.uniform_count: int | None = None
         self._note_counts()
 
-    def prepare(self, groups: list[dict[str, Any]], multiplier: float) -> tuple[GradientList, np.ndarray, np.ndarray]:
-        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
+    def read_gradients(self) -> GradientList:
         grads = read_gradients(self.gradients, self.params, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
-        if not grads.plain:
-            grads = GradientList(None if grad is None else grad.contiguous() for grad in grads)
-        elif self.uniform_count is not None and self.count_bytes == self.expected_bytes:
+        return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
+
+    def prepare(self, groups: list[dict[str, Any]], amp: _Amp) -> tuple[GradientList, Any, np.ndarray]:
+        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
+        grads, multiplier = self.read_gradients(), amp.multiplier
+        if grads.plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
                 values = _group_scalars(groups[group], self.uniform_count + 1, multiplier)
@@ -621,7 +627,7 @@ class _Launch:
             scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1, multiplier)
         return grads, scalars, inverse.astype(np.int32)
 
-    def run(self, grads: GradientList, scalars: np.ndarray, scalar_set: np.ndarray) -> None:
+    def run(self, grads: GradientList, scalars: Any, scalar_set: np.ndarray) -> None:
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
@@ -632,13 +638,13 @@ class _Launch:
             if grads[i] is not None:
                 self.params[i].detach().copy_(self.operands.params[i])
         self.operands.grads = GradientList()
-        if self.counting is None:
-            self.counts += np.float32(1.0)
-            torch.autograd.graph.increment_version(self.params)
-        else:
-            self.counts += self.counting
-            changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-            torch.autograd.graph.increment_version(changed)
+        self.count()
+        changed = self.params if grads.plain else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(changed)
+
+    def count(self) -> None:
+        """One more step, for tensors that had a gradient."""
+        self.counts += np.float32(1.0) if self.counting is None else self.counting
         self._note_counts()
 
     def _note_counts(self) -> None:
@@ -650,13 +656,88 @@ class _Launch:
         self.expected_bytes = bytes(self.count_bytes)
 
 
+class _CapturableLaunch(_Launch):
+    """A launch whose step counts and scalars live on the parameters' device, so that the host never waits for it."""
+
+    on_device = True
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # A set of scalars for each tensor and each age in it: which tensors took a step, only the device knows.
+        part = np.stack([self.group_of_part, self.work.tensor_of_part, self.work.born_of_part], axis=1)
+        sets, set_of_part = np.unique(part, axis=0, return_inverse=True)
+        self.set_of_part = set_of_part.reshape(-1).astype(np.int32)
+        self.set_of_group = [(group, np.flatnonzero(sets[:, 0] == group).tolist()) for group in self.groups]
+        device = self.steps.device
+        self.tensor_of_set = torch.from_numpy(sets[:, 1].copy()).to(device)
+        self.born_of_set = torch.from_numpy(sets[:, 2].astype(np.float64)).to(device)
+        self.counted: tuple[bytes, Tensor] | None = None
+
+    @torch.no_grad()
+    def prepare(self, groups: list[dict[str, Any]], amp: _Amp) -> tuple[GradientList, Any, np.ndarray]:
+        grads, multiplier = self.read_gradients(), amp.multiplier_on(self.steps.device)
+        ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
+        rows = [
+            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], multiplier)
+            for group, members in self.set_of_group
+        ]
+        self.flags["skip"] = self.skip = amp.found_inf
+        return grads, torch.cat(rows), self.set_of_part
+
+    def count(self) -> None:
+        one: Any = 1.0 if self.skip is None else (self.skip.reshape(()) == 0).float()
+        if self.counting is not None:
+            key = self.counting.tobytes()
+            if self.counted is None or self.counted[0] != key:
+                self.counted = key, torch.from_numpy(self.counting).to(self.steps.device)
+            one = self.counted[1] * one
+        self.steps.add_(one)
+
+
+@dataclass
+class _Amp:
+    """What `torch.amp.GradScaler` hands over: one-element float32 tensors."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    @property
+    def multiplier(self) -> float:
+        """What gradients are multiplied by: one IEEE float32 division, as on a device."""
+        return 1.0 if self.grad_scale is None else float(np.float32(1.0) / np.float32(self.grad_scale.item()))
+
+    def multiplier_on(self, device: torch.device) -> Tensor:
+        if self.grad_scale is None:
+            return torch.ones((), dtype=torch.float64, device=device)
+        return (1.0 / self.grad_scale.to(device).reshape(()).float()).double()
+
+
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool]:
-    """What selects a kernel: (decoupled, amsgrad, l2)."""
+def _scalars_on_device(group: dict[str, Any], step: Tensor, multiplier: Tensor) -> Tensor:
+    """Words of `SCALARS` rows, int32 [steps, 11], from float64 ``step`` counts; tensors in ``group`` are read there."""
+    betas = group["betas"]
+    known = {"lr": 0.0} if isinstance(group["lr"], Tensor) else {}
+    _check_hyper_parameters({**group, **known, "betas": [0.0 if isinstance(b, Tensor) else b for b in betas]})
+
+    def there(value: Any) -> Any:
+        return value.to(step.device, torch.float64).reshape(()) if isinstance(value, Tensor) else float(value)
+
+    words = adamw_scalars(
+        lr=there(group["lr"]), betas=(there(betas[0]), there(betas[1])), eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]), step=step, decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"], grad_multiplier=multiplier,
+    )  # fmt: skip
+    columns = [torch.as_tensor(word, dtype=torch.float64, device=step.device).expand_as(step) for word in words]
+    floats = torch.stack(columns[:-1], dim=1).float().view(torch.int32)
+    return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
+
+
+def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+    """What selects a kernel: (decoupled, amsgrad, l2, capturable)."""
     decoupled = group["decoupled_weight_decay"]
-    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0
+    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
 
 
 def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple[float, ...]:

@@ -584,7 +584,6 @@ def test_a_learning_rate_tensor_that_becomes_nan_in_place() -> None:
     [
         ({"state_dtype": torch.float16}, ValueError, ["MaskedAdamW: state_dtype is torch.float16", "torch.bfloat16"]),
         ({"differentiable": True}, ValueError, ["MaskedAdamW: differentiable=True", "torch.optim"]),
-        ({"capturable": True}, ValueError, ["MaskedAdamW: capturable=True", "leave it out"]),
         ({"fused": True, "foreach": True}, RuntimeError, ["fused", "foreach"]),
         ({"lr": torch.ones(2)}, ValueError, ["lr", "1-element"]),
         ({"betas": (torch.tensor(0.9), 0.9)}, ValueError, ["betas", "both"]),

@@ -186,7 +186,6 @@ def test_torchs_own_errors(ours: Any, stock: Any, torch_cases: dict[str, Any]) -
         ({"weight_decay": math.nan}, "weight_decay"),
         ({"betas": (0.9, math.nan)}, "beta parameter at index 1"),
         ({"differentiable": True}, "differentiable"),
-        ({"capturable": True}, "capturable"),
         ({"state_dtype": torch.float16}, "state_dtype"),
     ],
 )

@@ -45,16 +45,18 @@ SCALARS: Final = np.dtype([
 
 def adamw_scalars(
     *,
-    lr: float,
-    betas: tuple[float, float],
+    lr: Any,
+    betas: tuple[Any, Any],
     eps: float,
     weight_decay: float,
-    step: int,
+    step: Any,
     decoupled: bool,
     maximize: bool = False,
-    grad_multiplier: float = 1.0,
-) -> tuple[float, ...]:
+    grad_multiplier: Any = 1.0,
+) -> tuple[Any, ...]:
     """A row of `SCALARS`: each hyper-parameter, in double, finished. Rounded to float32 once, when stored.
+
+    ``step`` and what goes with it may be float64 tensors.
 
     Source of the formulas: Kingma & Ba 2015, algorithm 1 (bias correction folded into ``step_size`` and
     ``bias2_sqrt``); Loshchilov & Hutter 2019, algorithm 2 (``decay``).
@@ -69,7 +71,7 @@ def adamw_scalars(
         beta2,
         1.0 - beta2,
         lr / (1.0 - beta1**step),
-        math.sqrt(1.0 - beta2**step),
+        (1.0 - beta2**step) ** 0.5 if isinstance(step, Tensor) else math.sqrt(1.0 - beta2**step),
         eps,
         step,
     )
@@ -89,16 +91,24 @@ class AdamWOperands:
     native: Any = None  # address and dtype tables, kept by the native backend
 
 
+def host_scalars(scalars: np.ndarray | Tensor) -> np.ndarray:
+    """Rows of `SCALARS`, for a backend that runs on the host."""
+    return scalars if isinstance(scalars, np.ndarray) else scalars.cpu().numpy().view(SCALARS).reshape(-1)
+
+
 class Backend(Protocol):
     """What a backend must do. ``work`` is a live list unless said otherwise."""
 
     name: str
 
     def adamw_(
-        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
     ) -> None:  # fmt: skip
         """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses.
+
+        Of capturable optimizers ``scalars`` are the rows' words on the tensors' device, int32 [rows, 11]; and where
+        ``skip``, one float32 there, is not 0, everything stays as it is.
 
         A parameter with a remainder is a float32 master. Others are rounded to nearest, ties to even, or with
         ``stochastic`` up or down at random: Philox on ``seed``, step, tensor number and element.

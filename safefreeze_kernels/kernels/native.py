@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import SCALARS, AdamWOperands, NormKind, WorkList
+from . import SCALARS, AdamWOperands, NormKind, WorkList, host_scalars
 from .worklist import PIECE, RUN, SEGMENT
 
 _CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -90,9 +90,12 @@ class CpuBackend:
     name = "cpu"
 
     def adamw_(
-        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
     ) -> None:  # fmt: skip
+        if skip is not None and skip.item() != 0:
+            return
+        scalars = host_scalars(scalars)
         if operands.native is None:
             table = adamw_table(operands)
             codes = _codes(operands.params), _codes(operands.exp_avgs)

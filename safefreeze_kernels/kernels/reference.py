@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import AdamWOperands, NormKind, Part, WorkList
+from . import AdamWOperands, NormKind, Part, WorkList, host_scalars
 
 
 def adamw(
@@ -101,10 +101,12 @@ class ReferenceBackend:
     name = "reference"
 
     def adamw_(
-        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0,
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
     ) -> None:  # fmt: skip
-        rows = scalars.view(np.recarray)
+        if skip is not None and skip.item() != 0:
+            return
+        rows = host_scalars(scalars).view(np.recarray)
         for part, which in zip(work.parts, scalar_set, strict=True):
             grad = operands.grads[part.tensor]
             if grad is None:
