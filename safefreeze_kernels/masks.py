@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "named_tensors"]
+__all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "frozen_counts", "named_tensors"]
 
 Indices = Sequence[int] | Tensor | np.ndarray | None
 _FORMAT: Final = "safefreeze.plan"
@@ -651,6 +651,24 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.(?P<rest>.+)$")
 _MOST_KINDS: Final = 7
 
 
+def frozen_counts(plan: FreezePlan) -> dict[tuple[str | None, str | None], tuple[int, int]]:
+    """``(layer, kind of module) -> (frozen, all)`` elements; None stands for the total over all of them.
+
+    The layer is the first number in a parameter's name ("-" where there is none), the kind its last part, such as
+    ``"q_proj"`` or ``"q_proj.bias"``.
+    """
+    counts: dict[tuple[str | None, str | None], tuple[int, int]] = {}
+    for name, mask in plan.items():
+        found = _LAYER.search(name)
+        layer, rest = (found.group(1), found.group("rest")) if found else ("-", name)
+        parts = rest.removesuffix(".weight").split(".")
+        kind = ".".join(parts[-2 if parts[-1] == "bias" else -1 :])
+        for key in ((layer, kind), (layer, None), (None, kind), (None, None)):
+            frozen, total = counts.get(key, (0, 0))
+            counts[key] = frozen + mask.frozen_count, total + mask.numel
+    return counts
+
+
 def _summarize(plan: FreezePlan) -> str:
     from io import StringIO
 
@@ -658,17 +676,7 @@ def _summarize(plan: FreezePlan) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    # (layer, kind) -> [frozen, all elements]; None stands for the total over all of them
-    counts: dict[tuple[str | None, str | None], list[int]] = {}
-    for name, mask in plan.items():
-        found = _LAYER.search(name)
-        layer, rest = (found.group(1), found.group("rest")) if found else ("-", name)
-        parts = rest.removesuffix(".weight").split(".")
-        kind = ".".join(parts[-2 if parts[-1] == "bias" else -1 :])
-        for key in ((layer, kind), (layer, None), (None, kind), (None, None)):
-            cell = counts.setdefault(key, [0, 0])
-            cell[0] += mask.frozen_count
-            cell[1] += mask.numel
+    counts = frozen_counts(plan)
     layers = sorted({row for row, _ in counts if row is not None}, key=lambda row: (row == "-", row.zfill(20)))
     kinds = list(dict.fromkeys(kind for _, kind in counts if kind is not None))
     shown, hidden = kinds[:_MOST_KINDS], max(len(kinds) - _MOST_KINDS, 0)

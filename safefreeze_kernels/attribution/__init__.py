@@ -1,21 +1,43 @@
 """Attribution: which heads and channels carry safety, and the freeze plan that follows from it."""
 
-from .builder import LABELS, MaskBuilder, UnitLabels, UnitSelection, read_labels
-from .scores import SetScores, UnitScores, encode_pairs, score_units
-from .units import Family, UnitLayout, find_units, register_family
+from .batches import encode_pairs
+from .builder import MaskBuilder
+from .scores import METHODS, SetScores, UnitScores, score_units
+from .selections import LABELS, Stability, UnitLabels, UnitRanking, UnitSelection, stability
+from .sources import (
+    plan_from_neurons,
+    plan_from_weights,
+    read_labels,
+    scores_from,
+    scores_from_weights,
+    units_from,
+)
+from .units import Bank, Family, Piece, Reader, UnitLayout, find_units, register_family
 
 __all__ = [
     "LABELS",
+    "METHODS",
+    "Bank",
     "Family",
     "MaskBuilder",
+    "Piece",
+    "Reader",
     "SetScores",
+    "Stability",
     "UnitLabels",
     "UnitLayout",
+    "UnitRanking",
     "UnitScores",
     "UnitSelection",
     "encode_pairs",
     "find_units",
+    "plan_from_neurons",
+    "plan_from_weights",
     "read_labels",
     "register_family",
     "score_units",
+    "scores_from",
+    "scores_from_weights",
+    "stability",
+    "units_from",
 ]

@@ -1,238 +1,48 @@
-"""From unit scores to what is frozen: labels, selections of units, freeze plans.
+"""From unit scores to what is frozen: the recipes that label and rank units, and the requests that select them.
 
-Labels and their recipe are SSAH's (Li & Kim, ICLR 2026, arXiv 2410.10862): safety-critical units (SCU),
-utility-critical units (UCU), complex units that serve both (CU), redundant units that serve neither (RU).
+The recipes are SSAH's (Li & Kim, ICLR 2026, arXiv 2410.10862): its paper's and its authors' prototype's.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..masks import FreezePlan, write_atomically
 from .scores import SetScores, UnitScores
-from .units import KvPolicy, Preset, UnitLayout, find_units, unit_masks
+from .selections import LABELS, UnitLabels, UnitRanking, UnitSelection
 
-__all__ = ["LABELS", "MaskBuilder", "Rank", "Recipe", "UnitLabels", "UnitSelection", "read_labels"]
+__all__ = ["MaskBuilder", "Rank", "Recipe", "Units"]
 
 Recipe = Literal["paper", "ssah-prototype"]
-Rank = Literal["sum", "safety", "utility", "diff"]
+Rank = Literal["sum", "safety", "utility", "diff", "score"]
+Units = Literal["all", "heads", "channels"]
 
-#: Label names; a label's code is its place here.
-LABELS: Final = ("RU", "SCU", "UCU", "CU")
 _RU, _SCU, _UCU, _CU = range(4)
+_SETS: Final = ("safety", "utility")
 _RATIOS: Final = {"RU": 0.1, "SCU": 0.01, "UCU": 0.1}
 _PROTOTYPE_HEAD_COST: Final = 170.0  # 512/3 held in an integer tensor there, whatever the model's shapes
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class UnitLabels:
-    """The label of every unit: uint8 codes, 0 RU, 1 SCU, 2 UCU, 3 CU.
-
-    Args:
-        heads: ``[n_layers, n_heads]``.
-        channels: ``[n_layers, d_ff]``.
-
-    Raises:
-        TypeError: labels that are not integers.
-        ValueError: wrong number of dimensions, different numbers of layers, codes outside 0 to 3.
-    """
-
-    heads: Tensor
-    channels: Tensor
-
-    def __post_init__(self) -> None:
-        for word in ("heads", "channels"):
-            labels = torch.as_tensor(getattr(self, word)).detach().cpu()
-            if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-                raise TypeError(f"UnitLabels: {word} has dtype {labels.dtype}, expected integer codes 0 to 3")
-            if labels.dim() != 2:
-                raise ValueError(f"UnitLabels: {word} has shape {tuple(labels.shape)}, expected [layers, units]")
-            if labels.numel() and (labels.min() < 0 or labels.max() > 3):
-                raise ValueError(
-                    f"UnitLabels: {word} holds codes from {int(labels.min())} to {int(labels.max())}, "
-                    "expected 0 RU, 1 SCU, 2 UCU, 3 CU"
-                )
-            object.__setattr__(self, word, labels.to(torch.uint8).contiguous())
-        if len(self.heads) != len(self.channels):
-            raise ValueError(
-                f"UnitLabels: heads has {len(self.heads)} layers and channels {len(self.channels)}, expected as many"
-            )
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Label -> (heads, channels) that carry it."""
-        return {
-            name: (int((self.heads == code).sum()), int((self.channels == code).sum()))
-            for code, name in enumerate(LABELS)
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file `read_labels` reads; a crash leaves an older file as it was."""
-        from safetensors.torch import save
-
-        write_atomically(Path(path), save({"attention_heads": self.heads, "mlp_channels": self.channels}))
-
-    def __repr__(self) -> str:
-        shares = ", ".join(f"{name} {h} heads + {c} channels" for name, (h, c) in self.counts().items())
-        return f"UnitLabels({len(self.heads)} layers: {shares})"
-
-
-def read_labels(path: str | os.PathLike[str]) -> UnitLabels:
-    """Read unit labels from a safetensors file with ``attention_heads`` and ``mlp_channels``, integer codes.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError, TypeError: not such a file; see `UnitLabels`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"read_labels: no file {os.fspath(path)!r}")
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return UnitLabels(file.get_tensor("attention_heads"), file.get_tensor("mlp_channels"))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"read_labels: {os.fspath(path)!r} is not a safetensors file with attention_heads and "
-            f"mlp_channels ({error})"
-        ) from error
-
-
-# ----------------------------------------------------------------------------------------------- selections
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class UnitSelection:
-    """Which units are frozen. Made by `MaskBuilder`, turned into a plan by `build`.
-
-    Args:
-        heads: bool ``[n_layers, n_heads]``, True = frozen.
-        channels: bool ``[n_layers, d_ff]``, True = frozen.
-        layout: the model they belong to, where known.
-        origin: how the selection came about, as JSON can hold it; becomes the plan's metadata.
-
-    Raises:
-        TypeError: arrays that are not bool.
-        ValueError: wrong number of dimensions, different numbers of layers.
-    """
-
-    heads: np.ndarray
-    channels: np.ndarray
-    layout: UnitLayout | None = None
-    origin: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for word in ("heads", "channels"):
-            array = np.array(getattr(self, word))
-            if array.dtype != np.bool_:
-                raise TypeError(f"UnitSelection: {word} has dtype {array.dtype}, expected bool with True = frozen")
-            array.flags.writeable = False
-            object.__setattr__(self, word, array)
-        if self.heads.ndim != 2 or self.channels.ndim != 2 or len(self.heads) != len(self.channels):
-            raise ValueError(
-                f"UnitSelection: heads has shape {self.heads.shape} and channels {self.channels.shape}, "
-                "expected [layers, heads] and [layers, d_ff]"
-            )
-
-    def build(
-        self,
-        model: torch.nn.Module | UnitLayout | None = None,
-        preset: Preset = "full",
-        kv: KvPolicy = "any",
-    ) -> FreezePlan:
-        """The freeze plan of these units. Embeddings, norms and the output head hold no units: they stay
-        live.
-
-        Args:
-            model: the model to freeze, or its layout from `find_units`; not needed when the scores came with
-                one.
-            preset: ``"full"`` (SSAH's definition of a unit) freezes rows of q, k, v, gate and up with their
-                biases, and columns of the output projections; ``"producer"`` the rows and biases alone.
-            kv: a KV head shared by several query heads is frozen if ``"any"`` of them is frozen (safety
-                first), only if ``"all"`` are, or ``"never"``. A share counts just a head's own part of its KV
-                head: ``"any"`` freezes somewhat more than the share asked for, the others somewhat less.
-
-        Raises:
-            ValueError: no model where one is needed, a model with other numbers of units, an unknown
-                architecture, preset or policy.
-        """
-        layout = model if isinstance(model, UnitLayout) else find_units(model) if model is not None else self.layout
-        if layout is None:
-            raise ValueError("build: labels do not say which model they belong to; pass the model or its UnitLayout")
-        if (self.heads.shape, self.channels.shape) != (layout.heads_shape, layout.channels_shape):
-            raise ValueError(
-                f"build: the selection has heads {self.heads.shape} and channels {self.channels.shape}, "
-                f"expected {layout.heads_shape} and {layout.channels_shape} for {layout}; were the scores "
-                "made for this model?"
-            )
-        masks = unit_masks(layout, self.heads, self.channels, preset, kv)
-        return FreezePlan(
-            masks,
-            {
-                **self.origin,
-                "model_type": layout.model_type,
-                "preset": preset,
-                "kv": kv,
-                "frozen_heads": int(self.heads.sum()),
-                "frozen_channels": int(self.channels.sum()),
-            },
-        )
-
-    def random_like(self, seed: int) -> UnitSelection:
-        """A control: as many heads and channels in every layer, drawn at random from all of that layer's."""
-        draw = np.random.default_rng(seed)
-        heads, channels = (draw.permuted(array, axis=1) for array in (self.heads, self.channels))
-        return UnitSelection(heads, channels, self.layout, {**self.origin, "random_like": int(seed)})
-
-    def jaccard(self, other: UnitSelection) -> float:
-        """Units frozen in both / units frozen in either; 1.0 if neither freezes any.
-
-        Compares selections across seeds and calibration sets. Raises ValueError for different numbers of
-        units.
-        """
-        if (self.heads.shape, self.channels.shape) != (other.heads.shape, other.channels.shape):
-            raise ValueError(
-                f"jaccard: selections of heads {self.heads.shape} and {other.heads.shape}, channels "
-                f"{self.channels.shape} and {other.channels.shape}, expected the same"
-            )
-        pairs = ((self.heads, other.heads), (self.channels, other.channels))
-        either = sum(int((a | b).sum()) for a, b in pairs)
-        return sum(int((a & b).sum()) for a, b in pairs) / either if either else 1.0
-
-    def __repr__(self) -> str:
-        return (
-            f"UnitSelection({self.heads.sum()} of {self.heads.size} heads and {self.channels.sum()} of "
-            f"{self.channels.size} channels frozen)"
-        )
-
-
-# -------------------------------------------------------------------------------------------------- builder
-
-
 class MaskBuilder:
-    """Labels units and selects those to freeze.
+    """Labels units, ranks them, and selects those to freeze.
 
-    Recipe (SSAH): scores become z-scores per layer, attention and MLP apart (over the features of all heads,
-    then the mean over a head's features; a layer whose scores are all equal gets 0). With zS and zU those of
-    the safety and the utility set, all heads and channels of the model are ranked together: RU are the lowest
-    zS + zU, SCU the highest zS − zU, UCU the lowest zS − zU, CU the rest; a later label overwrites an earlier
-    one, but UCU never an SCU. Ties go to the lowest index, heads before channels.
+    Recipe of the labels (SSAH): scores become z-scores per layer, attention and MLP apart (over the features
+    of all heads, then the mean over a head's features; a layer whose scores are all equal gets 0). With zS
+    and zU those of the safety and the utility set, all heads and channels of the model are ranked together:
+    RU are the lowest zS + zU, SCU the highest zS − zU, UCU the lowest zS − zU, CU the rest; a later label
+    overwrites an earlier one, but UCU never an SCU. Ties go to the lowest index, heads before channels.
 
     Shares are shares of cost, that is of parameters: a channel counts 1, a head as many channels as it has
     parameters for. Of a ranking the prefix is taken whose cost is nearest to the share asked for, at least
     one unit.
 
     Args:
-        scores: `UnitScores`, or `UnitLabels` that were made elsewhere (with those, only whole labels can be
-            frozen).
+        scores: `UnitScores`; or what was made elsewhere: `UnitLabels` (whole labels can be frozen), or a
+            `UnitRanking` (its top can be frozen).
         ratios: shares of RU, SCU and UCU; what is left out keeps its default (0.1, 0.01, 0.1).
         recipe: ``"paper"`` uses the scores as they are and costs from the model's shapes.
             ``"ssah-prototype"`` repeats what the authors' 2024 prototype does: attention scores squared once
@@ -241,40 +51,56 @@ class MaskBuilder:
         head_cost: overrides the cost of a head.
 
     Raises:
-        TypeError: ``scores`` is neither.
-        ValueError: an unknown recipe or label, ratios outside 0 to 1 or given with labels.
+        TypeError: ``scores`` is none of these.
+        ValueError: an unknown recipe or label, ratios outside 0 to 1, over 1 together, or given without
+            scores. Whatever needs a ranking raises it for scores that are the same for all units.
 
     >>> plan = MaskBuilder(scores).freeze(scu=True, cu=0.06).build(model)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        scores: UnitScores | UnitLabels,
+        scores: UnitScores | UnitLabels | UnitRanking,
         ratios: Mapping[str, float] | None = None,
         recipe: Recipe = "paper",
         *,
         head_cost: float | None = None,
     ) -> None:
-        if recipe not in get_args(Recipe):
-            raise ValueError(
-                f"MaskBuilder: recipe is {recipe!r}, expected one of {', '.join(map(repr, get_args(Recipe)))}"
+        if not isinstance(scores, UnitScores | UnitLabels | UnitRanking):
+            raise TypeError(
+                f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores, UnitLabels or UnitRanking"
             )
+        _check_word("MaskBuilder", "recipe", recipe, get_args(Recipe))
         if head_cost is not None and not 0 < head_cost < float("inf"):
             raise ValueError(f"MaskBuilder: head_cost is {head_cost!r}, expected channels per head, above 0")
-        self.recipe = recipe
-        if isinstance(scores, UnitLabels):
-            if ratios is not None:
-                raise ValueError("MaskBuilder: ratios given with finished labels, expected them with scores only")
-            self.scores, self.layout, self.ratios = None, None, dict[str, float]()
-            self.labels, self.head_cost = scores, head_cost
-        elif isinstance(scores, UnitScores):
-            self.scores, self.layout, self.ratios = scores, scores.layout, _checked_ratios(ratios)
-            self.head_cost = head_cost or (
-                _PROTOTYPE_HEAD_COST if recipe == "ssah-prototype" else scores.layout.head_cost
+        if ratios is not None and not isinstance(scores, UnitScores):
+            raise ValueError(
+                f"MaskBuilder: ratios given with finished {type(scores).__name__}, expected them with scores only"
             )
-            self.labels = self._label()
-        else:
-            raise TypeError(f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores or UnitLabels")
+        self.recipe = recipe
+        self.scores = scores if isinstance(scores, UnitScores) else None
+        self.layout = None if isinstance(scores, UnitLabels) else scores.layout
+        self.ratios = _checked_ratios(ratios) if self.scores is not None else dict[str, float]()
+        self.head_cost = head_cost
+        if head_cost is None and self.layout is not None:
+            self.head_cost = _PROTOTYPE_HEAD_COST if recipe == "ssah-prototype" else self.layout.head_cost
+        self._source = scores
+
+    @cached_property
+    def labels(self) -> UnitLabels:
+        """The label of every unit.
+
+        Raises:
+            ValueError: a builder of a ranking, or scores that are the same for all units.
+        """
+        if isinstance(self._source, UnitLabels):
+            return self._source
+        if isinstance(self._source, UnitRanking):
+            raise ValueError(
+                "MaskBuilder: labels need a safety and a utility score per unit, but a ranking holds one score; "
+                "select with top()"
+            )
+        return self._label()
 
     # -- selecting -------------------------------------------------------------------------------------------
 
@@ -298,11 +124,11 @@ class MaskBuilder:
             cu_share_of: whether ``cu=0.06`` is 6% of all ``"units"`` (so the paper's "7.5%" is about SCU +
                 6%) or of the ``"cu"``: the paper does not say. Both are shares of cost.
             cu_rank: highest first: ``"sum"`` zS + zU, since CU matter for both; ``"safety"`` zS;
-                ``"utility"`` zU; ``"diff"`` zS − zU.
+                ``"utility"`` zU; ``"diff"`` zS − zU; ``"score"`` the method's own score.
 
         Raises:
             ValueError: a share outside 0 to 1, more than all CU, a fraction where only labels are known,
-                ``share`` together with ``scu=False`` or ``cu``, an unknown word.
+                ``share`` together with ``scu=False`` or ``cu``, an unknown word, a request no unit meets.
         """
         _check_word("freeze", "cu_share_of", cu_share_of, ("units", "cu"))
         _check_word("freeze", "cu_rank", cu_rank, get_args(Rank))
@@ -318,7 +144,7 @@ class MaskBuilder:
             )
             order = np.concatenate([self._ranked(code, rank, f"share={share}") for code, rank in ranks])
             units = self._prefix(order, wanted * float(self._costs.sum()))
-            return self._select(units, {"share": wanted, "cu_rank": cu_rank})
+            return self._select("freeze", units, {"share": wanted, "cu_rank": cu_rank})
         units = self._labelled(_SCU) if scu else self._labelled(_SCU)[:0]
         origin: dict[str, Any] = {"scu": bool(scu), "cu": bool(cu)}
         if not isinstance(cu, bool):
@@ -327,31 +153,109 @@ class MaskBuilder:
             origin |= {"cu": wanted, "cu_share_of": cu_share_of, "cu_rank": cu_rank}
         elif cu:
             units = np.concatenate([units, self._labelled(_CU)])
-        return self._select(units, origin)
+        return self._select("freeze", units, origin)
 
-    def train_only(self, label: str = "RU", share: float | None = None, rank: Rank = "utility") -> UnitSelection:
-        """Select everything but the units of one label: those alone train.
+    def train_only(
+        self, label: str | Sequence[str] = "RU", share: float | None = None, rank: Rank = "utility"
+    ) -> UnitSelection:
+        """Select everything but the units of one label, or of several: those alone train.
 
         With ``share``, the redundant units are the lowest ``rank`` up to that share of all units instead:
         SSAH's alignment budget of a base model, ``train_only("RU", 0.2)``, which ranks by utility alone since
         a base model has no safety to keep.
 
         Raises:
-            ValueError: an unknown label or rank, a share for another label than RU, outside 0 to 1, or where
-                only labels are known.
+            ValueError: an unknown label or rank, a label no unit carries, labels that every unit carries, a
+                share of another label than RU, outside 0 to 1, that leaves no unit to train or none to
+                freeze, or where only labels are known.
         """
-        _check_word("train_only", "label", label, LABELS)
+        labels = (label,) if isinstance(label, str) else tuple(label)
+        for name in labels:
+            _check_word("train_only", "label", name, LABELS)
         _check_word("train_only", "rank", rank, get_args(Rank))
-        origin: dict[str, Any] = {"train_only": label}
+        origin: dict[str, Any] = {"train_only": label if isinstance(label, str) else list(labels)}
+        live = np.zeros(self._size, bool)
         if share is None:
-            live = self._labelled(LABELS.index(label))
-        elif label != "RU":
+            live = np.isin(self._flat_labels, [LABELS.index(name) for name in labels])
+        elif labels != ("RU",):
             raise ValueError(f"train_only: share given with label {label!r}, expected it with 'RU' only")
         else:
             wanted = _checked_share("train_only: share", share)
-            live = self._lowest(self._rank_values(rank, f"share={share}"), np.arange(self._flat_labels.size), wanted)
+            live[self._lowest(self._rank_values(rank, f"share={share}"), np.arange(self._size), wanted)] = True
             origin |= {"share": wanted, "rank": rank}
-        return self._select(np.setdiff1d(np.arange(self._flat_labels.size), live), origin)
+        if not live.any():
+            raise ValueError(
+                f"train_only: no unit is left to train ({_shown(origin)}), expected at least one; to freeze every "
+                "unit on purpose, use freeze(share=1.0)"
+            )
+        return self._select("train_only", np.flatnonzero(~live), origin)
+
+    def top(
+        self,
+        amount: float,
+        by: Rank | None = None,
+        *,
+        units: Units = "all",
+        per_layer: bool = False,
+        apart: bool = True,
+    ) -> UnitSelection:
+        """Select the units that rank highest, whatever their label. Ties go to the lowest index.
+
+        Args:
+            amount: a float is a share (of cost; the count nearest to it), 1.0 every unit; an int is a count.
+            by: what ranks: ``"score"`` the method's own score; ``"diff"`` zS − zU, ``"safety"`` zS,
+                ``"utility"`` zU, ``"sum"`` zS + zU. Default: ``"score"`` where there is one, else ``"diff"``.
+            units: rank ``"all"`` units that have scores, or only ``"heads"``, or only ``"channels"``.
+            per_layer: take the amount in every layer, not over the whole model.
+            apart: take the amount of the heads and, apart, of the channels: their own scores need not be on
+                one scale. False ranks them together.
+
+        Raises:
+            ValueError: an amount no unit meets or more than there are, scores that are the same for all units
+                ranked, a ranking that is not known, an unknown word.
+
+        >>> builder.top(0.2)  # a fifth of the heads and a fifth of the channels  # doctest: +SKIP
+        >>> builder.top(4, units="heads") | builder.top(200, units="channels")  # doctest: +SKIP
+        """
+        _check_word("top", "units", units, get_args(Units))
+        rank = by if by is not None else "diff" if self._own is None else "score"
+        _check_word("top", "by", rank, get_args(Rank))
+        count = isinstance(amount, int | np.integer) and not isinstance(amount, bool)
+        amount = int(amount) if count else _checked_share("top: amount", amount)
+        if count and amount < 1:
+            raise ValueError(f"top: amount is {amount}, expected a count of at least 1 or a share above 0")
+        values = self._rank_values(rank, f"top({amount!r})")
+        picked = []
+        for what, group in self._groups(values, units, per_layer, apart):
+            if count and amount > group.size:
+                raise ValueError(f"top: amount is {amount} {what}, expected at most {group.size}, which is all")
+            order = _descending(values, group)
+            share_of = float(self._costs[group].sum())
+            picked.append(order[: int(amount)] if count else self._prefix(order, amount * share_of, at_least=0))
+        origin = {"top": amount, "by": rank, "units": units, "per_layer": per_layer, "apart": apart}
+        return self._select("top", np.concatenate(picked), origin)
+
+    def set_difference(
+        self, safety: float, utility: float, *, units: Units = "all", per_layer: bool = True, apart: bool = True
+    ) -> UnitSelection:
+        """Select the top units for safety that are not among the top ones for utility (Wei et al. 2024,
+        arXiv 2402.05162, there for single weights, matrix by matrix).
+
+        Args:
+            safety: share (or count) of the units with the highest zS.
+            utility: share (or count) of the units with the highest zU to leave out.
+            units, per_layer, apart: as in `top`.
+
+        Raises:
+            ValueError: as `top`, and where nothing is left.
+        """
+        where: dict[str, Any] = {"units": units, "per_layer": per_layer, "apart": apart}
+        wanted, kept = self.top(safety, "safety", **where), self.top(utility, "utility", **where)
+        left = wanted - kept
+        flat = np.concatenate([left.heads.ravel(), left.channels.ravel()])
+        amounts = {word: top.origin["selection"]["top"] for word, top in zip(_SETS, (wanted, kept), strict=True)}
+        origin = {"set_difference": amounts, **where}
+        return self._select("set_difference", np.flatnonzero(flat), origin)
 
     def _first_cu(self, wanted: float, share_of: str, rank: Rank) -> np.ndarray:
         if wanted == 0:
@@ -366,15 +270,44 @@ class MaskBuilder:
             )
         return self._prefix(order, target)
 
-    def _select(self, units: np.ndarray, origin: Mapping[str, Any]) -> UnitSelection:
-        flat = np.zeros(self._flat_labels.size, bool)
+    def _groups(
+        self, values: np.ndarray, units: Units, per_layer: bool, apart: bool
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(what they are, flat indices) of the units that compete with each other, out of those with scores."""
+        heads, channels = np.arange(self._split), np.arange(self._split, self._size)
+        kinds = {"heads": heads, "channels": channels}
+        if units != "all":
+            kinds = {units: kinds[units]}
+        kinds = {what: index for what, index in kinds.items() if not np.isnan(values[index]).any()}
+        if not kinds:
+            raise ValueError(f"top: units is {units!r}, expected a kind of unit that {self._source!r} scores")
+        if not apart and len(kinds) > 1:
+            kinds = {"units": np.concatenate(list(kinds.values()))}
+        for what, index in kinds.items():
+            if index.size > 1 and (values[index] == values[index[0]]).all():
+                raise ValueError(f"top: the scores of all {what} are the same, expected scores that rank them")
+            if not per_layer:
+                yield what, index
+                continue
+            layers = np.concatenate([np.indices(shape)[0].ravel() for shape in self._shapes])[index]
+            for layer in range(self._shapes[0][0]):
+                yield f"{what} of layer {layer}", index[layers == layer]
+
+    def _select(self, operation: str, units: np.ndarray, origin: Mapping[str, Any]) -> UnitSelection:
+        if not units.size:
+            raise ValueError(
+                f"{operation}: selects no unit ({_shown(origin)}), expected at least one; to freeze nothing, train "
+                "without a plan"
+            )
+        flat = np.zeros(self._size, bool)
         flat[units] = True
         heads, channels = self._unflatten(flat)
         about: dict[str, Any] = {"selection": dict(origin)}
         if self.scores is not None:
-            about |= {"recipe": self.recipe, "ratios": self.ratios, "head_cost": self.head_cost}
-            about["method"] = self.scores.method
-        return UnitSelection(heads, channels, self.layout, about)
+            about |= {"recipe": self.recipe, "ratios": self.ratios, "scored": _fingerprints(self.scores)}
+        if not isinstance(self._source, UnitLabels):
+            about |= {"head_cost": self.head_cost, "method": self._source.method}
+        return UnitSelection(heads, channels, self.layout, about, self.scores)
 
     # -- labelling -------------------------------------------------------------------------------------------
 
@@ -383,24 +316,29 @@ class MaskBuilder:
         total, diff = self._rank_values("sum"), self._rank_values("diff")
         codes = np.full(everything.size, _CU, np.uint8)
         codes[self._lowest(total, everything, self.ratios["RU"])] = _RU
-        scu = self._prefix(_descending(diff, everything), self.ratios["SCU"] * self._costs.sum())
-        codes[scu] = _SCU
-        codes[self._lowest(diff, np.setdiff1d(everything, scu), self.ratios["UCU"])] = _UCU
+        codes[self._prefix(_descending(diff, everything), self.ratios["SCU"] * self._costs.sum())] = _SCU
+        codes[self._lowest(diff, np.flatnonzero(codes != _SCU), self.ratios["UCU"])] = _UCU
         heads, channels = self._unflatten(codes)
         return UnitLabels(torch.from_numpy(heads.copy()), torch.from_numpy(channels.copy()))
 
     @cached_property
     def _costs(self) -> np.ndarray:
         """Cost of each unit, flat: heads of all layers, then channels of all layers."""
-        assert self.layout is not None and self.head_cost is not None
-        n_heads, n_channels = int(np.prod(self.layout.heads_shape)), int(np.prod(self.layout.channels_shape))
-        return np.concatenate([np.full(n_heads, self.head_cost), np.ones(n_channels)])
+        assert self.head_cost is not None
+        return np.concatenate([np.full(self._split, self.head_cost), np.ones(self._size - self._split)])
 
     @cached_property
     def _z(self) -> tuple[np.ndarray, np.ndarray]:
         """zS and zU of each unit, flat float64."""
         assert self.scores is not None
-        return self._standardized(self.scores.safety), self._standardized(self.scores.utility)
+        both = self._standardized(self.scores.safety), self._standardized(self.scores.utility)
+        for word, z in zip(_SETS, both, strict=True):
+            if not z.any():
+                raise ValueError(
+                    f"MaskBuilder: the {word} scores of all units of a layer are the same, in every layer, expected "
+                    f"scores that rank them; was the {word} set scored?"
+                )
+        return both
 
     def _standardized(self, scores: SetScores) -> np.ndarray:
         features = scores.head_features.numpy().astype(np.float64)
@@ -410,24 +348,63 @@ class MaskBuilder:
         return np.concatenate([heads.ravel(), _z_scores(scores.channels.numpy().astype(np.float64)).ravel()])
 
     @cached_property
+    def _own(self) -> np.ndarray | None:
+        """The method's own score of each unit, flat float64, NaN for kinds it does not score; or None."""
+        ranking = self._source if isinstance(self._source, UnitRanking) else None
+        if self.scores is not None and self.scores.ranking is not None:
+            heads, channels = self.scores.ranking
+            ranking = UnitRanking(self.scores.layout, heads.numpy(), channels.numpy(), self.scores.method)
+        if ranking is None:
+            return None
+        pairs = zip((ranking.heads, ranking.channels), self._shapes, strict=True)
+        return np.concatenate([np.full(shape, np.nan).ravel() if own is None else own.ravel() for own, shape in pairs])
+
+    @cached_property
     def _flat_labels(self) -> np.ndarray:
         return np.concatenate([self.labels.heads.numpy().ravel(), self.labels.channels.numpy().ravel()])
 
+    @cached_property
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``[n_layers, n_heads]``, ``[n_layers, d_ff]``."""
+        if self.layout is not None:
+            return self.layout.heads_shape, self.layout.channels_shape
+        return tuple(self.labels.heads.shape), tuple(self.labels.channels.shape)
+
+    @property
+    def _split(self) -> int:
+        """Where channels start among the flat units: the number of heads."""
+        return int(np.prod(self._shapes[0]))
+
+    @property
+    def _size(self) -> int:
+        """Number of units."""
+        return self._split + int(np.prod(self._shapes[1]))
+
     def _unflatten(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        heads = self.layout.heads_shape if self.layout else tuple(self.labels.heads.shape)
-        channels = self.layout.channels_shape if self.layout else tuple(self.labels.channels.shape)
-        split = int(np.prod(heads))
-        return flat[:split].reshape(heads), flat[split:].reshape(channels)
+        heads, channels = self._shapes
+        return flat[: self._split].reshape(heads), flat[self._split :].reshape(channels)
 
     def _labelled(self, code: int) -> np.ndarray:
         """Units of one label, in order of index."""
         return np.flatnonzero(self._flat_labels == code)
 
     def _rank_values(self, rank: Rank, asked: str = "") -> np.ndarray:
-        if self.scores is None:
+        """What ranks each unit, flat float64; ``asked`` is the request it is for."""
+        if isinstance(self._source, UnitLabels):
             raise ValueError(
                 f"MaskBuilder: {asked} needs a ranking of units, but labels carry no scores; freeze whole "
                 "labels (cu=True), or build from UnitScores"
+            )
+        if rank == "score":
+            if self._own is None:
+                raise ValueError(
+                    f"MaskBuilder: {asked} by 'score', but {self._source.method!r} gives a safety and a utility "
+                    "score, not one score per unit; expected 'diff', 'sum', 'safety' or 'utility'"
+                )
+            return self._own
+        if isinstance(self._source, UnitRanking):
+            raise ValueError(
+                f"MaskBuilder: {asked} by {rank!r}, but a ranking holds one score per unit, expected by='score'"
             )
         safety, utility = self._z
         values: dict[str, np.ndarray] = {
@@ -442,12 +419,12 @@ class MaskBuilder:
         """Units of one label, highest first."""
         return _descending(self._rank_values(rank, asked), self._labelled(code))
 
-    def _prefix(self, order: np.ndarray, target: float) -> np.ndarray:
-        """The start of ``order`` whose cost is nearest to ``target``: at least one unit, but none for 0."""
+    def _prefix(self, order: np.ndarray, target: float, at_least: int = 1) -> np.ndarray:
+        """The start of ``order`` whose cost is nearest to ``target``: ``at_least`` so many units, none for 0."""
         if target <= 0 or not order.size:
             return order[:0]
-        reached = np.cumsum(self._costs[order])
-        return order[: int(np.abs(reached - target).argmin()) + 1]
+        reached = np.concatenate([[0.0], np.cumsum(self._costs[order])])[at_least:]
+        return order[: int(np.abs(reached - target).argmin()) + at_least]
 
     def _lowest(self, values: np.ndarray, units: np.ndarray, ratio: float) -> np.ndarray:
         """The lowest-valued of ``units``, up to a share ``ratio`` of all units' cost."""
@@ -460,6 +437,12 @@ class MaskBuilder:
         reached = np.concatenate([[0.0], np.cumsum(self._costs[order])[:-1]])
         nearest = reached.size - 1 - int(np.abs(reached - target)[::-1].argmin())
         return order[: nearest + 1]
+
+
+def _fingerprints(scores: UnitScores) -> dict[str, str]:
+    """Of the model and of both calibration sets, as far as they are known."""
+    known = {"model": scores.model_fingerprint, **{word: getattr(scores, word).fingerprint for word in _SETS}}
+    return {word: fingerprint for word, fingerprint in known.items() if fingerprint}
 
 
 def _descending(values: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -484,10 +467,9 @@ def _checked_ratios(given: Mapping[str, float] | None) -> dict[str, float]:
             "'RU', 'SCU' and 'UCU' (CU is the rest)"
         )
     ratios = {label: _checked_share(f"MaskBuilder: ratio of {label}", ratio) for label, ratio in ratios.items()}
-    if ratios["SCU"] + ratios["UCU"] > 1:
-        raise ValueError(
-            f"MaskBuilder: ratios of SCU and UCU are {ratios['SCU']} and {ratios['UCU']}, expected a sum of at most 1"
-        )
+    # 0.7 + 0.2 + 0.1 and its like may come out a rounding error over 1
+    if sum(ratios.values()) > 1 + 1e-9:
+        raise ValueError(f"MaskBuilder: ratios are {_shown(ratios)}, expected a sum of at most 1 (CU is the rest)")
     return ratios
 
 
@@ -500,3 +482,7 @@ def _checked_share(what: str, share: float) -> float:
 def _check_word(operation: str, what: str, given: str, valid: tuple[str, ...]) -> None:
     if given not in valid:
         raise ValueError(f"{operation}: {what} is {given!r}, expected one of {', '.join(map(repr, valid))}")
+
+
+def _shown(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in fields.items())

@@ -1,32 +1,55 @@
-"""How much a unit matters for safety and for utility: scores of heads and channels from two calibration sets.
-
-The method is SSAH's (Li & Kim, ICLR 2026, arXiv 2410.10862): how far a unit's activation fluctuates over
-response tokens, weighted by how strongly the next matrix reads it.
-"""
+"""How much a unit matters for safety and for utility: scores of heads and channels from two calibration sets."""
 
 from __future__ import annotations
 
-import inspect
+import hashlib
+import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..masks import write_atomically
+from .activations import (
+    FORMULAS,
+    ActivationMoments,
+    Collector,
+    Positions,
+    Scored,
+    Totals,
+    UnitValues,
+    contrast,
+    formula_scores,
+)
+from .batches import read_passes
+from .saliency import (
+    GradientSums,
+    Margin,
+    MarginGradients,
+    answer_loss,
+    decision_ratio,
+    gradient_times_activation,
+    patching_effect,
+    plain_sums,
+)
 from .units import UnitLayout, find_units
 
-__all__ = ["Positions", "SetScores", "UnitScores", "encode_pairs", "score_units"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-Positions = Literal["predicting", "response", "all"]
-_METHODS: Final = ("fluctuation",)
+__all__ = ["METHODS", "SetScores", "UnitScores", "score_units"]
+
 _FORMAT: Final = "safefreeze.unit_scores"
-_VERSION: Final = "1"
-_IGNORE: Final = -100
+_PARTIAL: Final = "safefreeze.partial_scores"
+_VERSION: Final = "2"
+_SETS: Final = ("safety", "utility")
+_SAMPLE: Final = 1024  # weights per parameter in a model's fingerprint
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -38,6 +61,7 @@ class SetScores:
             attention output projection. A source that scores whole heads passes ``[n_layers, n_heads]``.
         channels: ``[n_layers, d_ff]``.
         n_positions: token positions the scores were computed over.
+        fingerprint: sha256 over the set's rows in their order, whatever their batches and padding; "" = not known.
 
     Both are kept as float32 on the CPU.
 
@@ -48,6 +72,7 @@ class SetScores:
     head_features: Tensor
     channels: Tensor
     n_positions: int = 0
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         features = self.head_features.detach().to("cpu", torch.float32)
@@ -60,11 +85,7 @@ class SetScores:
                 "[layers, d_ff]"
             )
         for word, scores in (("head_features", features), ("channels", channels)):
-            if not torch.isfinite(scores).all():
-                layer = int((~torch.isfinite(scores)).flatten(1).any(1).nonzero()[0])
-                raise ValueError(
-                    f"SetScores: {word} of layer {layer} holds NaN or inf in float32, expected finite scores"
-                )
+            _check_finite("SetScores", word, scores)
         object.__setattr__(self, "head_features", features)
         object.__setattr__(self, "channels", channels)
 
@@ -74,36 +95,86 @@ class SetScores:
         return self.head_features.double().mean(-1).float()
 
 
+def _check_finite(operation: str, word: str, scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        layer = int((~torch.isfinite(scores)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{operation}: {word} of layer {layer} holds NaN or inf in float32, expected finite scores")
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class UnitScores:
     """Safety and utility scores of every unit of one model: what `MaskBuilder` ranks.
 
     ``safety.heads`` is ``[n_layers, n_heads]``, ``safety.channels`` is ``[n_layers, d_ff]``, and ``utility``
-    likewise, all float32. ``layout`` says which model they belong to.
+    likewise, all float32.
+
+    Args:
+        layout: the model they belong to.
+        safety, utility: the scores of each set.
+        method: as in `score_units`.
+        ranking: where the method makes one score of both sets, that score, float32: ``heads``
+            ``[n_layers, n_heads]`` and ``channels`` ``[n_layers, d_ff]``, highest first; else None.
+        model_fingerprint: of the weights the scores were made with, see `check`; "" = not known.
+        settings: the arguments of the method, as JSON can hold them.
 
     Raises:
-        ValueError: scores that do not have the layout's shapes.
+        ValueError: scores that do not have the layout's shapes, a NaN or infinite ranking.
     """
 
     layout: UnitLayout
     safety: SetScores
     utility: SetScores
     method: str = "fluctuation"
+    ranking: UnitValues | None = None
+    model_fingerprint: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for word, scores in (("safety", self.safety), ("utility", self.utility)):
-            heads, channels = tuple(scores.head_features.shape[:2]), tuple(scores.channels.shape)
-            if heads != self.layout.heads_shape or channels != self.layout.channels_shape:
+        if self.ranking is not None:
+            ranking = UnitValues(*(part.detach().to("cpu", torch.float32).contiguous() for part in self.ranking))
+            object.__setattr__(self, "ranking", ranking)
+        shapes = {word: (getattr(self, word).heads, getattr(self, word).channels) for word in _SETS}
+        for word, (heads, channels) in {**shapes, **({"ranking": self.ranking} if self.ranking else {})}.items():
+            if (tuple(heads.shape), tuple(channels.shape)) != (self.layout.heads_shape, self.layout.channels_shape):
                 raise ValueError(
-                    f"UnitScores: {word} scores heads {heads} and channels {channels}, expected "
-                    f"{self.layout.heads_shape} and {self.layout.channels_shape} for {self.layout}"
+                    f"UnitScores: {word} scores heads {tuple(heads.shape)} and channels {tuple(channels.shape)}, "
+                    f"expected {self.layout.heads_shape} and {self.layout.channels_shape} for {self.layout}"
                 )
+            _check_finite("UnitScores", f"{word} of heads", heads)
+            _check_finite("UnitScores", f"{word} of channels", channels)
 
     def __repr__(self) -> str:
         return (
             f"UnitScores({self.layout}; {self.method} over {self.safety.n_positions:,} safety and "
             f"{self.utility.n_positions:,} utility positions)"
         )
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Make sure that ``model`` has the weights these scores were made with.
+
+        Compared is a hash over the shapes of all parameters that hold units and 1,024 weights of each, rounded to
+        bfloat16: a model cast to another dtype, on another device or inside another wrapper is the same model, one
+        that was trained further is not. Of a model on the meta device, and for scores without a fingerprint, only
+        the numbers of units are compared.
+
+        Raises:
+            ValueError: another model, or an unknown architecture.
+        """
+        layout = find_units(model)
+        if (layout.heads_shape, layout.channels_shape) != (self.layout.heads_shape, self.layout.channels_shape):
+            raise ValueError(
+                f"UnitScores.check: the model is {layout}, expected {self.layout}, whose units were scored; score "
+                "this model, or load the one that was scored"
+            )
+        weights = _unit_weights(model, layout)
+        if self.model_fingerprint and not any(weight.is_meta for weight in weights.values()):
+            found = _fingerprint(weights)
+            if found != self.model_fingerprint:
+                raise ValueError(
+                    f"UnitScores.check: the model's weights have fingerprint {found[:12]}…, expected "
+                    f"{self.model_fingerprint[:12]}…, those that were scored; score this model, or load the one that "
+                    "was scored"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; a crash leaves an older file as it was."""
@@ -113,13 +184,18 @@ class UnitScores:
             "format": _FORMAT,
             "version": _VERSION,
             "method": self.method,
+            "settings": json.dumps(dict(self.settings)),
             "layout": self.layout.to_json(),
+            "model_fingerprint": self.model_fingerprint,
         }
         tensors: dict[str, Tensor] = {}
-        for word, scores in (("safety", self.safety), ("utility", self.utility)):
+        for word, scores in ((word, getattr(self, word)) for word in _SETS):
             header[f"{word}.n_positions"] = str(scores.n_positions)
+            header[f"{word}.fingerprint"] = scores.fingerprint
             tensors[f"{word}.head_features"] = scores.head_features
             tensors[f"{word}.channels"] = scores.channels
+        if self.ranking is not None:
+            tensors |= {f"ranking.{word}": part for word, part in self.ranking._asdict().items()}
         write_atomically(Path(path), save(tensors, header))
 
     @classmethod
@@ -130,35 +206,130 @@ class UnitScores:
             FileNotFoundError: no such file.
             ValueError: truncated, altered, of another version, or not a score file.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise FileNotFoundError(f"UnitScores.load: no file {os.fspath(path)!r}")
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = file.metadata() or {}
-                if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
-                    raise ValueError(
-                        f"format {header.get('format')!r} version {header.get('version')!r}, expected "
-                        f"{_FORMAT!r} version {_VERSION!r}"
-                    )
-                sets = {
-                    word: SetScores(
-                        file.get_tensor(f"{word}.head_features"),
-                        file.get_tensor(f"{word}.channels"),
-                        int(header[f"{word}.n_positions"]),
-                    )
-                    for word in ("safety", "utility")
-                }
-                layout = UnitLayout.from_json(header["layout"])
-                return cls(layout, sets["safety"], sets["utility"], header["method"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            header, tensors = _read(Path(path), _FORMAT)
+            safety, utility = (
+                SetScores(
+                    tensors[f"{word}.head_features"],
+                    tensors[f"{word}.channels"],
+                    int(header[f"{word}.n_positions"]),
+                    header[f"{word}.fingerprint"],
+                )
+                for word in _SETS
+            )
+            ranked = "ranking.heads" in tensors
+            return cls(
+                UnitLayout.from_json(header["layout"]),
+                safety,
+                utility,
+                header["method"],
+                UnitValues(tensors["ranking.heads"], tensors["ranking.channels"]) if ranked else None,
+                header["model_fingerprint"],
+                json.loads(header["settings"]),
+            )
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"UnitScores.load: {os.fspath(path)!r} is not a score file this package reads ({error})"
             ) from error
 
 
-# ------------------------------------------------------------------------------------------------- scoring
+def _read(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a file; ValueError for one of another kind or version, or a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = file.metadata() or {}
+            if (header.get("format"), header.get("version")) != (kind, _VERSION):
+                raise ValueError(
+                    f"format {header.get('format')!r} version {header.get('version')!r}, expected {kind!r} version "
+                    f"{_VERSION!r}"
+                )
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+
+class _Job(NamedTuple):
+    """What the collectors of a method are made from."""
+
+    model: torch.nn.Module
+    layout: UnitLayout
+    positions: Positions
+    refuse: list[int] | None
+    comply: list[int] | None
+    rows: int
+
+    def moments(self) -> ActivationMoments:
+        return ActivationMoments(self.model, self.layout, self.positions)
+
+    def answer_gradients(self, entries: Any) -> GradientSums:
+        return GradientSums(self.model, self.layout, answer_loss, entries, self.rows)
+
+    def margin_gradients(self, first: bool) -> MarginGradients:
+        return MarginGradients(self.model, self.layout, self.margin(), first=first)
+
+    def margin(self) -> Margin:
+        return Margin(self.refuse, self.comply)
+
+
+class _Method(NamedTuple):
+    """How a method collects, one collector per set, what it makes of them, and which options it has."""
+
+    collect: Callable[[_Job], tuple[Collector, Collector]]
+    score: Callable[[Any, Any], Scored]
+    options: tuple[str, ...]
+
+
+def _of_activations(score: Callable[[Any, Any], Scored]) -> _Method:
+    return _Method(lambda job: (job.moments(), job.moments()), score, ("positions",))
+
+
+def _of_margin(score: Callable[[Any, Any], Scored], *, first: bool) -> _Method:
+    return _Method(
+        lambda job: (job.margin_gradients(first), job.margin_gradients(first)),
+        score,
+        ("refuse_token", "comply_token"),
+    )
+
+
+def _formula(method: str) -> _Method:
+    return _of_activations(lambda safety, utility: formula_scores(method, safety, utility))
+
+
+_METHODS: Final[dict[str, _Method]] = {
+    **{name: _formula(name) for name in FORMULAS},
+    "activation_contrast": _of_activations(contrast),
+    "snip": _Method(
+        lambda job: (job.answer_gradients("products"), job.answer_gradients("products")),
+        plain_sums,
+        ("rows_per_gradient",),
+    ),
+    "decision_fisher": _Method(
+        lambda job: (
+            GradientSums(job.model, job.layout, job.margin(), "squares", job.rows),
+            job.answer_gradients("squares"),
+        ),
+        decision_ratio,
+        ("refuse_token", "rows_per_gradient"),
+    ),
+    "gradient_x_activation": _of_margin(gradient_times_activation, first=True),
+    "activation_patching": _of_margin(patching_effect, first=False),
+}
+
+#: The methods of `score_units`.
+METHODS: Final = tuple(_METHODS)
+_DEFAULTS: Final[dict[str, Any]] = {
+    "positions": "predicting",
+    "refuse_token": None,
+    "comply_token": None,
+    "rows_per_gradient": 4,
+}
 
 
 def score_units(
@@ -168,69 +339,199 @@ def score_units(
     method: str = "fluctuation",
     *,
     positions: Positions = "predicting",
+    refuse_token: int | Sequence[int] | None = None,
+    comply_token: int | Sequence[int] | None = None,
+    rows_per_gradient: int = 4,
+    resume: str | os.PathLike[str] | None = None,
+    every: int = 16,
+    group: ProcessGroup | None = None,
     progress: bool = False,
 ) -> UnitScores:
     """Score every head and channel of ``model`` on a safety and a utility calibration set.
 
-    ``method="fluctuation"`` (SSAH, arXiv 2410.10862; the WIFV metric of FLAP): with X the input of the
-    attention or MLP output projection, B that projection's weight, and n over the N counted positions of a
-    set,
+    X is the input of the attention or MLP output projection, W that projection's weight ``[out, in]``, j one of its
+    input features; a head has ``head_dim`` of them and scores their mean, a channel is one. n runs over the N
+    counted positions of a set. One forward pass per batch, no gradients:
 
-        I_j = 1/(N-1) · Σ_n (X_nj - mean_j)² · ‖B_:,j‖²
+    =========================  ==========================================================================
+    ``"fluctuation"``          1/(N-1) · Σ_n (X_nj - mean_j)² · ‖W_:,j‖². SSAH (arXiv 2410.10862); the WIFV
+                               of FLAP (arXiv 2312.11983)
+    ``"ifv"``                  the same without the weights (FLAP)
+    ``"wifn"``                 mean_i |W_ij| · √(1/N · Σ_n X_nj²) (FLAP; up to its constant factor)
+    ``"wanda"``                Σ_i |W_ij| · ‖X_:,j‖₂: Wanda (arXiv 2306.11695), summed over a unit's weights in
+                               the matrix that reads it. Ranks the units of a layer as ``"wifn"`` does
+    ``"activation_contrast"``  |mean over safety - mean over utility| / s, s² the mean of the sets' variances;
+                               each set's own score is |mean| / s
+    =========================  ==========================================================================
 
-    One forward pass per batch and no gradients; memory does not grow with the sets. The model runs in eval
-    mode, and every module is left in the mode it was found in.
+    With gradients, one forward and one backward pass. W_u are the weights of a unit: of a head its query, key and
+    value rows with their biases and its output columns (of a KV head that several query heads share, each gets an
+    even part of the sum), of a channel its gate and up rows with their biases and its down column. M is the
+    log-odds of refusing where a row's first response token is chosen: z_refuse - logsumexp(other tokens). m is M,
+    or with ``comply_token`` z_refuse - z_comply. a runs over a unit's features X_nj:
+
+    ===========================  ========================================================================
+    ``"snip"``                   Σ over gradients of Σ_{w∈W_u} |w · ∂L/∂w|, L the mean cross-entropy of the response
+                                 tokens: SNIP (arXiv 1810.02340), as in Wei et al. (arXiv 2402.05162)
+    ``"decision_fisher"``        S / (U + 0.001 · mean U). S = Σ over gradients of Σ_{w∈W_u} (∂ mean M/∂w)² on the
+                                 safety set, U the same of L on the utility set
+    ``"gradient_x_activation"``  |mean over safety rows - mean over utility rows| of Σ_pos a·∂m/∂a
+    ``"activation_patching"``    |mean over rows of Σ_pos (ā - a)·∂m/∂a|, ā the other set's mean: what putting ā in a's
+                                 place at every position of the prompt but its first would change in m, to first
+                                 order (attribution patching; Syed et al., arXiv 2310.10348). Exact patching
+                                 takes a forward pass per unit. It is the safety set's score
+    ===========================  ========================================================================
+
+    What is known to protect: in a miniature (a model of 288,000 parameters that was taught to refuse, then
+    fine-tuned on harmless rows until it had learnt them; up to 9 seeds), attack success, compared with freezing as
+    many random units, mean difference (standard error):
+
+    =========================  ===================  =======================================================
+    method                     20% of units frozen  50%
+    =========================  ===================  =======================================================
+    decision Fisher            -.35 (.08)           -.35 (.08); -.40 (.08) with utility rows of the new task
+    activation patching        -.30 (.09)           no figure
+    gradient × activation      -.28 (.06)           no figure; m was z_refuse - z_comply
+    fluctuation                -.00 (.02)           -.03 (.06)
+    =========================  ===================  =======================================================
+
+    Protection was partial: with decision Fisher .60 of attacks still succeeded at 20%, where random units left .95;
+    and part of it is where the units lie, for good scores favoured the first layer. Fluctuation, the score of SSAH,
+    did no better than random units there; SSAH's published results are on 7B and 8B models. There are no figures for
+    the other methods, and nothing is known of the gradient methods on models of that size.
+
+    The model runs in eval mode and is left as it was found: modes, gradients, ``requires_grad`` and hooks. Memory
+    does not grow with the sets, and gradients of weights are reduced to units parameter by parameter. Sums are
+    float64 (float32 on mps), whatever the model's dtype, but gradients themselves may underflow in float16. Padding
+    is moved to the right, so neither its side nor the sizes of batches change a score, but for rounding.
 
     Args:
         model: a causal language model whose layout `find_units` knows.
         safety, utility: batches: mappings with ``input_ids``, ``labels`` (-100 = not a response token) and,
             where there is padding, ``attention_mask``, all ``[batch, tokens]``; other entries go to the model
             as they are. `encode_pairs` makes them. Any iterable will do; each is read once.
-        method: ``"fluctuation"``.
-        positions: which positions count. ``"predicting"``: those whose next token is a response token
-            (``labels[t+1] != -100``). This is where a causal model chooses the response; it includes the last
-            prompt token, where refusing or complying is decided, and leaves out the last response token,
+        method: one of `METHODS`, above.
+        positions: of methods without gradients, which positions count. ``"predicting"``: those whose next token is a
+            response token (``labels[t+1] != -100``). This is where a causal model chooses the response; it includes
+            the last prompt token, where refusing or complying is decided, and leaves out the last response token,
             whose output predicts nothing. ``"response"``: the response tokens themselves (``labels[t] !=
             -100``), as in the authors' prototype when it separates prompt and response. ``"all"``: every
-            unpadded position, as that prototype does by default.
+            unpadded position, as that prototype does by default. An expert's channels count the tokens routed to it.
+        refuse_token: of methods with M or m, the token or tokens a refusal begins with (their probabilities add).
+            Default: the first response token of each safety row; where the margin is taken on utility rows too (m),
+            all of those together, for which ``safety`` must be a list.
+        comply_token: of methods with m, the token or tokens that compliance begins with; default: all others.
+        rows_per_gradient: of methods with W_u, over how many rows L or mean M is a mean. Rows are taken in their
+            order, across batches; the last gradient may have fewer. With 1, ``"snip"`` is Wei et al.'s.
+        resume: file to keep what was counted in. When it is there already, what it holds is not computed again; it
+            is deleted once scores are returned. With ``group`` every rank has a file of its own next to it.
+        every: passes (batches, or gradients) between two writes of that file.
+        group: process group whose ranks each bring their own part of the sets (``torch.distributed.group.WORLD``:
+            all); every rank returns the scores of all parts together.
         progress: show a progress bar per set (tqdm).
 
     Raises:
-        ValueError: unknown ``method`` or ``positions``, an unknown architecture, a set with no batches or
-            fewer than two counted positions, a batch of the wrong shape, NaN or infinite activations.
+        ValueError: an unknown method or ``positions``, an option the method does not have, an unknown architecture,
+            weights that are not floating point, not in memory or held twice, a set with no batches or too few
+            counted positions, a row without prompt or response where one is needed, a batch of the wrong shape, NaN
+            or infinite activations or gradients, a ``resume`` file of other weights, data or arguments, ranks with
+            different models.
         TypeError: a set that is a single batch, or a batch that is not a mapping.
     """
+    options = {
+        "positions": positions,
+        "refuse_token": refuse_token,
+        "comply_token": comply_token,
+        "rows_per_gradient": rows_per_gradient,
+    }
+    _check_options(method, options, every)
+    chosen = _METHODS[method]
+    layout = find_units(model)
+    weights = _unit_weights(model, layout)
+    _check_weights(weights)
+    refuse, comply = _tokens("refuse_token", refuse_token), _tokens("comply_token", comply_token)
+    if refuse is None and "comply_token" in chosen.options:
+        refuse = _first_tokens(safety, group)
+    if refuse and comply and set(refuse) & set(comply):
+        raise ValueError(
+            f"score_units: {min(set(refuse) & set(comply))} is a refuse_token and a comply_token, expected one of them"
+        )
+    options |= {"refuse_token": refuse, "comply_token": comply}
+    settings = {word: options[word] for word in chosen.options}
+    fingerprint = _fingerprint(weights)
+    with torch.inference_mode(False), _evaluating(model):  # totals of inference mode could not be added to outside it
+        collectors = chosen.collect(_Job(model, layout, positions, refuse, comply, rows_per_gradient))
+        job = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
+        partial = _Partial(resume, every, job, group)
+        counts = [
+            _collect(collector, batches, word, partial, progress)
+            for word, collector, batches in zip(_SETS, collectors, (safety, utility), strict=True)
+        ]
+        if group is not None:
+            for collector, count in zip(collectors, counts, strict=True):
+                _merge_ranks(collector.totals, count, fingerprint, group)
+        for word, collector, count in zip(_SETS, collectors, counts, strict=True):
+            if count.passes == 0:
+                raise ValueError(
+                    f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one"
+                )
+            collector.check(word, count.positions, count.passes)
+        scored = chosen.score(*collectors)
+    safe, useful = (
+        SetScores(*values, count.positions, count.fingerprint)
+        for values, count in zip((scored.safety, scored.utility), counts, strict=True)
+    )
+    scores = UnitScores(layout, safe, useful, method, scored.ranking, fingerprint, settings)
+    partial.remove()
+    return scores
+
+
+def _check_options(method: str, options: Mapping[str, Any], every: int) -> None:
     if method not in _METHODS:
         raise ValueError(f"score_units: method is {method!r}, expected one of {', '.join(map(repr, _METHODS))}")
-    if positions not in get_args(Positions):
+    if options["positions"] not in get_args(Positions):
         raise ValueError(
-            f"score_units: positions is {positions!r}, expected one of {', '.join(map(repr, get_args(Positions)))}"
+            f"score_units: positions is {options['positions']!r}, expected one of "
+            f"{', '.join(map(repr, get_args(Positions)))}"
         )
-    layout = find_units(model)
-    norms = {name: _squared_column_norms(module, name) for name, module in _readers(model, layout)}
-    with _evaluating(model), torch.no_grad():
-        sets = [
-            _score_set(model, layout, norms, batches, word, positions, progress)
-            for word, batches in (("safety", safety), ("utility", utility))
-        ]
-    return UnitScores(layout, sets[0], sets[1], method)
+    for word, number in (("rows_per_gradient", options["rows_per_gradient"]), ("every", every)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"score_units: {word} is {number!r}, expected a whole number of at least 1")
+    for word, value in options.items():
+        if word not in _METHODS[method].options and value != _DEFAULTS[word]:
+            having = ", ".join(repr(name) for name, other in _METHODS.items() if word in other.options)
+            raise ValueError(
+                f"score_units: {word} is {value!r}, but {method!r} has no such option, expected it with {having}"
+            )
 
 
-def _readers(model: torch.nn.Module, layout: UnitLayout) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The modules that read units: attention and MLP output projection of each layer in turn."""
-    for layer in range(layout.n_layers):
-        for template in (layout.names.attention_out, layout.names.mlp_out):
-            name = template.format(layer=layer)
-            yield name, model.get_submodule(name)
+def _tokens(word: str, given: int | Sequence[int] | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        tokens = {operator.index(token) for token in (given if isinstance(given, Iterable) else (given,))}
+    except TypeError:
+        tokens = set()
+    if not tokens or min(tokens) < 0:
+        raise ValueError(f"score_units: {word} is {given!r}, expected a token id, or several")
+    return sorted(tokens)
 
 
-def _squared_column_norms(module: torch.nn.Module, name: str) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta:
-        raise ValueError(f"score_units: '{name}.weight' is on the meta device, expected weights in memory; load them")
-    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
-    return norms.cpu().double().square()
+def _first_tokens(safety: Iterable[Mapping[str, Tensor]], group: ProcessGroup | None) -> list[int]:
+    """The tokens that the responses of a set begin with."""
+    if not isinstance(safety, Sequence) or group is not None:
+        raise ValueError(
+            "score_units: refuse_token is not given, expected it where safety is "
+            f"{'shared among ranks' if group is not None else 'not a list'}, since the first tokens of its responses "
+            "are needed before it is read; pass the token refusals begin with"
+        )
+    tokens: set[int] = set()
+    for one in read_passes(safety, "safety"):
+        assert one.labels is not None
+        tokens |= set(one.labels.gather(1, one.deciding[:, None] + 1).flatten().tolist())
+    if not tokens:
+        raise ValueError("score_units: safety holds no batches (an empty list), expected at least one")
+    return sorted(tokens)
 
 
 @contextmanager
@@ -245,112 +546,46 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Moments:
-    """Streaming mean and sum of squared deviations per feature (Chan, Golub & LeVeque 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-
-    def add(self, rows: Tensor) -> None:
-        """Take in ``rows`` ``[n, features]``: float32 deviations from the batch's mean, float64 sums."""
-        n = rows.shape[0]
-        if n == 0:
-            return
-        wide = torch.float32 if rows.device.type == "mps" else torch.float64  # mps has no float64
-        mean = rows.mean(0, dtype=wide)
-        centre = mean.float()
-        squares = (rows.float() - centre).square_().sum(0, dtype=wide) - n * (mean - centre).square()
-        delta = mean - self.mean
-        total = self.count + n
-        self.mean = self.mean + delta * (n / total)
-        self.squares = self.squares + squares + delta.square() * (self.count * n / total)
-        self.count = total
-
-    def variance(self) -> Tensor:
-        """Unbiased variance per feature, float64 on the CPU."""
-        assert isinstance(self.squares, Tensor) and self.count > 1
-        return self.squares.double().cpu() / (self.count - 1)
+# --------------------------------------------------------------------------------------------- going through
 
 
-def _score_set(
-    model: torch.nn.Module,
-    layout: UnitLayout,
-    norms: Mapping[str, Tensor],
-    batches: Iterable[Mapping[str, Tensor]],
-    word: str,
-    positions: Positions,
-    progress: bool,
-) -> SetScores:
-    if isinstance(batches, Mapping):
-        raise TypeError(f"score_units: {word} is one batch, expected an iterable of batches; pass [batch]")
-    moments = {name: _Moments() for name in norms}
-    device = next(model.parameters()).device
-    extra = _saving_arguments(model)
-    n_batches = n_positions = 0
-    counted = torch.empty(0)
+@dataclass
+class _Count:
+    """How much of a set was counted, and a hash over its rows so far."""
 
-    def observe(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-        def hook(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-            hidden = inputs[0]
-            if hidden.shape[:-1] != counted.shape:
-                raise ValueError(
-                    f"score_units: {name!r} received {tuple(hidden.shape)}, expected {tuple(counted.shape)} positions"
-                )
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            moments[name].add(rows.index_select(0, chosen.to(rows.device)))
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name, module in _readers(model, layout):
-            hooks.callback(module.register_forward_pre_hook(observe(name)).remove)
-        for batch in _watched(batches, word, progress):
-            counted = _counted_positions(batch, word, n_batches, positions)
-            chosen = counted.flatten().nonzero().squeeze(1).to(device)
-            n_batches += 1
-            n_positions += len(chosen)
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}, **extra)
-    if n_batches == 0:
-        raise ValueError(f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one")
-    if n_positions < 2:
-        raise ValueError(
-            f"score_units: {word} has {n_positions} counted positions in {n_batches} batches, expected at "
-            "least 2; labels must hold response tokens, not -100 everywhere"
-        )
-    for name, seen in moments.items():
-        if seen.count != n_positions:
-            raise ValueError(
-                f"score_units: {name!r} saw {seen.count} positions of the {word} set, expected "
-                f"{n_positions}; the model must run every layer once per forward pass"
-            )
-    variances = {name: seen.variance() for name, seen in moments.items()}
-    for name, variance in variances.items():
-        if not torch.isfinite(variance).all():
-            raise ValueError(
-                f"score_units: the input of {name!r} is NaN or infinite on the {word} set, expected finite "
-                "activations; check the weights, or load the model in float32 or bfloat16"
-            )
-    scores = [
-        torch.stack([variances[name] * norms[name] for name in names])
-        for names in (
-            [template.format(layer=layer) for layer in range(layout.n_layers)]
-            for template in (layout.names.attention_out, layout.names.mlp_out)
-        )
-    ]
-    return SetScores(scores[0].reshape(*layout.heads_shape, layout.head_dim), scores[1], n_positions)
+    passes: int = 0
+    rows: int = 0
+    positions: int = 0
+    fingerprint: str = field(default_factory=lambda: hashlib.sha256().hexdigest())
 
 
-def _saving_arguments(model: torch.nn.Module) -> dict[str, Any]:
-    """Forward arguments, where the model has them, that spare a cache and logits nobody reads."""
-    known = inspect.signature(model.forward).parameters
-    return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}
+def _collect(
+    collector: Collector, batches: Iterable[Mapping[str, Tensor]], word: str, partial: _Partial, progress: bool
+) -> _Count:
+    """Take a set in, after what the partial file holds of it."""
+    done, count, digest = partial.restore(word, collector.totals), _Count(), hashlib.sha256()
+    for one in read_passes(_watched(batches, word, progress), word, collector.rows, collector.labelled):
+        for row in one.digests:
+            digest.update(row)
+        count.passes, count.rows = count.passes + 1, count.rows + len(one.digests)
+        count.fingerprint = digest.hexdigest()
+        if count.passes <= done.passes:
+            if count.passes == done.passes:
+                partial.agree(word, count, done)
+                count.positions = done.positions
+            continue
+        count.positions += collector.take(one)
+        if (count.passes - done.passes) % partial.every == 0:
+            partial.save(word, collector.totals, count)
+    if count.passes < done.passes:
+        partial.agree(word, count, done)
+    elif count.passes > done.passes:
+        partial.save(word, collector.totals, count)
+    return count
 
 
 def _watched(batches: Iterable[Mapping[str, Tensor]], word: str, progress: bool) -> Iterable[Mapping[str, Tensor]]:
-    if not progress:
+    if not progress or isinstance(batches, Mapping):
         return batches
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -358,104 +593,148 @@ def _watched(batches: Iterable[Mapping[str, Tensor]], word: str, progress: bool)
     return bar
 
 
-def _counted_positions(batch: Mapping[str, Tensor], word: str, number: int, positions: Positions) -> Tensor:
-    """Bool ``[batch, tokens]`` on the CPU: the positions whose activations enter the score."""
-    where = f"score_units: batch {number} of {word}"
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"{where} is a {type(batch).__name__}, expected a mapping with input_ids and labels")
-    for key in ("input_ids",) if positions == "all" else ("input_ids", "labels"):
-        if key not in batch:
-            raise ValueError(f"{where} has no {key!r}, expected input_ids and labels (-100 = not a response token)")
-    shape = tuple(batch["input_ids"].shape)
-    real = batch.get("attention_mask")
-    for key, value in (("labels", batch.get("labels")), ("attention_mask", real)):
-        if value is not None and (tuple(value.shape) != shape or len(shape) != 2):
+class _Partial:
+    """What was counted so far, in a file that the same call finds again. Without a path: nothing."""
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, every: int, job: Mapping[str, str], group: ProcessGroup | None
+    ) -> None:
+        self.every, self.header = every, {"format": _PARTIAL, "version": _VERSION, **job}
+        self.path = None if path is None else Path(path)
+        self.tensors: dict[str, Tensor] = {}
+        if self.path is None:
+            return
+        if group is not None:
+            rank = f"rank {group.rank()} of {group.size()}"
+            self.path = self.path.with_name(f"{self.path.name}.{rank.replace(' ', '-')}")
+            self.header["rank"] = rank
+        if not self.path.parent.is_dir():
+            raise ValueError(f"score_units: resume is {os.fspath(self.path)!r}, expected a file in an existing folder")
+        if not self.path.exists():
+            return
+        try:
+            found, self.tensors = _read(self.path, _PARTIAL)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"{where}: {key} has shape {tuple(value.shape)} and input_ids {shape}, expected the same "
-                "[batch, tokens]"
+                f"score_units: resume is {os.fspath(self.path)!r}, which is not a partial score file this package "
+                f"reads ({error}); delete it, or pass another path"
+            ) from error
+        differing = [key for key in self.header if found.get(key) != self.header[key]]
+        if differing:
+            self._refuse(
+                f"another {differing[0]}: {_brief(found.get(differing[0]))}", _brief(self.header[differing[0]])
             )
-    counted = torch.ones(shape, dtype=torch.bool)
-    if positions != "all":
-        response = batch["labels"].cpu() != _IGNORE
-        counted = response
-        if positions == "predicting":
-            counted = torch.zeros_like(response)
-            counted[:, :-1] = response[:, 1:]
-    return counted if real is None else counted & (real.cpu() != 0)
+        self.header = found
+
+    def _refuse(self, got: str, expected: str) -> None:
+        raise ValueError(
+            f"score_units: resume is {os.fspath(self.path or '')!r}, which was written for {got}, expected {expected}; "
+            "delete it, or pass another path"
+        )
+
+    def restore(self, word: str, totals: Totals) -> _Count:
+        """Put what the file holds of a set into its totals."""
+        if f"{word}.count" not in self.header:
+            return _Count()
+        for name, tensor in totals.tensors.items():
+            tensor.copy_(self.tensors[f"{word}.{name}"])
+        return _Count(**json.loads(self.header[f"{word}.count"]))
+
+    def agree(self, word: str, count: _Count, done: _Count) -> None:
+        """The set must begin with the rows that the file counted, batched alike where batches are passes."""
+        if (count.passes, count.rows, count.fingerprint) != (done.passes, done.rows, done.fingerprint):
+            self._refuse(
+                f"{done.rows} other rows of {word} in {done.passes} passes",
+                f"those of the first {count.passes} passes, {count.rows} rows",
+            )
+
+    def save(self, word: str, totals: Totals, count: _Count) -> None:
+        """Write what was counted; a crash leaves the file as it was."""
+        if self.path is None:
+            return
+        from safetensors.torch import save
+
+        self.tensors |= {f"{word}.{name}": tensor.cpu() for name, tensor in totals.tensors.items()}
+        self.header[f"{word}.count"] = json.dumps(asdict(count))
+        write_atomically(self.path, save(self.tensors, self.header))
+
+    def remove(self) -> None:
+        """Delete the file, which the finished scores replace."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------- calibration
+def _brief(value: str | None) -> str:
+    return repr(value if value is None or len(value) < 80 else f"{value[:77]}...")
 
 
-def encode_pairs(
-    tokenizer: Any, pairs: Iterable[tuple[str, str]], *, max_length: int = 512, batch_size: int = 8
-) -> list[dict[str, Tensor]]:
-    """Turn (prompt, response) texts into batches for `score_units`.
+def _merge_ranks(totals: Totals, count: _Count, model: str, group: ProcessGroup) -> None:
+    """Replace a rank's totals by those of all ranks, added in the order of ranks: the same bits everywhere."""
+    import torch.distributed as dist
 
-    Where the tokenizer has a chat template, a pair becomes one user and one assistant turn, and the response
-    ends with the template's end of turn. Otherwise prompt, response and end-of-text token are simply joined:
-    end the prompt with the separator your model expects. Whatever comes after what the model is prompted with
-    counts as response; a token that straddles the border counts as response.
+    ranks, mine = range(group.size()), {name: tensor.clone() for name, tensor in totals.tensors.items()}
+    device = next(iter(mine.values())).device
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        pairs: prompts and responses, in the order they are to keep.
-        max_length: tokens per pair; longer responses are cut at the end.
-        batch_size: pairs per batch; a batch is as wide as its longest pair, padded on the right.
+    def from_rank(rank: int, own: Tensor) -> Tensor:
+        tensor = own.clone() if rank == group.rank() else torch.empty_like(own)
+        dist.broadcast(tensor, src=dist.get_global_rank(group, rank), group=group)
+        return tensor
 
-    Returns:
-        Batches of int64 ``input_ids``, ``attention_mask`` and ``labels`` (-100 except on response tokens),
-        each ``[pairs, tokens]``.
+    about = torch.tensor([count.passes, count.rows, count.positions])
+    hashes = torch.tensor([list(bytes.fromhex(text)) for text in (model, count.fingerprint)])
+    own = torch.cat([about, hashes.flatten()]).to(device)
+    gathered = torch.stack([from_rank(rank, own) for rank in ranks]).cpu()
+    models, rows = gathered[:, 3:35], gathered[:, 35:]
+    if (models != models[0]).any():
+        odd = int((models != models[0]).any(1).nonzero()[0])
+        raise ValueError(
+            f"score_units: rank {odd} has another model than rank 0, expected the same weights on every rank"
+        )
+    totals.zero_()
+    for rank in ranks:
+        totals.merge({name: from_rank(rank, tensor) for name, tensor in mine.items()})
+    count.passes, count.rows, count.positions = gathered[:, :3].sum(0).tolist()
+    count.fingerprint = hashlib.sha256(rows.to(torch.uint8).numpy().tobytes()).hexdigest()
 
-    Raises:
-        ValueError: no pairs, a prompt that leaves no room for its response, sizes that are not positive.
-        TypeError: an entry that is not two strings.
-    """
-    for word, size in (("max_length", max_length), ("batch_size", batch_size)):
-        if size < 1:
-            raise ValueError(f"encode_pairs: {word} is {size}, expected at least 1")
-    encoded = []
-    for number, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"encode_pairs: pair {number} is {pair!r}, expected (prompt, response), two strings")
-        ids, start = _encode_pair(tokenizer, *pair)
-        if start >= min(len(ids), max_length):
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def _unit_weights(model: torch.nn.Module, layout: UnitLayout) -> dict[str, Tensor]:
+    """Name -> parameter that holds units, in the layout's order."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: parameters[name] for name in layout.parameters}
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(f"score_units: {name!r} is on the meta device, expected weights in memory; load them")
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"encode_pairs: pair {number} has {start} prompt and {len(ids) - start} response tokens, "
-                f"expected a response token within max_length={max_length}; raise max_length or drop the pair"
+                f"score_units: {name!r} has dtype {weight.dtype}, expected float32, bfloat16 or float16; load the "
+                "model without quantization"
             )
-        encoded.append((ids[:max_length], start))
-    if not encoded:
-        raise ValueError("encode_pairs: no pairs given, expected at least one (prompt, response)")
-    # any id will do: padding is masked out
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return [_pad(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
+        if weight.is_inference():
+            raise ValueError(
+                f"score_units: {name!r} was made in inference mode, expected an ordinary tensor; load the model "
+                "outside torch.inference_mode()"
+            )
+        if names.setdefault(id(weight), name) != name:
+            raise ValueError(
+                f"score_units: {names[id(weight)]!r} and {name!r} are one parameter, expected one each; layers that "
+                "share their weights are not supported"
+            )
 
 
-def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """Token ids of prompt and response, and where the response starts."""
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if templated:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        # white space a template puts after the end of the turn is never the model's to write
-        bare = whole.rstrip()
-        whole = bare if any(bare.endswith(token) for token in tokenizer.all_special_tokens) else whole
-    else:
-        asked, whole = prompt, prompt + response + (tokenizer.eos_token or "")
-    before, ids = (list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in (asked, whole))
-    start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
-    return ids, start
-
-
-def _pad(encoded: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in encoded)
-    input_ids = torch.full((len(encoded), width), pad)
-    labels = torch.full_like(input_ids, _IGNORE)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, (ids, start) in enumerate(encoded):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, start : len(ids)] = input_ids[row, start : len(ids)]
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over shapes and a fixed sample of each parameter, rounded to bfloat16 so that casts do not count."""
+    digest = hashlib.sha256()
+    steps = torch.arange(_SAMPLE) * 2654435761  # a prime: spread over rows and columns whatever their numbers
+    for weight in weights.values():
+        flat = weight.detach().reshape(-1)
+        sample = flat[(steps[: flat.numel()] % flat.numel()).to(flat.device)].to("cpu", torch.bfloat16)
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,16 +1,18 @@
 """Where attention heads and MLP channels live in a model, and which rows and columns belong to a unit.
 
-A *unit* is an attention head or an MLP intermediate channel. Architectures differ in module names only, so
-names are data: one `Family` per naming scheme, keyed by ``config.model_type``. Everything else (how many
-heads, how wide) is read off the parameter shapes, which cannot disagree with the weights.
+A *unit* is an attention head or an MLP intermediate channel. How an architecture names and packs the matrices
+that hold its units is data: one `Family` per ``config.model_type``. Everything else (how many heads, how wide)
+is read off the parameter shapes, which cannot disagree with the weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, get_args
+from functools import cached_property
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -19,9 +21,12 @@ from ..masks import FreezeMask
 
 __all__ = [
     "FAMILIES",
+    "Bank",
     "Family",
     "KvPolicy",
+    "Piece",
     "Preset",
+    "Reader",
     "UnitLayout",
     "find_units",
     "register_family",
@@ -30,101 +35,326 @@ __all__ = [
 
 Preset = Literal["full", "producer"]
 KvPolicy = Literal["any", "all", "never"]
+Kind = Literal["head", "kv", "channel"]
+Shape = tuple[int, ...]
+
+
+# ------------------------------------------------------------------------------------------------- families
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A bank of units: the modules that compute them and the one that reads them (SSAH's f(x) = B·σ(A·x)).
+
+    Args:
+        producers: module name -> what its output features are, in order, as a sequence of ``head`` (all query
+            heads), ``kv`` (all key or value heads) and ``channel`` (all channels): ``"head"`` for a query
+            projection, ``"head kv kv"`` for one that holds query, key and value, ``"channel channel"`` for a
+            fused gate and up. Key and value may have fewer heads (grouped-query attention: query head ``h``
+            reads KV head ``h // (n_heads // n_kv_heads)``). A bias belongs to the units as its rows do; it is
+            found where there is one.
+        reader: module whose input features are the units: the attention or MLP output projection. Its bias
+            belongs to no unit.
+        interleaved: the parts of a fused producer alternate, KV head by KV head (with as many KV as query
+            heads: q, k and v of head 0, then of head 1, …) or channel by channel.
+        transposed: weights are stored ``[in, out]`` (transformers' ``Conv1D``).
+
+    Names are relative to the layer. One that is a parameter itself, not a module with a ``weight``, is taken
+    as such; if it has three dimensions the first one counts experts: all their channels are units, expert by
+    expert.
+
+    Raises:
+        TypeError: names that are not strings.
+        ValueError: no producers, unknown parts, heads and channels in one bank.
+    """
+
+    producers: Mapping[str, str]
+    reader: str
+    interleaved: bool = False
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        named = [*self.producers, *self.producers.values()] if isinstance(self.producers, Mapping) else [None]
+        if not all(isinstance(word, str) for word in (*named, self.reader)):
+            raise TypeError(
+                f"Bank: producers is {self.producers!r} and reader {self.reader!r}, expected a mapping of names to "
+                "what they hold, and a name"
+            )
+        held = [set(parts.split()) for parts in self.producers.values()]
+        heads = all(parts <= {"head", "kv"} for parts in held) and any("head" in parts for parts in held)
+        if not (heads or (held and all(parts == {"channel"} for parts in held))):
+            raise ValueError(
+                f"Bank: producers is {dict(self.producers)!r}, expected names of modules that hold 'head' and 'kv' "
+                "parts, or 'channel' parts"
+            )
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether the units are heads; else they are channels."""
+        return "channel" not in " ".join(self.producers.values())
 
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the linear modules that hold units, as templates with ``{layer}`` for the layer number.
-
-    Each module has a weight ``[out, in]`` as `torch.nn.Linear`; a bias is found where there is one. What
-    precedes the template in a real parameter name (``model.``, a wrapper's prefix) is found too, so leave it
-    out.
+    """How the layers of an architecture name and pack the matrices that hold units.
 
     Args:
-        query, key, value: head ``h`` is rows ``h*head_dim`` up to ``(h+1)*head_dim``; key and value may have
-            fewer heads (grouped-query attention: query head ``h`` reads KV head ``h // (n_heads //
-            n_kv_heads)``).
-        attention_out: head ``h`` is the same range of *columns*; its input is what attention scores are read
-            from.
-        mlp_in: one or more modules in which channel ``j`` is row ``j`` (gate and up, or a single one).
-        mlp_out: channel ``j`` is column ``j``; its input is what channel scores are read from.
+        layer: a layer's name with ``{layer}`` for its number. What precedes it in a real parameter name
+            (``model.``, a wrapper's prefix) is found, so leave it out.
+        banks: the bank of heads, then one or more of channels; channels are numbered bank after bank.
+        n_heads: the config's key for the number of query heads.
+
+    Raises:
+        TypeError: ``banks`` is not a tuple of `Bank`.
+        ValueError: no ``{layer}`` in ``layer``; banks other than one of heads, then channels.
     """
 
-    query: str
-    key: str
-    value: str
-    attention_out: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
+    layer: str
+    banks: tuple[Bank, ...]
+    n_heads: str = "num_attention_heads"
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """All templates, in the order of a forward pass."""
-        return (self.query, self.key, self.value, self.attention_out, *self.mlp_in, self.mlp_out)
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str) or "{layer}" not in self.layer:
+            raise ValueError(f"Family: layer is {self.layer!r}, expected '{{layer}}' in it, as in 'layers.{{layer}}'")
+        if not isinstance(self.banks, tuple) or not all(isinstance(bank, Bank) for bank in self.banks):
+            raise TypeError(f"Family: banks is {self.banks!r}, expected a tuple of Bank")
+        held = ["heads" if bank.of_heads else "channels" for bank in self.banks]
+        if held[:2] != ["heads", "channels"] or held.count("heads") > 1:
+            raise ValueError(f"Family: banks hold {held}, expected heads first and then channels")
 
 
-_LLAMA: Final = Family(
-    query="layers.{layer}.self_attn.q_proj",
-    key="layers.{layer}.self_attn.k_proj",
-    value="layers.{layer}.self_attn.v_proj",
-    attention_out="layers.{layer}.self_attn.o_proj",
-    mlp_in=("layers.{layer}.mlp.gate_proj", "layers.{layer}.mlp.up_proj"),
-    mlp_out="layers.{layer}.mlp.down_proj",
+def _attention(at: str, query: str, key: str, value: str, reader: str) -> Bank:
+    return Bank({f"{at}.{query}": "head", f"{at}.{key}": "kv", f"{at}.{value}": "kv"}, f"{at}.{reader}")
+
+
+def _gated(at: str) -> Bank:
+    return Bank({f"{at}.gate_proj": "channel", f"{at}.up_proj": "channel"}, f"{at}.down_proj")
+
+
+def _fused_gated(at: str) -> Bank:
+    return Bank({f"{at}.gate_up_proj": "channel channel"}, f"{at}.down_proj")
+
+
+def _mlp(producer: str, reader: str) -> Bank:
+    return Bank({producer: "channel"}, reader)
+
+
+def _neox(attention: str) -> tuple[Bank, Bank]:
+    fused = Bank({f"{attention}.query_key_value": "head kv kv"}, f"{attention}.dense", interleaved=True)
+    return fused, _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+_QKVO: Final = _attention("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+_BERT: Final = Family(
+    "encoder.layer.{layer}",
+    (
+        _attention("attention", "self.query", "self.key", "self.value", "output.dense"),
+        _mlp("intermediate.dense", "output.dense"),
+    ),
 )
+_GLM: Final = Family("layers.{layer}", (_QKVO, _fused_gated("mlp")))
+_LLAMA: Final = Family("layers.{layer}", (_QKVO, _gated("mlp")))
+_MIXTRAL: Final = Family("layers.{layer}", (_QKVO, _fused_gated("mlp.experts")))
 
-#: ``config.model_type`` -> names. Only families whose names and head order the tests check on a real model.
+#: ``config.model_type`` -> family, with the module names of transformers 5. The tests prove each entry on a model of
+#: its class. Norms, routers and gpt_oss's attention sinks hold no units. OLMo 2, OLMo 3 and OLMoE normalise queries and
+#: keys over all heads together: there what a head computes also depends on the rows of the others.
 FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "bloom": Family("h.{layer}", _neox("self_attention"), n_heads="n_head"),
+    "camembert": _BERT,
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
+    "distilbert": Family(
+        "transformer.layer.{layer}",
+        (_attention("attention", "q_lin", "k_lin", "v_lin", "out_lin"), _mlp("ffn.lin1", "ffn.lin2")),
+        n_heads="n_heads",
+    ),
+    "electra": _BERT,
+    "falcon": Family("h.{layer}", _neox("self_attention")),
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "glm": _GLM,
+    "glm4": _GLM,
+    "gpt2": Family(
+        "h.{layer}",
+        (
+            Bank({"attn.c_attn": "head kv kv"}, "attn.c_proj", transposed=True),
+            Bank({"mlp.c_fc": "channel"}, "mlp.c_proj", transposed=True),
+        ),
+        n_heads="n_head",
+    ),
+    "gpt_bigcode": Family(
+        "h.{layer}",
+        (Bank({"attn.c_attn": "head kv kv"}, "attn.c_proj", interleaved=True), _mlp("mlp.c_fc", "mlp.c_proj")),
+        n_heads="n_head",
+    ),
+    "gpt_neox": Family("layers.{layer}", _neox("attention")),
+    "gpt_oss": Family(
+        "layers.{layer}", (_QKVO, replace(_fused_gated("mlp.experts"), interleaved=True, transposed=True))
+    ),
+    "gptj": Family(
+        "h.{layer}",
+        (_attention("attn", "q_proj", "k_proj", "v_proj", "out_proj"), _mlp("mlp.fc_in", "mlp.fc_out")),
+        n_heads="n_head",
+    ),
+    "granite": _LLAMA,
+    "granitemoe": Family("layers.{layer}", (_QKVO, _fused_gated("block_sparse_moe.experts"))),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
+    "modernbert": Family(
+        "layers.{layer}",
+        (Bank({"attn.Wqkv": "head kv kv"}, "attn.Wo"), Bank({"mlp.Wi": "channel channel"}, "mlp.Wo")),
+    ),
+    "mpt": Family(
+        "blocks.{layer}",
+        (Bank({"attn.Wqkv": "head kv kv"}, "attn.out_proj"), _mlp("ffn.up_proj", "ffn.down_proj")),
+        n_heads="n_heads",
+    ),
     "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "olmo3": _LLAMA,
+    "olmoe": _MIXTRAL,
+    "opt": Family(
+        "decoder.layers.{layer}",
+        (_attention("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"), _mlp("fc1", "fc2")),
+    ),
+    "phi": Family(
+        "layers.{layer}",
+        (_attention("self_attn", "q_proj", "k_proj", "v_proj", "dense"), _mlp("mlp.fc1", "mlp.fc2")),
+    ),
+    "phi3": Family("layers.{layer}", (Bank({"self_attn.qkv_proj": "head kv kv"}, "self_attn.o_proj"), _GLM.banks[1])),
     "qwen2": _LLAMA,
+    "qwen2_moe": Family("layers.{layer}", (*_MIXTRAL.banks, _gated("mlp.shared_expert"))),
     "qwen3": _LLAMA,
+    "qwen3_moe": _MIXTRAL,
+    "roberta": _BERT,
     "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": Family("layers.{layer}", (_QKVO, _mlp("mlp.c_fc", "mlp.c_proj"))),
+    "xlm-roberta": _BERT,
 }
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Teach `find_units` an architecture: ``model_type`` as in the model's config, and its module names.
+    """Teach `find_units` an architecture: ``model_type`` as in the model's config, and where its units are.
 
     Raises:
-        TypeError: ``family`` is not a `Family`, or its ``mlp_in`` is not a tuple of names.
-        ValueError: a name without ``{layer}``.
+        TypeError: ``family`` is not a `Family`.
 
-    >>> register_family("phi", Family(
-    ...     query="layers.{layer}.self_attn.q_proj", key="layers.{layer}.self_attn.k_proj",
-    ...     value="layers.{layer}.self_attn.v_proj", attention_out="layers.{layer}.self_attn.dense",
-    ...     mlp_in=("layers.{layer}.mlp.fc1",), mlp_out="layers.{layer}.mlp.fc2"))
+    >>> register_family("phi", Family("layers.{layer}", (
+    ...     Bank({"self_attn.q_proj": "head", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}, "self_attn.dense"),
+    ...     Bank({"mlp.fc1": "channel"}, "mlp.fc2"))))
     """
-    if not isinstance(family, Family) or not isinstance(family.mlp_in, tuple) or not family.mlp_in:
-        raise TypeError(f"register_family: family of {model_type!r} is {family!r}, expected a Family, mlp_in a tuple")
-    for template in family.modules:
-        if "{layer}" not in template:
-            raise ValueError(f"register_family: name {template!r} of {model_type!r} has no '{{layer}}' in it")
+    if not isinstance(family, Family):
+        raise TypeError(f"register_family: family of {model_type!r} is {family!r}, expected a Family")
     FAMILIES[model_type] = family
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Where one kind of unit lives in one parameter, seen as a matrix (leading dimensions flatten into rows).
+
+    Args:
+        parameter: its full name.
+        shape: the parameter's.
+        units: what the entries belong to.
+        axis: which axis of the matrix the units' entries are on.
+        side: ``"out"``: this parameter computes the unit; ``"in"``: it reads it.
+        first: number, in its layer, of the first unit held here.
+        index: int64 ``[units held here, width]``: the entries on ``axis`` of each of them.
+        within: rows the columns are confined to (one expert's block of a fused tensor); None: all.
+    """
+
+    parameter: str
+    shape: Shape
+    units: Kind
+    axis: Literal["rows", "cols"]
+    side: Literal["out", "in"]
+    first: int
+    index: np.ndarray
+    within: tuple[int, int] | None
+
+    @property
+    def breadth(self) -> int:
+        """Elements of the parameter that one entry of ``index`` stands for."""
+        if self.axis == "rows":
+            return self.shape[-1] if len(self.shape) > 1 else 1
+        low, high = self.within or (0, math.prod(self.shape[:-1]))
+        return high - low
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The matrix that reads units: its input is what activation scores look at.
+
+    Args:
+        units: what the input features belong to: feature ``[u*width, (u+1)*width)`` to unit ``first + u``.
+        module: the module to hook; for fused experts the one that owns their tensors.
+        parameter: name of the weight.
+        first, n_units, width: see ``units``.
+        transposed: the weight is stored ``[in, out]``.
+        expert: index on the first dimension of a fused expert tensor, else None.
+    """
+
+    units: Literal["head", "channel"]
+    module: str
+    parameter: str
+    first: int
+    n_units: int
+    width: int
+    transposed: bool
+    expert: int | None
+
+
+class _Sized(NamedTuple):
+    """A bank and what the shape of its reader says."""
+
+    bank: Bank
+    first: int  # number of its first unit in the layer
+    experts: int | None
+    features: int  # that the reader takes in, of one expert
+    hidden: int
 
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The units of one model: dimensions and parameter names. Shapes only, no weights.
+    """The units of one model: dimensions, parameter names and shapes, no weights. Made by `find_units`.
 
-    ``names`` are complete templates here (prefix included); ``biased`` lists those of them that have a bias
-    whose entries belong to units. The bias of an output projection belongs to no unit.
+    Args:
+        model_type: as in the model's config.
+        family: names and packing; ``family.layer`` is complete, with what precedes it in the model's names.
+        shapes: name within the layer -> shape of every parameter that holds units; the same in all layers.
+        n_layers: layers of the model.
+        n_heads, n_kv_heads: query heads and KV heads of a layer.
     """
 
     model_type: str
-    names: Family
-    biased: tuple[str, ...]
+    family: Family
+    shapes: Mapping[str, Shape]
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    head_dim: int
-    d_ff: int
-    hidden_size: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self._sized[0].features // self.n_heads
+
+    @property
+    def d_ff(self) -> int:
+        """Channels of a layer; of all its experts, where it has experts."""
+        return sum((one.experts or 1) * one.features for one in self._sized[1:])
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the residual stream."""
+        return self._sized[0].hidden
 
     @property
     def group_size(self) -> int:
@@ -142,9 +372,9 @@ class UnitLayout:
         return self.n_layers, self.d_ff
 
     @property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
+    def parameters(self) -> dict[str, Shape]:
         """Name -> shape of every parameter that holds units."""
-        return {name: shape for layer in range(self.n_layers) for name, shape, _, _ in self._pieces(layer)}
+        return {self._full(name, i): shape for i in range(self.n_layers) for name, shape in self.shapes.items()}
 
     @property
     def head_cost(self) -> float:
@@ -154,26 +384,17 @@ class UnitLayout:
         4·128·4096 / (3·4096) = 170.67 for Llama-2-7B, (2 + 2/4)·128 / 3 = 106.67 for Llama-3-8B.
         """
         totals = {"head": 0, "kv": 0, "channel": 0}
-        for _, shape, kind, _ in self._pieces(0):
-            totals[kind] += int(np.prod(shape))
+        for piece in self.pieces(0):
+            totals[piece.units] += piece.index.size * piece.breadth
         return (totals["head"] + totals["kv"]) / self.n_heads / (totals["channel"] / self.d_ff)
 
-    def _pieces(self, layer: int) -> Iterator[tuple[str, tuple[int, ...], str, str]]:
-        """(parameter, shape, which units it holds, whether units are its "rows" or "cols") of one layer."""
-        heads, kv, hidden = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.hidden_size
-        producers = [
-            (self.names.query, heads, "head"),
-            (self.names.key, kv, "kv"),
-            (self.names.value, kv, "kv"),
-        ]
-        producers += [(template, self.d_ff, "channel") for template in self.names.mlp_in]
-        for template, rows, kind in producers:
-            module = template.format(layer=layer)
-            yield f"{module}.weight", (rows, hidden), kind, "rows"
-            if template in self.biased:
-                yield f"{module}.bias", (rows,), kind, "rows"
-        yield f"{self.names.attention_out.format(layer=layer)}.weight", (hidden, heads), "head", "cols"
-        yield f"{self.names.mlp_out.format(layer=layer)}.weight", (hidden, self.d_ff), "channel", "cols"
+    def pieces(self, layer: int) -> tuple[Piece, ...]:
+        """Every place in a layer that holds units: what computes them first, then what reads them."""
+        return self._pieces[layer]
+
+    def readers(self, layer: int) -> tuple[Reader, ...]:
+        """The matrices of a layer that read units: attention first, then the MLP, expert by expert."""
+        return self._readers[layer]
 
     def to_json(self) -> str:
         """This layout as a JSON object."""
@@ -184,17 +405,149 @@ class UnitLayout:
         """The inverse of `to_json`; raises ValueError for anything else."""
         try:
             fields = json.loads(text)
-            names = fields["names"]
-            fields["names"] = Family(**{**names, "mlp_in": tuple(names["mlp_in"])})
-            fields["biased"] = tuple(fields["biased"])
-            return cls(**fields)
-        except (TypeError, KeyError) as error:
+            family = fields["family"]
+            fields["family"] = Family(**{**family, "banks": tuple(Bank(**bank) for bank in family["banks"])})
+            fields["shapes"] = {name: tuple(shape) for name, shape in fields["shapes"].items()}
+            layout = cls(**fields)
+            if not layout._pieces or layout._completed(layout.shapes) != layout:
+                raise ValueError(f"{layout} with shapes {layout.shapes}")
+        except (TypeError, KeyError, AttributeError, ArithmeticError, ValueError) as error:
             raise ValueError(f"UnitLayout.from_json: not a layout ({error!r})") from error
+        return layout
 
     def __str__(self) -> str:
         shared = f", {self.n_kv_heads} KV heads" if self.n_kv_heads != self.n_heads else ""
         units = f"{self.n_heads} heads{shared} and {self.d_ff} channels"
         return f"{self.model_type}: {self.n_layers} layers of {units}"
+
+    # -- how pieces and readers come about -------------------------------------------------------------------
+
+    def _completed(self, present: Container[str]) -> UnitLayout:
+        """This layout with the shapes that producers must have, given the readers'; biases where ``present``."""
+        producers: dict[str, Shape] = {}
+        readers: dict[str, Shape] = {}
+        for one in self._sized:
+            experts = () if one.experts is None else (one.experts,)
+            for name, parts in one.bank.producers.items():
+                weight, bias = _tensors(name, present)
+                features = self._n_features(one, _kinds(parts))
+                both = (one.hidden, features) if one.bank.transposed else (features, one.hidden)
+                producers[weight] = (*experts, *both)
+                if bias in present:
+                    producers[bias] = (*experts, features)
+            weight, _ = _tensors(one.bank.reader, self.shapes)
+            readers[weight] = self.shapes[weight]
+        return replace(self, shapes={**producers, **readers})
+
+    def _full(self, name: str, layer: int) -> str:
+        return f"{self.family.layer.format(layer=layer)}.{name}"
+
+    @cached_property
+    def _sized(self) -> tuple[_Sized, ...]:
+        sized: list[_Sized] = []
+        channels = 0
+        for bank in self.family.banks:
+            *lead, hidden, features = self.shapes[_tensors(bank.reader, self.shapes)[0]]
+            if bank.transposed:
+                hidden, features = features, hidden
+            experts = lead[0] if lead else None
+            sized.append(_Sized(bank, channels, experts, features, hidden))
+            channels += 0 if bank.of_heads else (experts or 1) * features
+        return tuple(sized)
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[Piece, ...], ...]:
+        once = [*self._producing(), *self._reading()]
+        return tuple(
+            tuple(replace(piece, parameter=self._full(piece.parameter, layer)) for piece in once)
+            for layer in range(self.n_layers)
+        )
+
+    def _producing(self) -> Iterator[Piece]:
+        for one in self._sized:
+            for name, parts in one.bank.producers.items():
+                weight, bias = _tensors(name, self.shapes)
+                owned = self._owned(one, _kinds(parts))
+                yield from self._placed(one, weight, "out", owned, on_rows=not one.bank.transposed)
+                if bias in self.shapes:  # a vector, or a row for each expert
+                    yield from self._placed(one, bias, "out", owned, on_rows=one.experts is None)
+
+    def _reading(self) -> Iterator[Piece]:
+        for one in self._sized:
+            weight, _ = _tensors(one.bank.reader, self.shapes)
+            owned = self._owned(one, ("head" if one.bank.of_heads else "channel",))
+            yield from self._placed(one, weight, "in", owned, on_rows=one.bank.transposed)
+
+    def _n_features(self, one: _Sized, held: tuple[Kind, ...]) -> int:
+        """Features of a module (of one expert) that holds these parts."""
+        kv = self.n_kv_heads * self.head_dim
+        return sum(kv if kind == "kv" else one.features for kind in held)
+
+    def _owned(self, one: _Sized, held: tuple[Kind, ...]) -> dict[Kind, np.ndarray]:
+        """Kind of unit -> int64 ``[units, width]``: which features of a module (of one expert) are each unit's."""
+        width = self.head_dim if one.bank.of_heads else 1
+        groups = (self.n_kv_heads if one.bank.of_heads else one.features) if one.bank.interleaved else 1
+        starts = np.arange(groups)[:, None] * (self._n_features(one, held) // groups)
+        owned: dict[Kind, np.ndarray] = {}
+        for kind in held:
+            size = self._n_features(one, (kind,)) // groups
+            part = (starts + np.arange(size)).reshape(-1, width)
+            owned[kind] = np.concatenate([owned[kind], part], axis=1) if kind in owned else part
+            starts = starts + size
+        return owned
+
+    def _placed(
+        self,
+        one: _Sized,
+        parameter: str,
+        side: Literal["out", "in"],
+        owned: Mapping[Kind, np.ndarray],
+        on_rows: bool,
+    ) -> Iterator[Piece]:
+        """The pieces of a parameter that has a module's features on its rows or its columns, expert by expert."""
+        shape = self.shapes[parameter]
+        height = math.prod(shape[:-1] or shape) // (one.experts or 1)  # rows of one expert
+        starts = np.arange(one.experts or 1) * height
+        for kind, index in owned.items():
+            if on_rows:
+                rows = (starts[:, None, None] + index).reshape(-1, index.shape[1])
+                yield Piece(parameter, shape, kind, "rows", side, one.first, rows, None)
+            elif one.experts is None:
+                yield Piece(parameter, shape, kind, "cols", side, one.first, index, None)
+            else:
+                for expert, start in enumerate(starts.tolist()):
+                    first, block = one.first + expert * len(index), (start, start + height)
+                    yield Piece(parameter, shape, kind, "cols", side, first, index, block)
+
+    @cached_property
+    def _readers(self) -> tuple[tuple[Reader, ...], ...]:
+        return tuple(
+            tuple(reader for one in self._sized for reader in self._readers_of(one, layer))
+            for layer in range(self.n_layers)
+        )
+
+    def _readers_of(self, one: _Sized, layer: int) -> Iterator[Reader]:
+        parameter = self._full(_tensors(one.bank.reader, self.shapes)[0], layer)
+        module = parameter.rpartition(".")[0]
+        units: Literal["head", "channel"] = "head" if one.bank.of_heads else "channel"
+        width = self.head_dim if one.bank.of_heads else 1
+        n_units = one.features // width
+        for expert in range(one.experts or 1):
+            first, number = one.first + expert * n_units, None if one.experts is None else expert
+            yield Reader(units, module, parameter, first, n_units, width, one.bank.transposed, number)
+
+
+def _kinds(parts: str) -> tuple[Kind, ...]:
+    """The words of a producer's parts; `Bank` has checked them."""
+    return cast(tuple[Kind, ...], tuple(parts.split()))
+
+
+def _tensors(name: str, shapes: Container[str]) -> tuple[str, str]:
+    """Weight and bias of what a `Bank` names: a module, or a parameter itself."""
+    return (name, f"{name}_bias") if name in shapes else (f"{name}.weight", f"{name}.bias")
+
+
+# -------------------------------------------------------------------------------------------------- finding
 
 
 def find_units(model: torch.nn.Module | Mapping[str, Any], config: Any = None) -> UnitLayout:
@@ -202,43 +555,44 @@ def find_units(model: torch.nn.Module | Mapping[str, Any], config: Any = None) -
 
     Args:
         model: a module whose parameters are named like a known family's (transformers models, and anything
-            laid out like one), or a mapping of parameter names to shapes or tensors (a checkpoint's header).
-        config: object or mapping with ``model_type`` and ``num_attention_heads``; default ``model.config``.
-            Where it has ``num_key_value_heads``, ``head_dim`` or ``num_hidden_layers``, they must agree with
-            the shapes.
+            laid out like one; the meta device will do), or a mapping of such names to shapes or tensors.
+        config: object or mapping with ``model_type`` and the number of heads; default ``model.config``. Of a
+            multi-modal model's config, its ``text_config`` counts. Where there is ``num_key_value_heads``,
+            ``head_dim`` or ``num_hidden_layers``, it must agree with the shapes.
 
     Raises:
         ValueError: no config, an unregistered ``model_type``, parameters missing or not shaped as the
-            family's.
+            family's, layers that differ from one another.
     """
     config = getattr(model, "config", None) if config is None else config
     if config is None:
         raise ValueError(
             "find_units: the model has no config, expected model_type and num_attention_heads; pass config="
         )
-    model_type = _setting(config, "model_type")
+    model_type, text = _setting(config, "model_type"), _setting(config, "text_config")
+    if model_type not in FAMILIES and text is not None:
+        config, model_type = text, _setting(text, "model_type")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"find_units: model_type is {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}; if "
-            "its query, key, value and MLP projections are separate linear modules, name them once: "
-            f"register_family({model_type!r}, Family(query='layers.{{layer}}.self_attn.q_proj', key=…, "
-            "value=…, attention_out=…, mlp_in=(…,), mlp_out=…))"
+            f"find_units: model_type is {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}; say where "
+            f"its units are, for instance\n    register_family({model_type!r}, Family('layers.{{layer}}', (\n"
+            "        Bank({'self_attn.q_proj': 'head', 'self_attn.k_proj': 'kv', 'self_attn.v_proj': 'kv'}, "
+            "'self_attn.o_proj'),\n"
+            "        Bank({'mlp.gate_proj': 'channel', 'mlp.up_proj': 'channel'}, 'mlp.down_proj'))))"
         )
     shapes = _shapes(model)
-    names = _with_prefix(FAMILIES[model_type], shapes, model_type)
-    layout = _measure(names, shapes, config, model_type)
-    for layer in range(layout.n_layers):
-        for name, shape, _, _ in layout._pieces(layer):
-            if shapes.get(name) != shape:
-                raise ValueError(
-                    f"find_units: {name!r} has shape {shapes.get(name, '(missing)')}, expected {shape} for "
-                    f"{layout}; layers of different width, packed (4-bit) weights and unmerged adapters are "
-                    "not supported"
-                )
+    layout = _measure(FAMILIES[model_type], shapes, config, model_type)
+    for name, shape in layout.parameters.items():
+        if shapes.get(name) != shape:
+            raise ValueError(
+                f"find_units: {name!r} has shape {shapes.get(name, '(missing)')}, expected {shape} for {layout}; "
+                "layers that differ (dense ones between mixtures of experts), packed (4-bit) weights and unmerged "
+                "adapters are not supported"
+            )
     return layout
 
 
-def _shapes(model: torch.nn.Module | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(model: torch.nn.Module | Mapping[str, Any]) -> dict[str, Shape]:
     if isinstance(model, torch.nn.Module):
         return {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     return {name: tuple(getattr(value, "shape", value)) for name, value in model.items()}
@@ -248,8 +602,9 @@ def _setting(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
-def _with_prefix(family: Family, shapes: Mapping[str, tuple[int, ...]], model_type: str) -> Family:
-    ending = f"{family.attention_out.format(layer=0)}.weight"
+def _placed_in(family: Family, shapes: Mapping[str, Shape], model_type: str) -> Family:
+    """The family with its ``layer`` completed by what precedes it in this model's names."""
+    ending = f"{family.layer.format(layer=0)}.{family.banks[0].reader}.weight"
     prefixes = sorted(name.removesuffix(ending) for name in shapes if f".{name}".endswith(f".{ending}"))
     if len(prefixes) != 1:
         found = f"{len(prefixes)} ({', '.join(map(repr, prefixes))})" if prefixes else "none"
@@ -259,43 +614,57 @@ def _with_prefix(family: Family, shapes: Mapping[str, tuple[int, ...]], model_ty
             "register_family with its names"
         )
     # a prefix is text, not a template: braces in it must survive str.format
-    prefix = prefixes[0].replace("{", "{{").replace("}", "}}")
-    return replace(
-        family,
-        mlp_in=tuple(prefix + name for name in family.mlp_in),
-        **{role: prefix + getattr(family, role) for role in ("query", "key", "value", "attention_out", "mlp_out")},
-    )
+    return replace(family, layer=prefixes[0].replace("{", "{{").replace("}", "}}") + family.layer)
 
 
-def _measure(names: Family, shapes: Mapping[str, tuple[int, ...]], config: Any, model_type: str) -> UnitLayout:
-    """Dimensions from layer 0's shapes and the number of heads; `find_units` holds every layer to them."""
-
-    def shape(template: str) -> tuple[int, ...]:
-        name = f"{template.format(layer=0)}.weight"
-        if len(shapes.get(name, ())) != 2:
-            raise ValueError(
-                f"find_units: {name!r} has shape {shapes.get(name, '(missing)')}, expected a matrix [out, "
-                "in]; unmerged adapters: merge_and_unload() first; other names: register_family"
-            )
-        return shapes[name]
-
+def _measure(family: Family, shapes: Mapping[str, Shape], config: Any, model_type: str) -> UnitLayout:
+    """The layout that layer 0's shapes and the number of heads imply; `find_units` holds every layer to it."""
+    family = _placed_in(family, shapes, model_type)
+    attention = family.banks[0]
     n_layers = 0
-    while f"{names.attention_out.format(layer=n_layers)}.weight" in shapes:
+    while f"{family.layer.format(layer=n_layers)}.{attention.reader}.weight" in shapes:
         n_layers += 1
-    hidden_size, width = shape(names.attention_out)
-    n_heads = _setting(config, "num_attention_heads")
+    layers = [family.layer.format(layer=layer) for layer in range(n_layers)]
+    named = [name for bank in family.banks for name in (*bank.producers, bank.reader)]
+    # what any layer has, every layer must have
+    present = {
+        tensor
+        for name in named
+        for tensor in (name, f"{name}_bias", f"{name}.bias")
+        if any(f"{layer}.{tensor}" in shapes for layer in layers)
+    }
+
+    def weight_in_first_layer(name: str) -> Shape:
+        full = f"{layers[0]}.{_tensors(name, present)[0]}"
+        shape = shapes.get(full, ())
+        if len(shape) != (3 if name in present else 2):
+            raise ValueError(
+                f"find_units: {full!r} has shape {shapes.get(full, '(missing)')}, expected a matrix [out, in], or "
+                "[experts, out, in] of fused experts (in every layer; files may name experts one by one, pass the "
+                "module then); unmerged adapters: merge_and_unload() first; other names: register_family"
+            )
+        return shape
+
+    readers = {_tensors(bank.reader, present)[0]: weight_in_first_layer(bank.reader) for bank in family.banks}
+    width = weight_in_first_layer(attention.reader)[0 if attention.transposed else 1]
+    n_heads = _setting(config, family.n_heads)
     if not isinstance(n_heads, int) or n_heads < 1 or width % n_heads:
         raise ValueError(
-            f"find_units: num_attention_heads is {n_heads!r}, expected a divisor of {width}, the columns of "
-            f"'{names.attention_out.format(layer=0)}.weight'"
+            f"find_units: {family.n_heads} is {n_heads!r}, expected a divisor of {width}, the input features of "
+            f"'{layers[0]}.{attention.reader}'"
         )
-    head_dim = width // n_heads
-    n_kv_heads, rest = divmod(shape(names.key)[0], head_dim)
-    if rest or not n_kv_heads or n_heads % n_kv_heads:
-        raise ValueError(
-            f"find_units: '{names.key.format(layer=0)}.weight' has {shape(names.key)[0]} rows, expected a "
-            f"whole number of {head_dim}-row heads that divides {n_heads}"
-        )
+    head_dim, n_kv_heads = width // n_heads, n_heads
+    for name, parts in attention.producers.items():
+        held = _kinds(parts)
+        if "kv" in held:
+            features = weight_in_first_layer(name)[1 if attention.transposed else 0]
+            n_kv_heads, rest = divmod(features - held.count("head") * width, held.count("kv") * head_dim)
+            if rest or n_kv_heads < 1 or n_heads % n_kv_heads:
+                raise ValueError(
+                    f"find_units: '{layers[0]}.{name}' has {features} output features, expected a number of KV heads "
+                    f"of {head_dim} that divides {n_heads}, the query heads"
+                )
+            break
     for key, found in (
         ("head_dim", head_dim),
         ("num_key_value_heads", n_kv_heads),
@@ -304,21 +673,11 @@ def _measure(names: Family, shapes: Mapping[str, tuple[int, ...]], config: Any, 
         stated = _setting(config, key)
         if stated is not None and stated != found:
             raise ValueError(f"find_units: the config says {key}={stated}, but the parameter shapes say {found}")
-    return UnitLayout(
-        model_type=model_type,
-        names=names,
-        biased=tuple(
-            template
-            for template in (names.query, names.key, names.value, *names.mlp_in)
-            if any(f"{template.format(layer=layer)}.bias" in shapes for layer in range(n_layers))
-        ),
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        d_ff=shape(names.mlp_out)[1],
-        hidden_size=hidden_size,
-    )
+
+    return UnitLayout(model_type, family, readers, n_layers, n_heads, n_kv_heads)._completed(present)
+
+
+# ------------------------------------------------------------------------------------------------- freezing
 
 
 def unit_masks(
@@ -328,17 +687,17 @@ def unit_masks(
     preset: Preset = "full",
     kv: KvPolicy = "any",
 ) -> dict[str, FreezeMask]:
-    """Rows and columns of the given units, as one mask per parameter; parameters with nothing frozen are left
-    out.
+    """What the given units hold, as one mask per parameter; parameters with nothing frozen are left out.
 
     Args:
         layout: where units live.
         heads, channels: bool ``[n_layers, n_heads]`` and ``[n_layers, d_ff]``, True = frozen.
-        preset: ``"producer"`` freezes what computes a unit: rows of q, k, v, gate and up, and their biases.
-            ``"full"`` adds what reads it: columns of the output projections.
-        kv: when a KV head that several query heads share is frozen: if ``"any"`` of them is frozen (the
-            frozen heads then compute what they did; live heads lose a KV head), only if ``"all"`` are, or
-            ``"never"``.
+        preset: ``"producer"`` freezes what computes a unit: its features of q, k, v, gate and up (rows; columns of
+            a ``Conv1D``) and their biases. ``"full"`` adds what reads it: columns of the output projections.
+            Columns of one expert in a fused tensor become an element mask.
+        kv: when a KV head is frozen: if ``"any"`` query head that reads it is frozen (frozen heads then compute
+            what they did; live ones may share a KV head that no longer trains), only if ``"all"`` are, or
+            ``"never"``: keys and values stay live.
 
     Raises:
         ValueError: an unknown preset or policy, or shapes that are not the layout's.
@@ -355,16 +714,37 @@ def unit_masks(
                 f"unit_masks: {word} is {array.dtype} of shape {array.shape}, expected bool {shape} for {layout}"
             )
     grouped = heads.reshape(layout.n_layers, layout.n_kv_heads, layout.group_size)
-    kv_heads = {"any": grouped.any(2), "all": grouped.all(2), "never": np.zeros(grouped.shape[:2], bool)}[kv]
-    frozen = {
-        "head": heads.repeat(layout.head_dim, axis=1),
-        "kv": kv_heads.repeat(layout.head_dim, axis=1),
-        "channel": channels,
-    }
+    by_policy = {"any": grouped.any(2), "all": grouped.all(2), "never": np.zeros(grouped.shape[:2], bool)}
+    frozen: dict[Kind, np.ndarray] = {"head": heads, "kv": np.asarray(by_policy[kv]), "channel": channels}
     masks: dict[str, FreezeMask] = {}
     for layer in range(layout.n_layers):
-        for name, size, kind, axis in layout._pieces(layer):
-            index = frozen[kind][layer]
-            if index.any() and (axis == "rows" or preset == "full"):
-                masks[name] = FreezeMask(size, **{axis: index})
+        touched: dict[str, list[tuple[Piece, np.ndarray]]] = {}
+        for piece in layout.pieces(layer):
+            chosen = frozen[piece.units][layer, piece.first : piece.first + len(piece.index)]
+            if chosen.any() and (piece.side == "out" or preset == "full"):
+                touched.setdefault(piece.parameter, []).append((piece, piece.index[chosen]))
+        masks.update((name, _mask(entries)) for name, entries in touched.items())
     return masks
+
+
+def _mask(entries: list[tuple[Piece, np.ndarray]]) -> FreezeMask:
+    """One mask of all that is frozen in a parameter: entries of its pieces."""
+    shape = entries[0][0].shape
+    matrix = FreezeMask(shape).matrix_shape
+    lines = {axis: np.zeros(size, bool) for axis, size in zip(("rows", "cols"), matrix, strict=True)}
+    elements = None
+    for piece, index in entries:
+        if piece.within is None:
+            lines[piece.axis][index] = True
+            continue
+        if elements is None:
+            elements = np.zeros(matrix, bool)
+        columns = np.zeros(matrix[1], bool)
+        columns[index] = True
+        elements[slice(*piece.within)] |= columns
+    return FreezeMask(
+        shape,
+        rows=lines["rows"],
+        cols=lines["cols"] if len(shape) > 1 else None,
+        elements=None if elements is None else torch.from_numpy(elements).reshape(shape),
+    )

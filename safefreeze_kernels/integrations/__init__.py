@@ -1,0 +1,1 @@
+"""Bridges to other libraries, one module each. None is imported before it is asked for."""
