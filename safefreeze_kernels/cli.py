@@ -168,7 +168,9 @@ def score(
         console.print(score_table(scores, f"{method} scores"))
         if halves:
             _print_stability(console, [[scored(half) for half in _halved(sets, seed)] for seed in range(seeds)])
-        console.print(f"Written to {output}. Next: safefreeze build {output}", **_PLAIN)
+        # a score of the method's own ranks units; labels are made from those of the two sets
+        how = "" if scores.ranking is None else " --top 0.2"
+        console.print(f"Written to {output}. Next: safefreeze build {output}{how}", **_PLAIN)
 
 
 def _device(name: str | None) -> torch.device:

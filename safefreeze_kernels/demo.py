@@ -657,7 +657,7 @@ def _draw_cost(axes: Axes, report: DemoReport) -> None:
         axes.annotate(timing.name + frozen, (0, place - 0.27), (2, 0), textcoords="offset points", va="bottom")
         note = f"{timing.min_ms:,.1f} ms, state {_megabytes(timing.state_bytes)}"
         axes.annotate(note, (timing.min_ms, place), (5, 0), textcoords="offset points", va="center")
-    busy = " (the machine was busy)" if report.was_busy else ""
+    busy = " (busy machine)" if report.was_busy else ""
     axes.set(title=f"one optimizer step, fastest of {report.settings['repeats']}{busy}", xlabel="ms", yticks=[])
     axes.set_xlim(0, 1.8 * max(timing.min_ms for timing in report.timings))  # the rest is for the notes
     axes.set_ylim(len(report.timings) - 0.6, -0.75)

@@ -120,13 +120,14 @@ def test_score_takes_own_sets_and_options(
     pairs = {name: load_pairs(name)[:5] for name in ("safety", "utility")}
     files = {name: write_pairs(tmp_path / name, some) for name, some in pairs.items()}
     out = tmp_path / "scores.safetensors"
-    succeeds(
+    text = succeeds(
         "score", model_folder, "-o", out, "--safety", files["safety"], "--utility", files["utility"],
         "--method", "decision_fisher", "--batch-size", 3, "--max-length", 64,
     )  # fmt: skip
     sets = [encode_pairs(tokenizer, some, batch_size=3, max_length=64) for some in pairs.values()]
     expected = sf.score_units(network, *sets, method="decision_fisher")
     mine = UnitScores.load(out)
+    assert "--top 0.2" in text, "its own score is not what labels are made of"
     assert mine.method == "decision_fisher" and mine.ranking is not None and expected.ranking is not None
     assert torch.equal(mine.ranking.channels, expected.ranking.channels)
     assert mine.safety.n_positions == expected.safety.n_positions
