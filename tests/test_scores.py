@@ -39,14 +39,7 @@ from safefreeze_kernels.attribution import (
     score_units,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and on busy cores wait seconds for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # models this small gain nothing from threads
 
 
 # ---------------------------------------------------------------------------------------------------- scores

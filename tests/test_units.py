@@ -7,7 +7,7 @@ import functools
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,14 +32,7 @@ from safefreeze_kernels.attribution import (
 )
 from safefreeze_kernels.attribution.units import FAMILIES, unit_masks
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and on busy cores wait seconds for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # models this small gain nothing from threads
 
 
 # ------------------------------------------------------------------------------------------------- families
