@@ -41,7 +41,7 @@ sanitize: $(VENV)/.built
 	cd $(SANITIZED)/lib && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
-	$(addprefix $(CURDIR)/tests/test_,kernels.py contract.py gradients.py guard.py proof.py)
+	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py gradients.py guard.py proof.py low_precision.py capturable.py)
 
 # Dependencies change seldom, sources often: two stamps.
 $(VENV)/.installed: requirements-dev.txt requirements-model.txt

