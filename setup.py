@@ -1,12 +1,20 @@
 """Builds safefreeze_kernels._C: C++17 and pybind11 only. It neither includes nor links torch, so it needs no torch to
 build, and one build serves every torch version.
 
-Without a working C++ compiler the build says so and goes on: the pure-Python backends still work.
-SAFEFREEZE_REQUIRE_NATIVE=1 makes that an error; SAFEFREEZE_SANITIZE=1 builds with AddressSanitizer and UBSan.
+Without a working C++ compiler the build says so and goes on: the pure-Python backends still work. Where nvcc is found, the
+CUDA kernels are built too, their runtime linked statically: the result imports where there is no driver. Environment:
+
+    SAFEFREEZE_REQUIRE_NATIVE=1   no C++ compiler is an error
+    SAFEFREEZE_CUDA=0 | 1         leave the CUDA kernels out | it is an error if they cannot be built
+    SAFEFREEZE_CUDA_ARCHS         compute capabilities to build for, "80 86 89 90 100 120" unless said otherwise; code for
+                                  the first one is also kept in a form that drivers translate for all later ones
+    SAFEFREEZE_SANITIZE=1         AddressSanitizer and UBSan, without CUDA
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +35,43 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"]
 
 
+def find_nvcc():
+    """Path of the CUDA compiler; None: build without CUDA."""
+    wanted = os.environ.get("SAFEFREEZE_CUDA", "")
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    found = [Path(home, "bin", "nvcc") for home in homes if home] + [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((str(path) for path in found if path and Path(path).is_file()), None)
+    if wanted == "1" and nvcc is None:
+        raise RuntimeError("SAFEFREEZE_CUDA=1, but nvcc was not found; set CUDA_HOME")
+    return None if wanted == "0" or SANITIZE else nvcc
+
+
+def compile_cuda(nvcc, folder):
+    """Object file of csrc/cuda.cu, and the static CUDA runtime it needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archs = os.environ.get("SAFEFREEZE_CUDA_ARCHS", "80 86 89 90 100 120").replace(",", " ").split()
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"arch=compute_{archs[0]},code=compute_{archs[0]}")
+    output = folder / "cuda.o"
+    command = [nvcc, "-c", "csrc/cuda.cu", "-o", str(output), "-std=c++17", "-O3", "-fmad=false", "--threads", "2",
+               "-Xcompiler", "-fPIC,-fvisibility=hidden", *(word for t in targets for word in ("-gencode", t))]  # fmt: skip
+    subprocess.run(command, check=True)
+    listed = subprocess.run([nvcc, "--dryrun", *command[1:]], check=True, capture_output=True, text=True).stderr
+    top = next(line.split("=", 1)[1].strip() for line in listed.splitlines() if line.startswith("#$ TOP="))
+    runtimes = [Path(top) / where / "libcudart_static.a" for where in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    runtime = next((path for path in runtimes if path.is_file()), None)
+    if runtime is None:
+        raise RuntimeError(f"libcudart_static.a was not found in {top}; install the CUDA runtime's development files")
+    return [str(output), str(runtime)]
+
+
 class BuildExtension(build_ext):
     def build_extension(self, extension):
         macros = [("SAFEFREEZE_X86", "1")] if X86 else []
+        cuda = self.cuda_objects()
+        if cuda:
+            macros.append(("SAFEFREEZE_CUDA", "1"))
+            extension.sources.append("csrc/bindings_cuda.cpp")
         flags = FLAGS + (SANITIZERS if SANITIZE else [])
         jobs = [(source, "", []) for source in extension.sources]
         jobs += [("csrc/cpu.cpp", isa, isa_flags) for isa, isa_flags in ISAS.items()]
@@ -46,10 +88,10 @@ class BuildExtension(build_ext):
 
         try:
             with ThreadPoolExecutor() as pool:
-                extension.extra_objects = [o for objects in pool.map(compile_one, jobs) for o in objects]
+                extension.extra_objects = [o for objects in pool.map(compile_one, jobs) for o in objects] + cuda
             extension.sources = []
             extension.extra_link_args = (SANITIZERS[:1] if SANITIZE else ["-Wl,-s"]) if os.name == "posix" else []
-            extension.libraries = ["dl", "pthread"] if sys.platform.startswith("linux") else []
+            extension.libraries = ["dl", "pthread", "rt"] if sys.platform.startswith("linux") else []
             super().build_extension(extension)
         except Exception as error:
             if os.environ.get("SAFEFREEZE_REQUIRE_NATIVE") == "1":
@@ -60,6 +102,17 @@ class BuildExtension(build_ext):
                 "  Remedy: install a C++17 compiler and reinstall.",
                 file=sys.stderr,
             )
+
+    def cuda_objects(self):
+        """What to link for CUDA; nothing, said aloud, where it cannot be built and need not be."""
+        try:
+            nvcc = find_nvcc()
+            return compile_cuda(nvcc, Path(self.build_temp) / "cuda") if nvcc else []
+        except Exception as error:
+            if os.environ.get("SAFEFREEZE_CUDA") == "1":
+                raise
+            print(f"safefreeze_kernels: the CUDA kernels were NOT built ({error}).", file=sys.stderr)
+            return []
 
 
 extension = Pybind11Extension(

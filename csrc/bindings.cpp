@@ -1,5 +1,5 @@
 // pybind11 over the launches: takes addresses as integers, checks nothing twice (Python has checked them all).
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
 #include <cstring>
 #include <memory>
@@ -14,11 +14,6 @@ namespace py = pybind11;
 using namespace safefreeze;
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<const CpuKernels*> runnable_kernels() {
   std::vector<const CpuKernels*> found;
@@ -137,6 +132,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("choose_isa", &choose_isa);
   module.def("runnable_isas", &runnable_isas);
   module.def("isa", [] { return kernels->name; });
+#if defined(SAFEFREEZE_CUDA)
+  bind_cuda(module.def_submodule("cuda"));
+#endif
   // What worklist.py's dtypes must add up to, in bytes.
   module.attr("STRUCT_SIZES") =
       py::dict(py::arg("Segment") = sizeof(Segment), py::arg("Piece") = sizeof(Piece), py::arg("Run") = sizeof(Run),

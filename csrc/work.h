@@ -47,6 +47,25 @@ struct WorkList {
   bool frozen;
 };
 
+// The list as GPU kernels read it (device.py makes it): what one block of threads takes, at most tile_elements elements
+// of a run. Element i is element start + cols[at + i] of the tensor and packed + packed_cols[at + i] of its twin, or
+// start + i and packed + i where a list is missing. Of a frozen list with bits, `packed` is where the tile's first
+// chosen element is held.
+constexpr int tile_elements = 8192;
+struct Tile {
+  int64_t start, packed;
+  int32_t tensor, part, count, at;
+};
+struct TilePart {
+  int64_t cols, packed_cols, frozen_bits, shared;  // as in Segment; in device memory
+};
+struct Tiles {
+  const Tile* tiles;
+  const TilePart* parts;
+  int64_t n_tiles;
+  bool frozen;
+};
+
 // One row of addresses per tensor. A tensor whose gradient is at 0 is left alone.
 struct AdamWTensor {
   int64_t param, exp_avg, exp_avg_sq, max_exp_avg_sq;

@@ -1,0 +1,614 @@
+// Kernels over work.h calling arithmetic.h. A block takes one tile; a thread takes a few of its elements at once:
+// whole, that is neighbours, 16 bytes to an access, where all operands are aligned; else apart, with the elements of
+// neighbouring threads side by side. All loads come before the arithmetic.
+//
+// tests/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads meet.
+#include "cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace safefreeze::cuda {
+namespace {
+
+constexpr int threads = 256;
+constexpr int access = 16;  // bytes
+
+template <typename T>
+__device__ __forceinline__ T* at(int64_t address) {
+  return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
+}
+
+// ------------------------------------------------------------------------------------------------- storage types
+
+struct F32 {
+  using Stored = uint32_t;  // bits, so that moving a value never changes it
+  static __device__ __forceinline__ float widen(uint32_t stored) {
+    FloatBits x;
+    x.bits = stored;
+    return x.value;
+  }
+  static __device__ __forceinline__ uint32_t narrow(float value) {
+    FloatBits x;
+    x.value = value;
+    return x.bits;
+  }
+};
+
+struct BF16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float widen(uint16_t stored) { return from_bf16(stored); }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return to_bf16(value); }
+  static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_bf16(value, noise); }
+};
+
+struct F16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float widen(uint16_t stored) { return from_f16(stored); }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return to_f16(value); }
+  static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_f16(value, noise); }
+};
+
+// ------------------------------------------------------------------------------------- which elements, by whom
+
+// Elements a thread holds at once.
+template <typename T, int n>
+struct alignas(n * sizeof(T) < access ? n * sizeof(T) : access) Values {
+  T of[n];
+};
+
+// The compiler must have these values in registers here. Between two elements it keeps the work on one from being mixed
+// with that on the other, for which there are not enough registers.
+template <typename T, int n>
+__device__ __forceinline__ void pin(Values<T, n>& values) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(&values);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(values) / 4; ++i) asm volatile("" : "+r"(words[i]));
+}
+
+// n neighbours from the tile's element `here`; a list visits those whose bit is set in `chosen`.
+template <int n>
+struct Whole {
+  static constexpr int size = n;
+  uint32_t here, chosen;
+
+  __device__ __forceinline__ uint32_t in_tensor(int i) const { return here + i; }
+
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load(const T* tile) const {
+    return *reinterpret_cast<const Values<T, n>*>(tile + here);
+  }
+  // Values that are not chosen must be what was loaded.
+  template <typename T>
+  __device__ __forceinline__ void store(T* tile, const Values<T, n>& values) const {
+    *reinterpret_cast<Values<T, n>*>(tile + here) = values;
+  }
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load_packed(const T* tile) const {
+    return load(tile);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_packed(T* tile, const Values<T, n>& values) const {
+    store(tile, values);
+  }
+};
+
+// n elements anywhere in the tile. Any of them may be read; those not `inside` are others' in truth.
+template <int n>
+struct Apart {
+  static constexpr int size = n;
+  uint32_t here[n], there[n], chosen, inside;
+
+  __device__ __forceinline__ uint32_t in_tensor(int i) const { return here[i]; }
+
+  template <typename T>
+  static __device__ __forceinline__ Values<T, n> load_at(const T* tile, const uint32_t (&places)[n]) {
+    Values<T, n> values;
+#pragma unroll
+    for (int i = 0; i < n; ++i) values.of[i] = tile[places[i]];
+    return values;
+  }
+  template <typename T>
+  static __device__ __forceinline__ void store_at(T* tile, const uint32_t (&places)[n], const Values<T, n>& values,
+                                                  uint32_t which) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (which >> i & 1) tile[places[i]] = values.of[i];
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load(const T* tile) const {
+    return load_at(tile, here);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(T* tile, const Values<T, n>& values) const {
+    store_at(tile, here, values, chosen);
+  }
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load_packed(const T* tile) const {
+    return load_at(tile, there);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store_packed(T* tile, const Values<T, n>& values) const {
+    store_at(tile, there, values, chosen);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ int64_t misaligned(const T* address) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % access);
+}
+
+// What keeps a tile from being taken whole: lists, and bits that do not begin with a byte.
+__device__ __forceinline__ int64_t obstacles(const Tile& tile, const TilePart& part) {
+  return part.cols | part.packed_cols | (part.frozen_bits ? tile.start % 8 : 0);
+}
+
+// Whether bits are set, of `size` (at most 8) elements of one byte or, size 1, of a single element.
+template <int size>
+__device__ __forceinline__ uint32_t bits_of(const TilePart& part, int64_t element) {
+  return at<const uint8_t>(part.frozen_bits)[element / 8] >> (element % 8) & ((1u << size) - 1u);
+}
+
+// Calls `take(places)` until this thread has done its share of the tile: n elements whole, if `whole`, and the others
+// `slots` apart.
+template <int n, int slots, typename Take>
+__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, bool frozen, bool whole, Take take) {
+  const uint32_t count = static_cast<uint32_t>(tile.count);
+  const uint32_t wholes = whole ? count / n * n : 0;
+  const uint32_t none = frozen ? 0u : ~0u;
+#pragma unroll 1
+  for (uint32_t here = threadIdx.x * n; here < wholes; here += threads * n) {
+    const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + here) ^ none : ~0u;
+    take(Whole<n>{here, bits & ((1u << n) - 1u)});
+  }
+#pragma unroll 1
+  for (uint32_t first = wholes + threadIdx.x; first < count; first += threads * slots) {
+    Apart<slots> places;
+    places.chosen = places.inside = 0;
+#pragma unroll
+    for (int i = 0; i < slots; ++i) {
+      const uint32_t number = first + i * threads, inside = number < count,
+                     listed = tile.at + (inside ? number : first);
+      const uint32_t here = part.cols ? at<const uint32_t>(part.cols)[listed] : listed - tile.at;
+      places.here[i] = here;
+      places.there[i] = part.packed_cols ? at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;
+      const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;
+      places.inside |= inside << i;
+      places.chosen |= (inside & bit) << i;
+    }
+    take(places);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ the operations
+
+// noise_of, for an element that is not known when compiling: registers cannot be indexed.
+__device__ __forceinline__ uint16_t noise_at(const Words& eight, uint32_t element) {
+  const uint32_t even = element & 4 ? eight.word[2] : eight.word[0], odd = element & 4 ? eight.word[3] : eight.word[1];
+  return noise_of({{element & 2 ? odd : even}}, element & 1);
+}
+
+// What the threads of a block share: in shared memory it takes up no registers.
+struct AdamWTask {
+  Tile tile;
+  TilePart part;
+  AdamWTensor tensor;  // from the tile's first element on
+  int64_t grad;
+  uint32_t number;
+  bool whole;
+  Scalars scalars;
+};
+
+template <typename P, typename S, Rounding rounding, bool amsgrad>
+__global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant__ AdamWTiles launch) {
+  using Param = typename P::Stored;
+  using State = typename S::Stored;
+  constexpr int n = access / (sizeof(Param) < sizeof(State) ? sizeof(Param) : sizeof(State));
+  constexpr bool remainder = rounding == Rounding::remainder, stochastic = rounding == Rounding::stochastic;
+  __shared__ AdamWTask task;
+  if (launch.skip && *launch.skip != 0.0f) return;
+  if (threadIdx.x == 0) {
+    const Tile tile = launch.work.tiles[blockIdx.x];
+    const TilePart part = launch.work.parts[tile.part];
+    AdamWTensor tensor = launch.tensors[tile.tensor];
+    int64_t grad = launch.grads[tile.tensor].data;
+    const int32_t set = launch.scalar_set[tile.part];
+    tensor.param += tile.start * static_cast<int64_t>(sizeof(Param));
+    tensor.exp_avg += tile.packed * static_cast<int64_t>(sizeof(State));
+    tensor.exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
+    tensor.max_exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
+    tensor.remainder += tile.packed * 2;
+    if (grad) grad += tile.start * static_cast<int64_t>(sizeof(Param));
+    const int64_t addresses = tensor.param | grad | tensor.exp_avg | tensor.exp_avg_sq |
+                              (amsgrad ? tensor.max_exp_avg_sq : 0) | (remainder ? tensor.remainder : 0);
+    // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
+    task.whole = (addresses % access | obstacles(tile, part) | (part.frozen_bits ? part.shared : 0) |
+                  (stochastic ? tile.start % 8 : 0)) == 0;
+    task.tile = tile;
+    task.part = part;
+    task.tensor = tensor;
+    task.grad = grad;
+    task.number = static_cast<uint32_t>(tensor.number);
+    task.scalars = launch.scalars[set];
+    if (launch.multiplier) task.scalars.grad_multiplier = task.scalars.grad_multiplier * *launch.multiplier;
+  }
+  __syncthreads();
+  if (!task.grad) return;
+  Scalars s = task.scalars;
+  constexpr int slots = stochastic || (amsgrad && remainder) ? 1 : 2;  // as many as there are registers for
+  walk<n, slots>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
+    constexpr int size = std::remove_reference_t<decltype(places)>::size;
+    Values<Param, size> p = places.load(at<Param>(task.tensor.param)), g = places.load(at<const Param>(task.grad));
+    Values<State, size> m = places.load_packed(at<State>(task.tensor.exp_avg));
+    Values<State, size> v = places.load_packed(at<State>(task.tensor.exp_avg_sq)), v_max;
+    Values<uint16_t, size> r;
+    if constexpr (amsgrad) v_max = places.load_packed(at<State>(task.tensor.max_exp_avg_sq));
+    if constexpr (remainder) r = places.load_packed(at<uint16_t>(task.tensor.remainder));
+    [[maybe_unused]] Words noise{};
+    if constexpr (stochastic) {
+      noise = noise_of_eight(launch.seed, s.step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+    }
+#pragma unroll
+    for (int i = 0; i < size; ++i) {
+      float new_p, new_m = S::widen(m.of[i]), new_v = S::widen(v.of[i]), new_v_max = 0.0f;
+      s.eps = *const_cast<const volatile float*>(&task.scalars.eps);  // read anew: one more register to work with
+      if constexpr (amsgrad) new_v_max = S::widen(v_max.of[i]);
+      if constexpr (remainder) {
+        new_p = from_remainder(p.of[i], r.of[i]);
+      } else {
+        new_p = P::widen(p.of[i]);
+      }
+      if (launch.l2) {
+        safefreeze::adamw<true, amsgrad>(new_p, P::widen(g.of[i]), new_m, new_v, new_v_max, s);
+      } else {
+        safefreeze::adamw<false, amsgrad>(new_p, P::widen(g.of[i]), new_m, new_v, new_v_max, s);
+      }
+      const bool chosen = places.chosen >> i & 1;
+      const auto put = [chosen](auto& into, auto value) { into = chosen ? value : into; };
+      put(m.of[i], S::narrow(new_m));
+      put(v.of[i], S::narrow(new_v));
+      if constexpr (amsgrad) put(v_max.of[i], S::narrow(new_v_max));
+      if constexpr (remainder) {
+        uint16_t new_r;
+        put(p.of[i], to_remainder(new_p, new_r));
+        put(r.of[i], new_r);
+      } else if constexpr (stochastic) {
+        const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i);
+        put(p.of[i], P::narrow(new_p, size == 8 ? noise_of(noise, i) : noise_at(noise, element)));
+      } else {
+        put(p.of[i], P::narrow(new_p));
+      }
+      if constexpr (size > 1) {
+        pin(p), pin(g), pin(m), pin(v);
+        if constexpr (amsgrad) pin(v_max);
+        if constexpr (remainder) pin(r);
+      }
+    }
+    places.store(at<Param>(task.tensor.param), p);
+    places.store_packed(at<State>(task.tensor.exp_avg), m);
+    places.store_packed(at<State>(task.tensor.exp_avg_sq), v);
+    if constexpr (amsgrad) places.store_packed(at<State>(task.tensor.max_exp_avg_sq), v_max);
+    if constexpr (remainder) places.store_packed(at<uint16_t>(task.tensor.remainder), r);
+  });
+}
+
+template <typename P>
+__global__ void __launch_bounds__(threads)
+    scale_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, const float* factor_at) {
+  using T = typename P::Stored;
+  const float factor = *factor_at;
+  if (factor >= 1.0f) return;
+  const Tile tile = work.tiles[blockIdx.x];
+  const TilePart part = work.parts[tile.part];
+  if (!tensors[tile.tensor].data) return;
+  T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
+  const bool whole = (misaligned(data) | obstacles(tile, part) | (part.frozen_bits ? part.shared : 0)) == 0;
+  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+    auto values = places.load(data);
+#pragma unroll
+    for (int i = 0; i < places.size; ++i) {
+      const T scaled = P::narrow(P::widen(values.of[i]) * factor);
+      values.of[i] = places.chosen >> i & 1 ? scaled : values.of[i];
+    }
+    places.store(data, values);
+  });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors) {
+  const Tile tile = work.tiles[blockIdx.x];
+  const TilePart part = work.parts[tile.part];
+  if (!tensors[tile.tensor].data) return;
+  T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
+  // Written whole, what is not chosen would have to be read first.
+  const bool whole = (misaligned(data) | obstacles(tile, part) | part.frozen_bits) == 0;
+  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+    places.store(data, Values<T, std::remove_reference_t<decltype(places)>::size>{});
+  });
+}
+
+// Which elements of a tile are chosen, and how many before each.
+struct Ranks {
+  static_assert(tile_elements == 32 * threads, "a thread counts 32 elements");
+  uint32_t bits[threads], before[threads];
+
+  // Called by all threads of a block.
+  __device__ __forceinline__ void count(const Tile& tile, const TilePart& part, bool frozen) {
+    uint32_t found = 0;
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t here = threadIdx.x * 32 + i;
+      if (here < static_cast<uint32_t>(tile.count)) found |= (bits_of<1>(part, tile.start + here) == frozen) << i;
+    }
+    bits[threadIdx.x] = found;
+    before[threadIdx.x] = 0;
+    __syncthreads();
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < threadIdx.x; ++i) sum += __popc(bits[i]);
+    before[threadIdx.x] = sum;
+    __syncthreads();
+  }
+  __device__ __forceinline__ uint32_t of(uint32_t here) const {
+    return before[here / 32] + __popc(bits[here / 32] & ((1u << here % 32) - 1u));
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(threads)
+    copy_kernel(const __grid_constant__ Tiles work, const PackedTensor* tensors, bool gather) {
+  __shared__ Ranks ranks;
+  const Tile tile = work.tiles[blockIdx.x];
+  const TilePart part = work.parts[tile.part];
+  T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
+  T* const twin = at<T>(tensors[tile.tensor].packed) + tile.packed;
+  const bool gapless = work.frozen && part.frozen_bits;
+  if (gapless) ranks.count(tile, part, true);
+  const bool whole = (misaligned(data) | misaligned(twin) | obstacles(tile, part) | part.frozen_bits) == 0;
+  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](auto places) {
+    if constexpr (places.size == 4 && !std::is_same_v<decltype(places), Whole<4>>) {
+      if (gapless) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) places.there[i] = places.chosen >> i & 1 ? ranks.of(places.here[i]) : 0;
+      }
+    }
+    if (!gather) {
+      places.store(data, places.load_packed(twin));
+      return;
+    }
+    auto values = places.load(data);
+    if constexpr (!std::is_same_v<decltype(places), Whole<access / sizeof(T)>>) {
+      // A live list's twin keeps a place, holding zero, for elements that are not chosen.
+      for (int i = 0; i < 4; ++i) values.of[i] = places.chosen >> i & 1 ? values.of[i] : 0;
+      if (!gapless) places.chosen = places.inside;
+    }
+    places.store_packed(twin, values);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------- norms
+
+template <NormKind kind>
+__device__ __forceinline__ double accumulate(double so_far, double value) {
+  const double magnitude = value < 0 ? -value : value;
+  if (kind == NormKind::sum_of_squares) return so_far + value * value;
+  if (kind == NormKind::sum_of_absolutes) return so_far + magnitude;
+  return magnitude > so_far || magnitude != magnitude ? magnitude : so_far;
+}
+
+template <NormKind kind>
+__device__ __forceinline__ double merge(double one, double other) {
+  return kind == NormKind::largest_absolute ? accumulate<kind>(one, other) : one + other;
+}
+
+// Every thread brings a value; halves are merged until one is left, in an order that never changes.
+template <NormKind kind>
+__device__ __forceinline__ void merge_block(double value, double* result) {
+  __shared__ double of_thread[threads];
+  of_thread[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = threads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) of_thread[threadIdx.x] = merge<kind>(of_thread[threadIdx.x], of_thread[threadIdx.x + half]);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *result = of_thread[0];
+}
+
+// Takes tiles a grid apart.
+template <typename P, NormKind kind>
+__global__ void __launch_bounds__(threads)
+    norm_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, double* partial) {
+  using T = typename P::Stored;
+  double so_far = 0;
+#pragma unroll 1
+  for (int64_t number = blockIdx.x; number < work.n_tiles; number += gridDim.x) {
+    const Tile tile = work.tiles[number];
+    const TilePart part = work.parts[tile.part];
+    if (!tensors[tile.tensor].data) continue;
+    const T* const data = at<const T>(tensors[tile.tensor].data) + tile.start;
+    const bool whole = (misaligned(data) | obstacles(tile, part)) == 0;
+    walk<2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8, 4>(
+        tile, part, work.frozen, whole, [&](const auto& places) {
+          const auto values = places.load(data);
+#pragma unroll
+          for (int i = 0; i < places.size; ++i) {
+            if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
+          }
+        });
+  }
+  merge_block<kind>(so_far, partial + blockIdx.x);
+}
+
+template <NormKind kind>
+__global__ void __launch_bounds__(threads) total_kernel(const double* partial, int64_t n, double* result) {
+  double so_far = 0;
+  for (int64_t i = threadIdx.x; i < n; i += threads) so_far = merge<kind>(so_far, partial[i]);
+  merge_block<kind>(so_far, result);
+}
+
+// --------------------------------------------------------------------------------------------------------- launches
+
+template <int size>
+struct Bytes {
+  uint64_t word[size / 8];
+};
+
+template <int size>
+__global__ void upload_kernel(const __grid_constant__ Bytes<size> bytes, uint64_t* to, int words) {
+  const int word = static_cast<int>(blockIdx.x * threads + threadIdx.x);
+  if (word < words) to[word] = bytes.word[word];
+}
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch_blocks(const Queue& queue, int64_t blocks, const char* what, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::runtime_error(std::string("CUDA: ") + what + ": the work list is too long");
+  const OnDevice current(queue.device);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+}
+
+// Calls `with(F32{})` or with another storage type, or `with(uint32_t{})` or uint16_t where only its width matters.
+template <typename With>
+void with_dtype(DType dtype, With with) {
+  if (dtype == DType::f32) return with(F32{});
+  if (dtype == DType::bf16) return with(BF16{});
+  with(F16{});
+}
+template <typename With>
+void with_width(DType dtype, With with) {
+  if (dtype == DType::f32) return with(uint32_t{});
+  with(uint16_t{});
+}
+template <typename With>
+void with_kind(NormKind kind, With with) {
+  if (kind == NormKind::sum_of_squares) return with(std::integral_constant<NormKind, NormKind::sum_of_squares>{});
+  if (kind == NormKind::sum_of_absolutes) return with(std::integral_constant<NormKind, NormKind::sum_of_absolutes>{});
+  with(std::integral_constant<NormKind, NormKind::largest_absolute>{});
+}
+
+template <typename P, typename S, Rounding rounding>
+void launch_adamw(const Queue& queue, const AdamWTiles& launch, bool amsgrad) {
+  launch_blocks(queue, launch.work.n_tiles, "adamw",
+                amsgrad ? adamw_kernel<P, S, rounding, true> : adamw_kernel<P, S, rounding, false>, launch);
+}
+
+}  // namespace
+
+void upload(const Queue& queue, const void* from, size_t size, void* to) {
+  // Launch parameters may be 4 KB, and 32 KB from CUDA 12.1 on.
+  constexpr size_t small = 4000, large = CUDART_VERSION >= 12010 ? 32000 : small;
+  const auto part = [&](auto bytes, size_t done, size_t n) {
+    std::memcpy(bytes.word, static_cast<const char*>(from) + done, n);
+    const int words = static_cast<int>((n + 7) / 8);
+    launch_blocks(queue, (words + threads - 1) / threads, "upload", upload_kernel<sizeof(bytes)>, bytes,
+                  reinterpret_cast<uint64_t*>(static_cast<char*>(to) + done), words);
+  };
+  for (size_t done = 0; done < size;) {
+    const size_t n = size - done < large ? size - done : large;
+    if (n <= small) {
+      part(Bytes<small>{}, done, n);
+    } else {
+      part(Bytes<large>{}, done, n);
+    }
+    done += n;
+  }
+}
+
+void adamw(const Queue& queue, const AdamWTiles& launch, DType param, DType state, Rounding rounding, bool amsgrad) {
+  const auto by_state = [&](auto s) {
+    using S = decltype(s);
+    if (param == DType::f32) {
+      launch_adamw<F32, S, Rounding::nearest>(queue, launch, amsgrad);
+    } else if (param == DType::f16) {
+      (rounding == Rounding::stochastic ? launch_adamw<F16, S, Rounding::stochastic>
+                                        : launch_adamw<F16, S, Rounding::nearest>)(queue, launch, amsgrad);
+    } else {
+      (rounding == Rounding::stochastic  ? launch_adamw<BF16, S, Rounding::stochastic>
+       : rounding == Rounding::remainder ? launch_adamw<BF16, S, Rounding::remainder>
+                                         : launch_adamw<BF16, S, Rounding::nearest>)(queue, launch, amsgrad);
+    }
+  };
+  state == DType::f32 ? by_state(F32{}) : by_state(BF16{});
+}
+
+int64_t norm_blocks(int64_t n_tiles) { return n_tiles < 4096 ? n_tiles : 4096; }
+
+void norm(const Queue& queue, const Tiles& work, const DenseTensor* tensors, DType dtype, NormKind kind,
+          double* partial) {
+  with_dtype(dtype, [&](auto storage) {
+    with_kind(kind, [&](auto k) {
+      launch_blocks(queue, norm_blocks(work.n_tiles), "norm", norm_kernel<decltype(storage), k.value>, work, tensors,
+                    partial);
+    });
+  });
+}
+
+void total(const Queue& queue, const double* partial, int64_t n, NormKind kind, double* result) {
+  with_kind(kind, [&](auto k) { launch_blocks(queue, 1, "norm", total_kernel<k.value>, partial, n, result); });
+}
+
+void scale(const Queue& queue, const Tiles& work, const DenseTensor* tensors, DType dtype, const float* factor) {
+  with_dtype(dtype, [&](auto storage) {
+    launch_blocks(queue, work.n_tiles, "scale", scale_kernel<decltype(storage)>, work, tensors, factor);
+  });
+}
+
+void zero(const Queue& queue, const Tiles& work, const DenseTensor* tensors, DType dtype) {
+  with_width(dtype, [&](auto word) {
+    launch_blocks(queue, work.n_tiles, "zero", zero_kernel<decltype(word)>, work, tensors);
+  });
+}
+
+void copy(const Queue& queue, const Tiles& work, const PackedTensor* tensors, DType dtype, bool gather) {
+  with_width(dtype, [&](auto word) {
+    launch_blocks(queue, work.n_tiles, "copy", copy_kernel<decltype(word)>, work, tensors, gather);
+  });
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+const char* refusal(int device) {
+  const OnDevice current(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, zero_kernel<uint32_t>);
+  return status == cudaSuccess ? "" : cudaGetErrorString(status);
+}
+
+}  // namespace safefreeze::cuda
