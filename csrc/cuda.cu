@@ -65,9 +65,14 @@ struct alignas(n * sizeof(T) < access ? n * sizeof(T) : access) Values {
 // with that on the other, for which there are not enough registers.
 template <typename T, int n>
 __device__ __forceinline__ void pin(Values<T, n>& values) {
-  uint32_t* const words = reinterpret_cast<uint32_t*>(&values);
+  char* const bytes = reinterpret_cast<char*>(&values);
 #pragma unroll
-  for (size_t i = 0; i < sizeof(values) / 4; ++i) asm volatile("" : "+r"(words[i]));
+  for (size_t i = 0; i < sizeof(values) / 4; ++i) {
+    uint32_t word;
+    std::memcpy(&word, bytes + 4 * i, 4);
+    asm volatile("" : "+r"(word));
+    std::memcpy(bytes + 4 * i, &word, 4);
+  }
 }
 
 // n neighbours from the tile's element `here`; a list visits those whose bit is set in `chosen`.

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Final, Literal, NamedTuple, overload
+from typing import Any, Final, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ class ClippedNorm(NamedTuple):
 
     live: Tensor  # norm over live elements: what was clipped by
     raw: Tensor  # norm over all elements, frozen ones included: what torch would have clipped by
+
+
+@runtime_checkable
+class StepsGradients(Protocol):
+    """An optimizer that applies a factor to gradients inside its next step: `MaskedAdamW`, `MaskedAdam`."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def plan(self) -> FreezePlan | None: ...
+
+    def multiply_gradients_(self, factor: Tensor) -> None: ...
 
 
 class _Bound:
@@ -233,23 +245,26 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
 
 @overload
 def clip_grad_norm_(
-    model: Model, max_norm: float, plan: FreezePlan | None = ..., norm_type: float = ...,
-    error_if_nonfinite: bool = ..., *, return_raw: Literal[False] = ..., backend: str = ...,
+    model: Model, max_norm: float | Tensor, plan: FreezePlan | None = ..., norm_type: float = ...,
+    error_if_nonfinite: bool = ..., *, return_raw: Literal[False] = ..., optimizer: StepsGradients | None = ...,
+    backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def clip_grad_norm_(
-    model: Model, max_norm: float, plan: FreezePlan | None = ..., norm_type: float = ...,
-    error_if_nonfinite: bool = ..., *, return_raw: Literal[True], backend: str = ...,
+    model: Model, max_norm: float | Tensor, plan: FreezePlan | None = ..., norm_type: float = ...,
+    error_if_nonfinite: bool = ..., *, return_raw: Literal[True], optimizer: StepsGradients | None = ...,
+    backend: str = ...,
 ) -> ClippedNorm: ...  # fmt: skip
 @torch.no_grad()
 def clip_grad_norm_(
     model: Model,
-    max_norm: float,
+    max_norm: float | Tensor,
     plan: FreezePlan | None = None,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     *,
     return_raw: bool = False,
+    optimizer: StepsGradients | None = None,
     backend: str = "auto",
 ) -> Tensor | ClippedNorm:
     """`torch.nn.utils.clip_grad_norm_` over live elements only: frozen gradients neither count nor change.
@@ -265,9 +280,19 @@ def clip_grad_norm_(
         norm_type: 2.0, 1.0 or ``math.inf``.
         error_if_nonfinite: raise if the live norm is NaN or inf.
         return_raw: also return the norm that counts frozen elements (one more pass, over the frozen part).
+        optimizer: a `MaskedAdamW` or `MaskedAdam` of exactly these parameters. Gradients are then left as they are and
+            the factor is applied inside its next step, which saves reading and writing them once more. The result is
+            the same, but for one rounding of 16-bit gradients. ``optimizer.zero_grad()`` drops a factor no step took,
+            another call replaces it. The plan may be left out: it is the optimizer's.
 
     Returns:
-        The live norm before clipping, a 0-dim float32 tensor; with ``return_raw`` a `ClippedNorm`.
+        The live norm before clipping, a 0-dim float32 tensor on the gradients' device; with ``return_raw`` a
+        `ClippedNorm`. On a GPU nothing waits for it, unless ``error_if_nonfinite``.
+
+    Raises:
+        ValueError: the plan does not fit the model; gradients on several devices; ``optimizer`` has other parameters or
+            another plan than the model.
+        TypeError: ``optimizer`` is none of ours.
     """
     operation = "clip_grad_norm_"
     kind = _NORM_KINDS.get(float(norm_type))
@@ -275,31 +300,62 @@ def clip_grad_norm_(
         raise ValueError(f"{operation}: norm_type is {norm_type}, expected 2.0, 1.0 or inf")
     if not isinstance(max_norm, (int, float, Tensor)):
         raise TypeError(f"{operation}: max_norm is a {type(max_norm).__name__}, expected a number >= 0")
-    max_norm = float(max_norm)
-    if not max_norm >= 0:
+    if isinstance(max_norm, Tensor) and max_norm.device.type != "cpu":
+        max_norm = max_norm.detach().double().reshape(())  # to look at it would be to wait for it
+    elif not (max_norm := float(max_norm)) >= 0:
         raise ValueError(f"{operation}: max_norm is {max_norm}, expected a number >= 0")
+    if optimizer is not None:
+        if not isinstance(optimizer, StepsGradients):
+            raise TypeError(
+                f"{operation}: optimizer is a {type(optimizer).__name__}, expected a MaskedAdamW or MaskedAdam (unwrap "
+                "a wrapper first, for example accelerated.optimizer); for another one, clip without optimizer="
+            )
+        plan = plan if plan is not None else optimizer.plan
     bound, params = _bind(model, plan, operation)
+    if optimizer is not None:
+        _check_same_gradients(optimizer, params, bound.names, plan or FreezePlan())
     grads = _Contiguous(
         read_gradients(bound.gradients, params, bound.names, bound.shapes, operation), bound.names, operation
     )
     chosen = _one_backend(backend, grads.tensors, operation)
+    # On the gradients' device from here on: nothing waits for it.
     live = chosen.norm(bound.live, grads.tensors, kind)
-    frozen = 0.0
+    norm = live.sqrt() if kind == "sum_of_squares" else live
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"{operation}: the live gradient norm is {norm.item()}; nothing was clipped")
+    raw = norm
     if return_raw:
-        frozen = chosen.norm(bound.frozen, grads.tensors[: bound.n_masked], kind)
-    norm, raw = _norm_of(kind, live), _norm_of(kind, live, frozen)
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(f"{operation}: the live gradient norm is {norm}; nothing was clipped")
-    factor = max_norm / (norm + 1e-6)
-    if not factor >= 1.0:  # NaN included: torch spreads a NaN norm too
-        chosen.scale_(bound.live, grads.tensors, factor)
+        frozen = chosen.norm(bound.frozen, grads.tensors[: bound.n_masked], kind).to(live.device)
+        both = torch.maximum(live, frozen) if kind == "largest_absolute" else live + frozen
+        raw = both.sqrt() if kind == "sum_of_squares" else both
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()  # NaN stays: torch spreads a NaN norm too
+    if optimizer is None:
+        chosen.scale_(bound.live, grads.tensors, coefficient)
         grads.finish()
-    device = next((g.device for g in grads.tensors if g is not None), None)
-    result = torch.tensor(norm, dtype=torch.float32, device=device)
-    return ClippedNorm(result, torch.tensor(raw, dtype=torch.float32, device=device)) if return_raw else result
+    else:
+        optimizer.multiply_gradients_(coefficient)
+    return ClippedNorm(norm.float(), raw.float()) if return_raw else norm.float()
 
 
-def _norm_of(kind: NormKind, *parts: float) -> float:
-    if kind == "largest_absolute":
-        return math.nan if any(part != part for part in parts) else max(parts)
-    return math.sqrt(sum(parts)) if kind == "sum_of_squares" else sum(parts)
+def _check_same_gradients(
+    optimizer: StepsGradients, params: Sequence[Tensor], names: Sequence[str], plan: FreezePlan
+) -> None:
+    """Raise unless ``optimizer`` steps exactly these parameters, under the same plan."""
+    operation, what = "clip_grad_norm_", type(optimizer).__name__
+    if (optimizer.plan or FreezePlan()).fingerprint != plan.fingerprint:
+        raise ValueError(
+            f"{operation}: optimizer is a {what} with another freeze plan; pass the plan it has, or leave plan out"
+        )
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    known = set(map(id, stepped))
+    for p, name in zip(params, names, strict=True):
+        if p.requires_grad and id(p) not in known:
+            raise ValueError(
+                f"{operation}: {name!r} is in the model but not in optimizer, and its gradient would stay unclipped; "
+                "give it to the optimizer, or clip without optimizer="
+            )
+    if len(known) > sum(p.requires_grad for p in params):
+        raise ValueError(
+            f"{operation}: optimizer has {len(known)} parameters, expected the model's {len(params)}: others would be "
+            "scaled by a norm that does not count them; pass the model that holds them all, or clip without optimizer="
+        )

@@ -133,6 +133,7 @@ class MaskedAdam(Optimizer):
         self._launch_key: Any = None
         self._whereabouts: Whereabouts | None = None
         self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
+        self._clip: Tensor | None = None  # what the next step multiplies gradients by
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
@@ -231,15 +232,28 @@ class MaskedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        amp = _Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         captured = all(group["capturable"] for group in self.param_groups)
-        if not captured and amp.found_inf is not None and amp.found_inf.item() != 0:
+        if not captured and found_inf is not None and found_inf.item() != 0:
+            self._clip = None
             return loss
         launches = self._compiled()
-        prepared = [launch.prepare(self.param_groups, amp) for launch in launches]
+        prepared = [launch.prepare(self.param_groups) for launch in launches]
+        multiplier = _multiplier(grad_scale, self._clip)
         for launch, (grads, scalars, scalar_set) in zip(launches, prepared, strict=True):
-            launch.run(grads, scalars, scalar_set)
+            launch.run(grads, scalars, scalar_set, multiplier, found_inf)
+        self._clip = None
         return loss
+
+    def multiply_gradients_(self, factor: Tensor) -> None:
+        """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
+        then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this."""
+        self._clip = factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; drops what `multiply_gradients_` said of these gradients."""
+        self._clip = None
+        super().zero_grad(set_to_none)
 
     def _compiled(self) -> list[_Launch]:
         """Launches for the present parameters, state and gradients; compiled anew only if one of them was replaced."""
@@ -425,7 +439,7 @@ class MaskedAdam(Optimizer):
             for hook in hooks:
                 hook.remove()
         self._ages = loaded["ages"]
-        self._launch_key = None
+        self._launch_key = self._clip = None
 
     def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
         """``given`` with moments packed to this plan, in this optimizer's dtype, veiled; and the ages it carries."""
@@ -487,7 +501,7 @@ class MaskedAdam(Optimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._launches, self._launch_key, self._whereabouts, self._waiting = [], None, None, []
+        self._launches, self._launch_key, self._whereabouts, self._waiting, self._clip = [], None, None, [], None
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -609,13 +623,13 @@ class _Launch:
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
         return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
 
-    def prepare(self, groups: list[dict[str, Any]], amp: _Amp) -> tuple[GradientList, Any, np.ndarray]:
+    def prepare(self, groups: list[dict[str, Any]]) -> tuple[GradientList, Any, np.ndarray]:
         """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
-        grads, multiplier = self.read_gradients(), amp.multiplier
+        grads = self.read_gradients()
         if grads.plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
-                values = _group_scalars(groups[group], self.uniform_count + 1, multiplier)
+                values = _group_scalars(groups[group], self.uniform_count + 1)
                 _SCALAR_ROW.pack_into(self.scalar_memory, row * SCALARS.itemsize, *values)
             return grads, self.scalars, self.set_of_part
         self.uniform_count = None
@@ -624,26 +638,33 @@ class _Launch:
         codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
         scalars = np.empty(len(codes), SCALARS)
         for row, code in enumerate(codes.tolist()):
-            scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1, multiplier)
+            scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1)
         return grads, scalars, inverse.astype(np.int32)
 
-    def run(self, grads: GradientList, scalars: Any, scalar_set: np.ndarray) -> None:
+    def run(
+        self, grads: GradientList, scalars: Any, scalar_set: np.ndarray, multiplier: Tensor | None, skip: Tensor | None
+    ) -> None:
+        if multiplier is not None:
+            multiplier = multiplier.to(self.params[0].device)
+        skip = skip if self.on_device else None  # else the host looked at it
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
                 self.operands.params[i] = self.params[i].detach().contiguous()
             self.operands.native = None
-        self.backend.adamw_(self.work, self.operands, scalars, scalar_set, **self.flags)
+        self.backend.adamw_(
+            self.work, self.operands, scalars, scalar_set, **self.flags, skip=skip, multiplier=multiplier
+        )
         for i in self.strided:
             if grads[i] is not None:
                 self.params[i].detach().copy_(self.operands.params[i])
         self.operands.grads = GradientList()
-        self.count()
+        self.count(skip)
         changed = self.params if grads.plain else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)
 
-    def count(self) -> None:
-        """One more step, for tensors that had a gradient."""
+    def count(self, skip: Tensor | None) -> None:
+        """One more step, for tensors that had a gradient; none where ``skip`` is not 0."""
         self.counts += np.float32(1.0) if self.counting is None else self.counting
         self._note_counts()
 
@@ -674,18 +695,17 @@ class _CapturableLaunch(_Launch):
         self.counted: tuple[bytes, Tensor] | None = None
 
     @torch.no_grad()
-    def prepare(self, groups: list[dict[str, Any]], amp: _Amp) -> tuple[GradientList, Any, np.ndarray]:
-        grads, multiplier = self.read_gradients(), amp.multiplier_on(self.steps.device)
+    def prepare(self, groups: list[dict[str, Any]]) -> tuple[GradientList, Any, np.ndarray]:
+        grads = self.read_gradients()
         ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
         rows = [
-            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], multiplier)
+            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1])
             for group, members in self.set_of_group
         ]
-        self.flags["skip"] = self.skip = amp.found_inf
         return grads, torch.cat(rows), self.set_of_part
 
-    def count(self) -> None:
-        one: Any = 1.0 if self.skip is None else (self.skip.reshape(()) == 0).float()
+    def count(self, skip: Tensor | None) -> None:
+        one: Any = 1.0 if skip is None else (skip.reshape(()) == 0).float()
         if self.counting is not None:
             key = self.counting.tobytes()
             if self.counted is None or self.counted[0] != key:
@@ -694,28 +714,18 @@ class _CapturableLaunch(_Launch):
         self.steps.add_(one)
 
 
-@dataclass
-class _Amp:
-    """What `torch.amp.GradScaler` hands over: one-element float32 tensors."""
-
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-    @property
-    def multiplier(self) -> float:
-        """What gradients are multiplied by: one IEEE float32 division, as on a device."""
-        return 1.0 if self.grad_scale is None else float(np.float32(1.0) / np.float32(self.grad_scale.item()))
-
-    def multiplier_on(self, device: torch.device) -> Tensor:
-        if self.grad_scale is None:
-            return torch.ones((), dtype=torch.float64, device=device)
-        return (1.0 / self.grad_scale.to(device).reshape(()).float()).double()
+def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None:
+    """What gradients are multiplied by: one IEEE float32 division and one product, the same on every device."""
+    if grad_scale is None:
+        return clip
+    unscale = 1.0 / grad_scale.detach().float().reshape(())
+    return unscale if clip is None else unscale * clip.to(unscale.device)
 
 
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _scalars_on_device(group: dict[str, Any], step: Tensor, multiplier: Tensor) -> Tensor:
+def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
     """Words of `SCALARS` rows, int32 [steps, 11], from float64 ``step`` counts; tensors in ``group`` are read there."""
     betas = group["betas"]
     known = {"lr": 0.0} if isinstance(group["lr"], Tensor) else {}
@@ -727,7 +737,7 @@ def _scalars_on_device(group: dict[str, Any], step: Tensor, multiplier: Tensor) 
     words = adamw_scalars(
         lr=there(group["lr"]), betas=(there(betas[0]), there(betas[1])), eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]), step=step, decoupled=group["decoupled_weight_decay"],
-        maximize=group["maximize"], grad_multiplier=multiplier,
+        maximize=group["maximize"],
     )  # fmt: skip
     columns = [torch.as_tensor(word, dtype=torch.float64, device=step.device).expand_as(step) for word in words]
     floats = torch.stack(columns[:-1], dim=1).float().view(torch.int32)
@@ -740,7 +750,7 @@ def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
     return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
 
 
-def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple[float, ...]:
+def _group_scalars(group: dict[str, Any], step: int) -> tuple[float, ...]:
     lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
     beta1, beta2 = group["betas"]
     beta1, beta2 = float(beta1), float(beta2)
@@ -754,7 +764,7 @@ def _group_scalars(group: dict[str, Any], step: int, multiplier: float) -> tuple
         _check_hyper_parameters(group)
     return adamw_scalars(
         lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
-        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"], grad_multiplier=multiplier,
+        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"],
     )  # fmt: skip
 
 

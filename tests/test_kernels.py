@@ -28,7 +28,7 @@ from safefreeze_kernels.kernels import (
     Part,
     WorkList,
     adamw_scalars,
-    backend_states,
+    backend_state,
     compile_frozen,
     compile_live,
     reference,
@@ -36,7 +36,7 @@ from safefreeze_kernels.kernels import (
 from safefreeze_kernels.kernels.worklist import PIECE, RUN
 from safefreeze_kernels.masks import FreezeMask
 
-BY_NAME: dict[str, Any] = backend_states()
+BY_NAME: dict[str, Any] = {name: backend_state(name) for name in BACKENDS}
 PIECE_ELEMENTS = 32_768  # about what one thread takes at a time
 WORDS = {2: np.uint16, 4: np.uint32}
 
@@ -263,7 +263,7 @@ def test_zero_and_scale_touch_what_the_list_visits(name: str) -> None:
             zeroed, scaled = copies(given_tensors), copies(given_tensors)
             BY_NAME[name].zero_(work, zeroed)
             if not work.frozen:
-                BY_NAME[name].scale_(work, scaled, 0.3)
+                BY_NAME[name].scale_(work, scaled, torch.tensor(0.3))
             for before, flags, zero, scale, mask in zip(given_tensors, chosen, zeroed, scaled, masks, strict=True):
                 if before is None:
                     continue
@@ -336,7 +336,7 @@ def test_norms_count_what_the_list_visits(name: str, kind: Any) -> None:
                 expected = values.max().item() if values.numel() else 0.0
             else:
                 expected = math.fsum((values**2 if kind == "sum_of_squares" else values).tolist())
-            got = BY_NAME[name].norm(work, tensors, kind)
+            got = BY_NAME[name].norm(work, tensors, kind).item()
             # the order of a sum is free: n additions of non-negative doubles, each off by at most 2**-53
             assert got == pytest.approx(expected, rel=max(1, values.numel()) * 2.0**-53, abs=0.0), f"{masks}"
             for tensor, flags in zip(tensors, chosen, strict=True):
@@ -357,11 +357,13 @@ def test_norms_find_one_nan_and_one_inf(name: str, kind: Any, place: int) -> Non
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_scale_rounds_the_factor_to_float32_once(name: str) -> None:
-    factor = 1.0 + 2.0**-24 + 2.0**-30  # between two float32 values; nearest is 1 + 2**-23
-    values = torch.tensor([3.0])
-    BY_NAME[name].scale_(compile_live([FreezeMask((1,))]), [values], factor)
-    assert values.item() == float(np.float32(3.0) * np.float32(1.0 + 2.0**-23))
+@pytest.mark.parametrize("factor", [1.0, 1.5, math.inf, math.nan, 0.0, 0.5])
+def test_a_factor_of_one_or_more_changes_nothing(name: str, factor: float) -> None:
+    """Clipping never lengthens. A NaN norm is spread, as in torch."""
+    values = torch.tensor([3.0, -0.0, math.nan, math.inf, 1e-41])
+    scaled = values.clone()
+    BY_NAME[name].scale_(compile_live([FreezeMask((5,))]), [scaled], torch.tensor(factor))
+    assert_same_bits(scaled, values if factor >= 1.0 else values * factor, f"factor {factor}", any_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------- the step, bit for bit
@@ -505,7 +507,7 @@ def test_every_instruction_set_gives_the_bits_of_the_baseline(isa: str) -> None:
                 for kind in ("sum_of_squares", "sum_of_absolutes", "largest_absolute")
             ]
             scaled, zeroed = copies(step.params), copies(step.params)
-            BY_NAME["cpu"].scale_(live, scaled, 0.7)
+            BY_NAME["cpu"].scale_(live, scaled, torch.tensor(0.7))
             BY_NAME["cpu"].zero_(live, zeroed)
             results.append((step.run(BY_NAME["cpu"]), norms, scaled, zeroed))
         (base, base_norms, *base_rest), (other, other_norms, *other_rest) = results
@@ -636,7 +638,7 @@ def test_threads_are_as_many_as_torch_says(monkeypatch: pytest.MonkeyPatch) -> N
         scalars = np.zeros(1, SCALARS)
         backend.adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=False, amsgrad=False)
         backend.norm(work, [values], "sum_of_squares")
-        backend.scale_(work, [values], 2.0)
+        backend.scale_(work, [values], torch.tensor(0.5))
         backend.zero_(work, [values.clone()])
         backend.gather(work, [values], [torch.zeros(16)])
         backend.scatter_(work, [values.clone()], [torch.zeros(16)])
@@ -733,7 +735,7 @@ for seed in range({seeds}):
                 backend.scatter_(work, step.params, packed)
                 backend.norm(work, step.params, "sum_of_squares")
                 backend.zero_(work, step.params)
-            backend.scale_(step.work, step.params, 0.5)
+            backend.scale_(step.work, step.params, torch.tensor(0.5))
         step.params = step.grads = step.state = packed = None
         kept.clear()
 print("done")
@@ -829,13 +831,13 @@ def test_every_tie_and_a_million_random_floats_are_rounded_as_torch_rounds_them(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize(("name", "isa"), conversion_backends())
-def test_scaling_by_one_changes_no_value(name: str, isa: str, dtype: torch.dtype) -> None:
+def test_scaling_every_value_rounds_once(name: str, isa: str, dtype: torch.dtype) -> None:
     if isa:
         _C.choose_isa(isa)
     values = every_stored_value(dtype) if dtype != torch.float32 else every_tie(torch.float16)
     scaled = values.clone()
-    BY_NAME[name].scale_(compile_live([FreezeMask(values.shape)]), [scaled], 1.0)
-    assert_same_bits(scaled, values, f"{short(dtype)} times one", any_nan=True)
+    BY_NAME[name].scale_(compile_live([FreezeMask(values.shape)]), [scaled], torch.tensor(0.5))
+    assert_same_bits(scaled, (values.float() * 0.5).to(dtype), f"{short(dtype)} halved", any_nan=True)
 
 
 def test_the_rounding_tests_meet_every_case() -> None:

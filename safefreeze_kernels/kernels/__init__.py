@@ -6,9 +6,11 @@ tensor is left alone. Backends:
 
     reference   eager torch, any device: the specification, to be read
     cpu         C++ on CPU tensors (csrc/cpu.cpp), one parallel region per call
+    cuda        CUDA on NVIDIA GPUs (csrc/cuda.cu), one launch per pair of dtypes
+    triton      the same where there is no CUDA compiler, and on AMD GPUs
 
-The arithmetic is csrc/arithmetic.h and its twin reference.py: the same IEEE float32 operations in the same order, so
-backends agree bit for bit.
+The arithmetic is csrc/arithmetic.h and its twins reference.py and triton.py: the same IEEE float32 operations in the
+same order, so backends agree bit for bit. On a GPU everything runs on torch's current stream and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from .worklist import Ages, Part, WorkList, compile_frozen, compile_live
 
 __all__ = [
     "SCALARS", "STORAGE", "AdamWOperands", "Ages", "Backend", "BackendUnavailableError", "NormKind", "Part", "WorkList",
-    "adamw_scalars", "backend_states", "choose_backend", "compile_frozen", "compile_live",
+    "adamw_scalars", "backend_state", "backend_states", "choose_backend", "compile_frozen", "compile_live",
 ]  # fmt: skip
 
+BACKENDS: Final = ("reference", "cpu", "cuda", "triton")
 STORAGE: Final = (torch.float32, torch.bfloat16, torch.float16)
 NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
 
@@ -88,12 +91,17 @@ class AdamWOperands:
     remainders: list[Tensor | None] | None = None  # int16, packed as state is: what bf16 parameters lack of fp32
     numbers: Sequence[int] = ()  # tell tensors apart in the noise of stochastic rounding; () = their places here
     grads: GradientList = field(default_factory=GradientList)
-    native: Any = None  # address and dtype tables, kept by the native backend
+    native: Any = None  # address and dtype tables, kept by the compiled backend that ran last
 
 
-def host_scalars(scalars: np.ndarray | Tensor) -> np.ndarray:
-    """Rows of `SCALARS`, for a backend that runs on the host."""
-    return scalars if isinstance(scalars, np.ndarray) else scalars.cpu().numpy().view(SCALARS).reshape(-1)
+def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:
+    """Rows of `SCALARS`, for a backend that runs on the host, ``multiplier`` worked in."""
+    if not isinstance(scalars, np.ndarray):
+        scalars = scalars.cpu().numpy().view(SCALARS).reshape(-1)
+    if multiplier is not None:
+        scalars = scalars.copy()
+        scalars["grad_multiplier"] *= np.float32(multiplier.item())
+    return scalars
 
 
 class Backend(Protocol):
@@ -101,24 +109,30 @@ class Backend(Protocol):
 
     name: str
 
+    def refusal(self, device: torch.device) -> str:
+        """Why tensors on ``device`` are not taken; "": they are."""
+
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
         *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
+        multiplier: Tensor | None = None,
     ) -> None:  # fmt: skip
         """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses.
 
         Of capturable optimizers ``scalars`` are the rows' words on the tensors' device, int32 [rows, 11]; and where
-        ``skip``, one float32 there, is not 0, everything stays as it is.
+        ``skip``, one float32 there, is not 0, everything stays as it is. ``multiplier``, one float32 there, multiplies
+        each ``grad_multiplier``.
 
         A parameter with a remainder is a float32 master. Others are rounded to nearest, ties to even, or with
         ``stochastic`` up or down at random: Philox on ``seed``, step, tensor number and element.
         """
 
-    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
-        """Sum of squares, sum or maximum of absolute values, over a live or a frozen list, in double."""
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
+        """Sum of squares, sum or maximum of absolute values, over a live or a frozen list: float64, 0-dim, on their
+        device, the same from run to run."""
 
-    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
-        """Multiply by ``factor``, rounded to float32."""
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
+        """Multiply by ``factor``, one float32 on their device. Where it is 1 or more, everything stays as it is."""
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         """Set to zero what the list visits."""
@@ -135,41 +149,75 @@ class BackendUnavailableError(RuntimeError):
 
 
 @functools.cache
-def backend_states() -> dict[str, Backend | str]:
-    """Every backend: the object that runs it, or the reason why it does not run here."""
-    from . import reference
+def backend_state(name: str) -> Backend | str:
+    """The backend, or the reason why it does not run here. Imports no other; makes use of no device."""
+    try:
+        if name == "reference":
+            from . import reference
 
-    states: dict[str, Backend | str] = {"reference": reference.ReferenceBackend()}
+            return reference.ReferenceBackend()
+        if name == "cuda":
+            from . import cuda
+
+            return cuda.load()
+        if name == "triton":
+            from . import triton
+
+            return triton.TritonBackend()
+    except ImportError as error:
+        return str(error)
     try:
         from . import native
 
-        states["cpu"] = native.CpuBackend()
+        return native.CpuBackend()
     except ImportError as error:
-        states["cpu"] = f"the C++ extension is not built ({error}); install a C++17 compiler and reinstall the package"
-    for name in ("triton", "cuda"):
-        states[name] = "not part of this version"
-    return states
+        return f"the C++ extension is not built ({error}); install a C++17 compiler and reinstall the package"
+
+
+def backend_states() -> dict[str, Backend | str]:
+    """`backend_state` of every backend."""
+    return {name: backend_state(name) for name in BACKENDS}
 
 
 def choose_backend(name: str, device: torch.device, operation: str) -> Backend:
-    """The backend for tensors on ``device``. ``"auto"`` takes the fastest that runs; a named one never falls back."""
-    states = backend_states()
-    if name not in ("auto", *states):
-        raise ValueError(f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *states)))}")
+    """The backend for tensors on ``device``. ``"auto"`` takes the fastest that runs; a named one never falls back.
+
+    Raises:
+        ValueError: there is no such backend, or it takes no tensors on this device.
+        BackendUnavailableError: it does not run here.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *BACKENDS)))}"
+        )
     if device.type == "meta":
         raise ValueError(f"{operation}: tensors are on the meta device and hold no values; materialise the model first")
-    if name == "auto":
-        compiled = states["cpu"] if device.type == "cpu" else "no compiled backend for this device in this version"
-        if isinstance(compiled, str):
-            _warn_once(f"{operation}: using the slow 'reference' backend on {device.type} tensors: {compiled}")
-        chosen = states["reference"] if isinstance(compiled, str) else compiled
-    else:
-        chosen = states[name]
-    if isinstance(chosen, str):
-        raise BackendUnavailableError(f"{operation}: backend {name!r} does not run here: {chosen}")
-    if chosen.name == "cpu" and device.type != "cpu":
-        raise ValueError(f"{operation}: backend 'cpu' was given tensors on {device}, expected CPU tensors")
+    if name != "auto":
+        chosen = backend_state(name)
+        if isinstance(chosen, str):
+            raise BackendUnavailableError(f"{operation}: backend {name!r} does not run here: {chosen}")
+        if refusal := chosen.refusal(device):
+            raise ValueError(f"{operation}: backend {name!r} was given tensors on {device}, but {refusal}")
+        return chosen
+    chosen, reasons = _fastest(device)
+    if chosen.name == "reference":
+        _warn_once(f"{operation}: using the slow 'reference' backend on {device.type} tensors: {reasons}")
     return chosen
+
+
+@functools.cache
+def _fastest(device: torch.device) -> tuple[Backend, str]:
+    """The fastest backend that takes tensors on ``device``, and why faster ones do not."""
+    reasons: list[str] = []
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        state = backend_state(name)
+        reason = state if isinstance(state, str) else state.refusal(device)
+        if not isinstance(state, str) and not reason:
+            return state, "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    reference = backend_state("reference")
+    assert not isinstance(reference, str)
+    return reference, "; ".join(reasons)
 
 
 @functools.cache

@@ -89,13 +89,17 @@ def adamw_table(operands: AdamWOperands) -> np.ndarray:
 class CpuBackend:
     name = "cpu"
 
+    def refusal(self, device: torch.device) -> str:
+        return "" if device.type == "cpu" else "it takes CPU tensors only"
+
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
         *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
+        multiplier: Tensor | None = None,
     ) -> None:  # fmt: skip
         if skip is not None and skip.item() != 0:
             return
-        scalars = host_scalars(scalars)
+        scalars = host_scalars(scalars, multiplier)
         if operands.native is None:
             table = adamw_table(operands)
             codes = _codes(operands.params), _codes(operands.exp_avgs)
@@ -108,16 +112,17 @@ class CpuBackend:
             scalars.ctypes.data, l2, amsgrad, stochastic, seed, torch.get_num_threads(),
         )  # fmt: skip
 
-    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
         tensors_at, dtype_at, _keep = _tables(tensors)
         partial = np.zeros(len(work.pieces), np.float64)
         _C.norm(_native(work), tensors_at, dtype_at, _NORMS[kind], partial.ctypes.data, torch.get_num_threads())
-        return float(partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum())
+        result = partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum()
+        return torch.tensor(float(result), dtype=torch.float64)
 
-    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
-        tensors_at, dtype_at, _keep = _tables(tensors)
-        factor = float(np.float32(factor))
-        _C.scale(_native(work), tensors_at, dtype_at, factor, torch.get_num_threads())
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
+        if not (value := factor.item()) >= 1.0:
+            tensors_at, dtype_at, _keep = _tables(tensors)
+            _C.scale(_native(work), tensors_at, dtype_at, value, torch.get_num_threads())
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         tensors_at, dtype_at, _keep = _tables(tensors)

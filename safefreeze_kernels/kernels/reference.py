@@ -100,13 +100,17 @@ _WORD: Final = 0xFFFFFFFF
 class ReferenceBackend:
     name = "reference"
 
+    def refusal(self, device: torch.device) -> str:
+        return ""
+
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
         *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
+        multiplier: Tensor | None = None,
     ) -> None:  # fmt: skip
         if skip is not None and skip.item() != 0:
             return
-        rows = host_scalars(scalars).view(np.recarray)
+        rows = host_scalars(scalars, multiplier).view(np.recarray)
         for part, which in zip(work.parts, scalar_set, strict=True):
             grad = operands.grads[part.tensor]
             if grad is None:
@@ -150,20 +154,20 @@ class ReferenceBackend:
             for tensor, new in zip(state, new_state, strict=True):
                 _packed_matrix(tensor, part)[there] = new
 
-    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> float:
-        total = 0.0
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
+        device = next((tensor.device for tensor in tensors if tensor is not None), None)
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for _, chosen in _visited(work, tensors):
             values = chosen.double().abs()
-            if kind == "largest_absolute":
-                largest = values.max().item() if values.numel() else 0.0
-                total = largest if largest > total or largest != largest else total
-            else:
-                total += (values * values if kind == "sum_of_squares" else values).sum().item()
+            if kind != "largest_absolute":
+                total = total + (values * values if kind == "sum_of_squares" else values).sum()
+            elif values.numel():
+                total = torch.maximum(total, values.max())
         return total
 
-    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: float) -> None:
-        factor = float(np.float32(factor))
-        self._map(work, tensors, lambda values: (values.float() * factor).to(values.dtype))
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
+        if not (value := factor.item()) >= 1.0:
+            self._map(work, tensors, lambda values: (values.float() * value).to(values.dtype))
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         self._map(work, tensors, torch.zeros_like)

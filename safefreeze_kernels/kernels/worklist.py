@@ -102,6 +102,7 @@ class WorkList:
     runs: np.ndarray = field(init=False)
     pieces: np.ndarray = field(init=False)
     native: Any = None  # the extension's view of the arrays, made at first use
+    copies: dict[Any, Any] = field(default_factory=dict)  # device -> the list as GPU kernels read it
 
     def __post_init__(self) -> None:
         self._keep: list[np.ndarray] = []  # what the addresses in `segments` point to
