@@ -1,13 +1,13 @@
 """Builds safefreeze_kernels._C: C++17 and pybind11 only. It neither includes nor links torch, so it needs no torch to
 build, and one build serves every torch version.
 
-Without a working C++ compiler the build says so and goes on: the pure-Python backends still work. Where nvcc is found, the
-CUDA kernels are built too, their runtime linked statically: the result imports where there is no driver. Environment:
+Without a working C++ compiler the build says so and goes on: the pure-Python backends still work. Where nvcc is found,
+the CUDA kernels are built too, their runtime linked statically: the result imports where there is no driver. Variables:
 
     SAFEFREEZE_REQUIRE_NATIVE=1   no C++ compiler is an error
     SAFEFREEZE_CUDA=0 | 1         leave the CUDA kernels out | it is an error if they cannot be built
-    SAFEFREEZE_CUDA_ARCHS         compute capabilities to build for, "80 86 89 90 100 120" unless said otherwise; code for
-                                  the first one is also kept in a form that drivers translate for all later ones
+    SAFEFREEZE_CUDA_ARCHS         compute capabilities to build for, "80 86 89 90 100 120" unless said otherwise; code
+                                  for the first is also kept in a form that drivers translate for all later ones
     SAFEFREEZE_SANITIZE=1         AddressSanitizer and UBSan, without CUDA
 """
 
@@ -54,7 +54,8 @@ def compile_cuda(nvcc, folder):
     targets.append(f"arch=compute_{archs[0]},code=compute_{archs[0]}")
     output = folder / "cuda.o"
     command = [nvcc, "-c", "csrc/cuda.cu", "-o", str(output), "-std=c++17", "-O3", "-fmad=false", "--threads", "2",
-               "-Xcompiler", "-fPIC,-fvisibility=hidden", *(word for t in targets for word in ("-gencode", t))]  # fmt: skip
+               "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
+    command += [word for target in targets for word in ("-gencode", target)]
     subprocess.run(command, check=True)
     listed = subprocess.run([nvcc, "--dryrun", *command[1:]], check=True, capture_output=True, text=True).stderr
     top = next(line.split("=", 1)[1].strip() for line in listed.splitlines() if line.startswith("#$ TOP="))

@@ -4,6 +4,7 @@ from typing import Any
 from torch import Tensor
 
 STRUCT_SIZES: dict[str, int]
+cuda: Any  # what csrc/bindings_cuda.cpp defines; only in builds with CUDA
 
 class Work:
     def __init__(self, segments: int, pieces: int, runs: int, n_pieces: int, frozen: bool) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from safefreeze_kernels.kernels import backend_states
+from safefreeze_kernels import kernels
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -19,7 +20,13 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 # The specification first. A compiled backend that does not run here is left out.
-BACKENDS = tuple(name for name in ("reference", "cpu") if not isinstance(backend_states()[name], str))
+BACKENDS = tuple(name for name in ("reference", "cpu") if not isinstance(kernels.backend_state(name), str))
+if "SAFEFREEZE_TEST_BACKEND" in os.environ:  # the same tests on a backend that is made for GPUs
+    from other_backends import other_backend
+
+    _chosen, _backend_state = other_backend(os.environ["SAFEFREEZE_TEST_BACKEND"]), kernels.backend_state
+    BACKENDS = (_chosen.name,)
+    kernels.backend_state = lambda name: _chosen if name == _chosen.name else _backend_state(name)  # type: ignore[assignment]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

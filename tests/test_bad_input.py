@@ -631,9 +631,12 @@ def test_a_named_backend_that_does_not_run_never_falls_back(operation: str) -> N
 def test_a_missing_extension_is_said_once_and_a_named_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from safefreeze_kernels import kernels
 
-    states = {**kernels.backend_states(), "cpu": "the C++ extension is not built"}
-    monkeypatch.setattr(kernels, "backend_states", lambda: states)
+    state = kernels.backend_state
+    monkeypatch.setattr(
+        kernels, "backend_state", lambda name: "the C++ extension is not built" if name == "cpu" else state(name)
+    )
     kernels._warn_once.cache_clear()
+    kernels._fastest.cache_clear()
     params = parameters()
     with refused(BackendUnavailableError, "cpu", "not built"):
         steps(MaskedAdamW(params.items(), freeze=PLAN, backend="cpu"), params, [1])
@@ -641,6 +644,7 @@ def test_a_missing_extension_is_said_once_and_a_named_one_is_an_error(monkeypatc
         steps(MaskedAdamW(params.items(), freeze=PLAN), params, [1, 2])
     assert len(said) == 1
     kernels._warn_once.cache_clear()
+    kernels._fastest.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ state

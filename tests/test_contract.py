@@ -362,7 +362,7 @@ def test_1_and_4_hold_for_a_thousand_steps_with_decay(backend: str) -> None:
     run_case(Case("decay", {"weight_decay": 0.1}), backend, torch.float32, torch.float32, steps=1000, names=names)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built here")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="of the cpu backend, which is not tested here")
 @pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs(DTYPE_PAIRS))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_4_backends_agree_bit_for_bit(case: Case, dtype: torch.dtype, state_dtype: torch.dtype) -> None:

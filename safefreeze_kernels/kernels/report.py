@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import backend_states
+from . import backend_states, choose_backend
 
 __all__ = ["Info", "info"]
 
@@ -35,10 +35,8 @@ def info() -> Info:
     from .. import __version__
 
     states = backend_states()
-    backends = {
-        name: state if isinstance(state, str) else "runs" if name != "reference" else "runs (eager torch, slow)"
-        for name, state in states.items()
-    }
+    backends = {name: f"not here: {state}" if isinstance(state, str) else "runs" for name, state in states.items()}
+    backends["reference"] = "runs (eager torch, slow)"
     details: dict[str, str] = {}
     if not isinstance(states["cpu"], str):
         from .. import _C
@@ -47,6 +45,19 @@ def info() -> Info:
         backends["cpu"] = f"runs ({_C.isa()}; this processor can: {', '.join(_C.runnable_isas())})"
         details["threads"] = f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
         details["thread team"] = f"torch's own OpenMP, {OPENMP}" if OPENMP else "made per call: torch carries no OpenMP"
+    if not isinstance(states["cuda"], str):
+        from .cuda import versions
+
+        build, driver = versions()
+        backends["cuda"] = f"runs (built with CUDA {build}; the driver knows {driver})"
+    if not isinstance(states["triton"], str):
+        import triton
+
+        backends["triton"] = f"runs (Triton {triton.__version__})"
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        name = torch.cuda.get_device_name(device)
+        details[f"GPU {index}"] = f"{name}: 'auto' takes {choose_backend('auto', device, 'info').name!r}"
     return Info(
         versions={
             "safefreeze_kernels": __version__,
