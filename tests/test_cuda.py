@@ -23,7 +23,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_STATE = kernels.backend_state("cuda")
 needs_gpu = pytest.mark.skipif(isinstance(GPU_STATE, str), reason=f"GPU only: {GPU_STATE}")
 # What else of the suite takes a backend by name.
-SUITE = ("kernels", "contract", "gradients", "guard", "low_precision", "capturable")
+SUITE = ("kernels", "contract", "gradients", "fused_clipping", "guard", "low_precision", "capturable")
 
 
 @pytest.fixture(scope="module")
