@@ -7,7 +7,7 @@ CSRC := $(wildcard csrc/*)
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture sanitize bench lint format clean
+.PHONY: demo test torture sanitize bench wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -42,6 +42,18 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
 	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py gradients.py guard.py proof.py low_precision.py capturable.py)
+
+# One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
+# them. The older one comes with gigabytes of CUDA.
+WHEEL_TORCHES ?= 2.13.0 2.11.0
+wheel: $(VENV)/.installed
+	rm -rf dist build/lib build/wheel
+	SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	for version in $(WHEEL_TORCHES); do \
+	  $(PYTHON) -m venv build/wheel/$$version && \
+	  build/wheel/$$version/bin/python -m pip install --quiet torch==$$version dist/*.whl && \
+	  (cd build/wheel && $$version/bin/python ../../tests/wheel_smoke.py $$(command -v nvcc >/dev/null && echo --cuda)) || exit 1; \
+	done
 
 # Dependencies change seldom, sources often: two stamps.
 $(VENV)/.installed: requirements-dev.txt requirements-model.txt
