@@ -739,7 +739,8 @@ def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
         weight_decay=float(group["weight_decay"]), step=step, decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
     )  # fmt: skip
-    columns = [torch.as_tensor(word, dtype=torch.float64, device=step.device).expand_as(step) for word in words]
+    # filled there: a number copied from the host would be waited for
+    columns = [w.expand_as(step) if isinstance(w, Tensor) else torch.full_like(step, w) for w in words]
     floats = torch.stack(columns[:-1], dim=1).float().view(torch.int32)
     return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
 
