@@ -14,6 +14,12 @@ Storage = Literal["fp32", "bf16"]
 Method = Literal[
     "masked",
     "masked, reference backend",
+    "masked, triton backend",
+    "masked, masters",
+    "clip + masked step",
+    "torch clip + fused step",
+    "apex",
+    "bitsandbytes",
     "torch fused",
     "torch foreach",
     "torch for-loop",

@@ -6,6 +6,7 @@ storage type after every step.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -25,7 +26,7 @@ DTYPES: Final[dict[Storage, torch.dtype]] = {"fp32": torch.float32, "bf16": torc
 HYPER: Final[dict[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 CHECKED_STEPS: Final = 3  # also the warm-up; more than one, so that a wrong state shows in the weights
 LINE: Final = 64  # bytes that move together between memory and cache
-SINGLE_PASS: Final = ("masked", "torch fused")
+SINGLE_PASS: Final = ("masked", "masked, triton backend", "masked, masters", "torch fused")
 T = TypeVar("T")
 _AS_BITS: Final = {2: torch.int16, 4: torch.int32}
 
@@ -44,16 +45,17 @@ class UnavailableError(RuntimeError):
 class Inputs:
     """What all contenders on one `TensorSet` share: starting weights, gradients, masks, and the oracle's results."""
 
-    def __init__(self, tensors: TensorSet, seed: int) -> None:
+    def __init__(self, tensors: TensorSet, seed: int, device: str = "cpu") -> None:
         self.tensors = tensors
         self._seed = seed
+        self._device = torch.device(device)
         self.names = [f"layers.{i}.weight" for i in range(tensors.count)]
         self._cache: dict[Any, Any] = {}
 
     def _draw(self, salt: int, scale: float, storage: Storage) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(1000 * self._seed + salt)
+        generator = torch.Generator(self._device).manual_seed(1000 * self._seed + salt)
         return [
-            (torch.randn(self.tensors.shape, generator=generator) * scale).to(DTYPES[storage])
+            (torch.randn(self.tensors.shape, generator=generator, device=self._device) * scale).to(DTYPES[storage])
             for _ in range(self.tensors.count)
         ]
 
@@ -166,7 +168,7 @@ class Runner:
         for i, want in enumerate(self.inputs.stock(self.contender.weights, self.contender.state)):
             wrong = ~((self.params[i].detach().float() - want).abs() <= _tolerance(want, self.contender))
             if self.masks[i].frozen_count:
-                wrong &= ~self.masks[i].dense()
+                wrong &= ~self.masks[i].dense().to(wrong.device)
             self._report(wrong, i, self.params[i].detach(), want, "live weight")
 
     def check_frozen(self) -> None:
@@ -181,11 +183,12 @@ class Runner:
         for i, (mask, start) in enumerate(zip(self.masks, self.inputs.start(self.contender.weights), strict=True)):
             if mask.frozen_count:
                 now, bits = self.params[i].detach(), _AS_BITS[start.element_size()]
-                self._report((now.view(bits) != start.view(bits)) & mask.dense(), i, now, start, "frozen weight")
+                frozen = mask.dense().to(now.device)
+                self._report((now.view(bits) != start.view(bits)) & frozen, i, now, start, "frozen weight")
 
     def _check_gradients(self) -> None:
         for i, given in enumerate(self.inputs.gradients(self.contender.weights)):
-            want = given.masked_fill(self.masks[i].dense(), 0.0)
+            want = given.masked_fill(self.masks[i].dense().to(given.device), 0.0)
             self._report(self.grads[i].ne(want), i, self.grads[i], want, "gradient")
 
     def _report(self, wrong: Tensor, i: int, got: Tensor, want: Tensor, what: str) -> None:
@@ -211,9 +214,10 @@ class Runner:
             return multiply + (3 * weight + 4 * state) * n + 2 * weight * frozen
         if method not in SINGLE_PASS:
             return None
-        # weights in and out, gradients in: whole lines; both moments in and out: packed
+        # weights in and out, gradients in: whole lines; both moments (and masters' lower halves) in and out: packed
         total = 3 * sum(_live_line_bytes(mask, weight) for mask in self.masks)
-        total += 4 * state * sum(int(np.prod(mask.packed_shape)) for mask in self.masks)
+        packed = sum(int(np.prod(mask.packed_shape)) for mask in self.masks)
+        total += (4 * state + (4 if method == "masked, masters" else 0)) * packed
         return total + sum(mask.bits.nbytes for mask in self.masks if mask.bits is not None)
 
     @property
@@ -261,13 +265,14 @@ def _live_line_bytes(mask: sf.FreezeMask, itemsize: int) -> int:
 # ------------------------------------------------------------------------------------------------- the methods
 
 
-def _masked(runner: Runner, backend: str = "auto") -> Callable[[], Any]:
+def _masked(runner: Runner, backend: str = "auto", master: str | None = None) -> Callable[[], Any]:
     runner.optimizer = sf.MaskedAdamW(
         zip(runner.inputs.names, runner.params, strict=True),
         **HYPER,
         freeze=runner.inputs.plan(runner.contender.freeze),
         backend=backend,
         state_dtype=DTYPES[runner.contender.state],
+        master=master,
     )
     return runner.optimizer.step
 
@@ -288,20 +293,43 @@ def _compiled(runner: Runner) -> Callable[[], Any]:
     return torch.compile(lambda: step())
 
 
-def _optimi(runner: Runner) -> Callable[[], Any]:
+def _clip_and_step(runner: Runner, ours: bool) -> Callable[[], Any]:
+    """Clipping to a norm nothing reaches, so that the result is that of a step alone; what is done is the same."""
+    limit = 1e9
+    if not ours:
+        step = _torch(runner, fused=True)
+
+        def run() -> None:
+            torch.nn.utils.clip_grad_norm_(runner.params, limit)
+            step()
+
+        return run
+    model = _model(zip(runner.inputs.names, runner.params, strict=True))
+    plan = runner.inputs.plan(runner.contender.freeze)
+    own_step = _masked(runner)
+
+    def run_ours() -> None:
+        sf.clip_grad_norm_(model, limit, plan, optimizer=runner.optimizer)  # type: ignore[arg-type]
+        own_step()
+
+    return run_ours
+
+
+def _peer(runner: Runner, module: str, name: str, **flags: Any) -> Callable[[], Any]:
     try:
-        import optimi
+        optimizer = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UnavailableError(f"{error}; pip install torch-optimi") from error
-    runner.optimizer = optimi.AdamW(runner.params, **HYPER)
-    return runner.optimizer.step
+        raise UnavailableError(str(error)) from error
+    peer = runner.optimizer = optimizer(runner.params, **HYPER, **flags)
+    step: Callable[[], Any] = peer.step
+    return step
 
 
 def _mask_step_restore(runner: Runner) -> Callable[[], Any]:
     """Today's practice, in its fastest spelling here: masks in the gradients' dtype, frozen rows saved once."""
     step = _torch(runner, fused=True)
     multiply = _multiply(runner)
-    index = [mask.rows for mask in runner.masks]
+    index = [mask.rows.to(p.device) for mask, p in zip(runner.masks, runner.params, strict=True)]
     saved = [p.detach()[rows].clone() for p, rows in zip(runner.params, index, strict=True)]
 
     @torch.no_grad()
@@ -315,7 +343,7 @@ def _mask_step_restore(runner: Runner) -> Callable[[], Any]:
 
 
 def _multiply(runner: Runner) -> Callable[[], Any]:
-    keep = [(~mask.dense()).to(grad.dtype) for mask, grad in zip(runner.masks, runner.grads, strict=True)]
+    keep = [(~mask.dense()).to(grad) for mask, grad in zip(runner.masks, runner.grads, strict=True)]
     grads = runner.grads
 
     def run() -> None:
@@ -352,7 +380,13 @@ _BUILDERS: Final[dict[str, Callable[[Runner], Callable[[], Any]]]] = {
     "torch foreach": lambda runner: _torch(runner, foreach=True),
     "torch for-loop": lambda runner: _torch(runner, foreach=False, fused=False),
     "torch.compile": _compiled,
-    "optimi": _optimi,
+    "masked, triton backend": lambda runner: _masked(runner, backend="triton"),
+    "masked, masters": lambda runner: _masked(runner, master="remainder"),
+    "clip + masked step": lambda runner: _clip_and_step(runner, ours=True),
+    "torch clip + fused step": lambda runner: _clip_and_step(runner, ours=False),
+    "optimi": lambda runner: _peer(runner, "optimi", "AdamW"),
+    "apex": lambda runner: _peer(runner, "apex.optimizers", "FusedAdam", adam_w_mode=True),
+    "bitsandbytes": lambda runner: _peer(runner, "bitsandbytes.optim", "AdamW", optim_bits=32),
     "mask + step + restore": _mask_step_restore,
     "zero_frozen_grads_": _zero,
     "grad.mul_(mask)": _multiply,
