@@ -290,7 +290,8 @@ def draw(found: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
     axes.barh(places, [row.ratio for row in timed], color="#0072B2", height=0.6)
     around = [[row.ratio - row.low for row in timed], [row.high - row.ratio for row in timed]]
     axes.errorbar([row.ratio for row in timed], places, xerr=around, fmt="none", ecolor="#000000", capsize=2)
-    ends = [max(row.high, row.target or 0) for row in timed]
+    limit = min(max(max(row.high, row.target or 0) for row in timed), 4.0)  # one wild case must not hide the others
+    ends = [min(max(row.high, row.target or 0), limit) for row in timed]
     for place, row, end in zip(places, timed, ends, strict=True):
         if row.target is not None:
             axes.plot([row.target] * 2, [place - 0.4, place + 0.4], color="#D55E00", linewidth=2)
@@ -298,7 +299,7 @@ def draw(found: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
         axes.annotate(f" {row.ratio:.2f}{share}", (end, place), va="center", fontsize=8)
     axes.set_yticks(places, [row.case for row in timed], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(ends))
+    axes.set_xlim(0, 1.45 * limit)
     axes.set_xlabel("time / the other's (orange: target)")
     axes.set_title(f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
