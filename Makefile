@@ -7,7 +7,7 @@ CSRC := $(wildcard csrc/*)
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture sanitize bench wheel lint format clean
+.PHONY: demo test torture sanitize bench sass gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -21,6 +21,16 @@ torture: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(PY) -m benchmarks
+
+# On a machine with a GPU: build, test, sanitize, measure, write benchmarks/results; under 9 minutes. Takes the python that
+# has the GPU's torch, and installs nothing.
+GPU_PYTHON ?= python3
+gpu:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+# What the GPU kernels are compiled to; needs no GPU. ARGS="--quick --arch 90", for example.
+sass: $(VENV)/.built
+	$(PY) -m benchmarks.sass $(ARGS)
 
 lint: $(VENV)/.built
 	$(PY) -m ruff check .

@@ -4,7 +4,8 @@ Needs no GPU. Compiles every kernel of kernels/triton.py with the parameters and
 CUDA kernels out of the built extension, or compiles csrc/cuda.cu where that holds none. Disassembles both and prints a
 table. A kernel fails, and with it the command,
 
-    if fewer 16-byte loads or stores are in it than its walk over neighbours needs, for every operand,
+    if fewer 16-byte loads or stores are in it than its walk over neighbours needs, for every operand (one of 8 bytes
+        where a thread holds no more of an operand),
     if it takes more than `CEILING` registers, or spills any,
     if a multiplication and an addition are fused, or may be.
 
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -38,7 +39,6 @@ __all__ = ["CEILING", "Code", "Kernel", "UnavailableError", "cuda_codes", "judge
 
 ARCHS: Final = (80, 90, 100)
 CEILING: Final = 64  # registers per thread: a multiprocessor then holds 1024 threads
-THREADS: Final = 256  # of a block of csrc/cuda.cu
 _REPOSITORY: Final = Path(__file__).parents[1]
 _SOURCE: Final = _REPOSITORY / "csrc" / "cuda.cu"
 _SIZES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "32 bits": 4, "16 bits": 2}
@@ -50,14 +50,15 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel with its compile-time parameters, and the 16-byte accesses that its walk over neighbours needs."""
+    """A kernel with its compile-time parameters. ``loads``, ``stores``: bits of the accesses that its walk over
+    neighbours needs, one entry each."""
 
     backend: str
     name: str
     dtypes: str
     variant: str
-    loads: int
-    stores: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
     settings: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # Triton's
 
     def __str__(self) -> str:
@@ -80,8 +81,11 @@ def judge(code: Code) -> list[str]:
     """What is wrong with it; nothing if it passes."""
     kernel, wrong = code.kernel, []
     for word, found, needed in (("loads", code.loads, kernel.loads), ("stores", code.stores, kernel.stores)):
-        if found.get(128, 0) < needed:
-            wrong.append(f"{found.get(128, 0)} 16-byte {word}, expected {needed}")
+        wrong += [
+            f"{found.get(width, 0)} {width // 8}-byte {word}, expected {needed.count(width)}"
+            for width in sorted(set(needed), reverse=True)
+            if found.get(width, 0) < needed.count(width)
+        ]
     if code.registers > CEILING:
         wrong.append(f"{code.registers} registers, expected at most {CEILING}")
     if code.spilled:
@@ -104,9 +108,12 @@ def _tool(name: str) -> str:
     return found
 
 
-def _run(*command: Any, stdin: str | None = None) -> str:
+def _run(*command: Any, stdin: str | None = None, cwd: str | None = None) -> str:
     words = [str(word) for word in command]
-    found = subprocess.run(words, capture_output=True, text=True, input=stdin)
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, input=stdin, cwd=cwd)
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{words[0]} was not found") from error
     if found.returncode:
         raise RuntimeError(f"{' '.join(words)} failed:\n{found.stderr.strip()}")
     return found.stdout
@@ -155,3 +162,302 @@ def count_fused(ptx: str, *, assembler_fuses: bool = True) -> int:
     """Multiply-adds, and if the assembler fuses, operations that it may: those that name no rounding."""
     fused = len(re.findall(r"\bfma\.", ptx))
     return fused + (len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64|32x2)\b", ptx)) if assembler_fuses else 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+_ROUNDINGS: Final = ("nearest", "stochastic", "remainder")
+_NORMS: Final = ("sum_of_squares", "sum_of_absolutes", "largest_absolute")
+_DTYPES: Final = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "unsigned int": "32 bits", "unsigned short": "16 bits"}
+
+
+def cuda_codes(archs: Sequence[int] | None = None) -> Iterator[Code]:
+    """What became of csrc/cuda.cu.
+
+    Args:
+        archs: compute capabilities; None: those of the built extension, or `ARCHS`.
+
+    Raises:
+        UnavailableError: the extension lacks one of them and there is no CUDA compiler.
+    """
+    extension = _extension()
+    held = _architectures(extension) if extension else set()
+    if extension and held and set(archs or held) <= held:
+        yield from read_binary(extension, archs or sorted(held))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        binary = compile_cuda(_SOURCE, archs or ARCHS, Path(folder))
+        yield from read_binary(binary, archs or ARCHS)
+
+
+def read_binary(binary: Path, archs: Sequence[int], name: Callable[[str], Kernel] | None = None) -> Iterator[Code]:
+    """What a binary holds for these architectures; ``name`` tells the kernel from a demangled name."""
+    tool, binary = _tool("cuobjdump"), binary.resolve()
+    ptx = _entries(_run(tool, "-ptx", binary))
+    with tempfile.TemporaryDirectory() as folder:
+        _run(tool, "-xelf", "all", binary, cwd=folder)
+        for arch in archs:
+            (cubin,) = Path(folder).glob(f"*.sm_{arch}.cubin")
+            functions = disassemble(cubin)
+            readable = _run("c++filt", stdin="\n".join(functions)).splitlines()
+            for (mangled, function), signature in zip(functions.items(), readable, strict=True):
+                registers, spilled, loads, stores = function
+                kernel = (name or cuda_kernel)(signature)
+                yield Code(kernel, arch, registers, spilled, loads, stores, count_fused(ptx[mangled]))
+
+
+def _architectures(binary: Path) -> set[int]:
+    """What a binary holds code for; empty where it holds none for GPUs, of which cuobjdump complains."""
+    found = subprocess.run([_tool("cuobjdump"), "-lelf", str(binary)], capture_output=True, text=True)
+    return {int(arch) for arch in re.findall(r"\.sm_(\d+)\.cubin", found.stdout)}
+
+
+def compile_cuda(source: Path, archs: Sequence[int], folder: Path, *options: str) -> Path:
+    """A fat binary of the source, made as setup.py makes it, with PTX for the first architecture."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise UnavailableError(
+            f"the extension holds no CUDA kernels for {', '.join(map(str, archs))}, and nvcc is missing"
+        )
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs] + [
+        f"arch=compute_{archs[0]},code=compute_{archs[0]}"
+    ]
+    binary = folder / "kernels.fatbin"
+    flags = options or ("-fmad=false",)
+    _run(
+        nvcc,
+        "-fatbin",
+        "-std=c++17",
+        "-O3",
+        *flags,
+        *(w for t in targets for w in ("-gencode", t)),
+        source,
+        "-o",
+        binary,
+    )
+    return binary
+
+
+def _extension() -> Path | None:
+    spec = importlib.util.find_spec("safefreeze_kernels._C")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _entries(ptx: str) -> dict[str, str]:
+    """Kernel -> its PTX, with functions that follow it."""
+    _, *parts = re.split(r"\.entry (\w+)\(", ptx)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def cuda_kernel(signature: str) -> Kernel:
+    """The kernel that a demangled name names."""
+    plain = re.sub(r"\([\w:]+\)(?=\d)|safefreeze::|cuda::|\(anonymous namespace\)::", "", signature)
+    found = re.match(r"(?:void )?(\w+?)(?:_kernel)?(?:<(.*?)>)?\(", plain)
+    if found is None:
+        raise ValueError(f"sass: {signature!r} names no kernel")
+    name, arguments = found[1], (found[2] or "").split(", ")
+    dtypes = [_DTYPES[word] for word in arguments if word in _DTYPES]
+    sizes = [_SIZES[dtype] for dtype in dtypes]
+    others = [word for word in arguments if word not in _DTYPES]
+    if name == "adamw":
+        rounding, amsgrad = _ROUNDINGS[int(others[0])], others[1] == "true"
+        packed = [sizes[1]] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
+        n = 16 // min(sizes)  # elements a thread takes at once
+        variant = [rounding] * (rounding != "nearest") + ["amsgrad"] * amsgrad
+        return _adamw("cuda", dtypes, variant, n, sizes[0], packed)
+    kind = _NORMS[int(others[0])] if name in ("norm", "total") else f"{others[0]} bytes" if name == "upload" else ""
+    # A thread takes 8 elements for a norm, and 16 bytes else. `copy` goes either way; `total` and `upload` are short.
+    loads = _accesses_of(8, sizes) if name == "norm" else (128,) * {"scale": 1, "copy": 2}.get(name, 0)
+    stores = (128,) * {"scale": 1, "copy": 2, "zero": 1}.get(name, 0)
+    return Kernel("cuda", name, ", ".join(dtypes), kind, loads, stores)
+
+
+def _accesses_of(n: int, sizes: Iterable[int]) -> tuple[int, ...]:
+    """Bits of the widest accesses to ``n`` neighbours of operands of these bytes per element."""
+    return tuple(min(128, 8 * n * size) for size in sizes for _ in range(max(n * size // 16, 1)))
+
+
+def _adamw(
+    backend: str, dtypes: Sequence[str], variant: Iterable[str], n: int, param: int, packed: Sequence[int], **more: Any
+) -> Kernel:
+    """A step that takes ``n`` neighbours at once: loads the gradient too, stores all else that it loads."""
+    loads, stores = (_accesses_of(n, sizes) for sizes in ([param, param, *packed], [param, *packed]))
+    return Kernel(backend, "adamw", f"{dtypes[0]}, state {dtypes[1]}", ", ".join(variant), loads, stores, **more)
+
+
+# ----------------------------------------------------------------------------------------------------------- Triton
+
+# Launch arguments, as their tensors' dtypes make them; none is specialised.
+_ARGUMENTS: Final = {
+    "tiles": "*i64", "parts": "*i64", "tensors": "*i64", "addresses": "*i64", "grads": "*i64", "scalar_set": "*i32",
+    "scalars": "*i32", "seed": "*i64", "skip": "*fp32", "multiplier": "*fp32", "partial": "*fp64", "factor": "*fp32",
+}  # fmt: skip
+# What a work list can make a kernel read besides: picked columns, single elements, places of another age.
+_LISTS: Final = {"": (0, False), "columns": (1, False), "elements": (0, True), "ages": (2, False), "all": (2, True)}
+_SHORT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
+    """Every kernel × dtypes × variant; ``quick``: a few that stand for the others.
+
+    Raises:
+        UnavailableError: Triton is not here.
+    """
+    try:
+        from safefreeze_kernels.kernels import triton
+    except ImportError as error:
+        raise UnavailableError(f"{error}; pip install triton") from error
+
+    dtypes = (torch.float32, torch.bfloat16) if quick else tuple(_SHORT)
+    for param in dtypes:
+        for state in (torch.float32, torch.bfloat16):
+            roundings = ["nearest"] + ["stochastic"] * (param.itemsize == 2) + ["remainder"] * (param == torch.bfloat16)
+            for rounding in roundings:
+                for amsgrad in (False, True):
+                    for name, (lists, bits) in _LISTS.items():
+                        if quick and (amsgrad or state != torch.float32 or name not in ("", "elements")):
+                            continue
+                        settings = triton.adamw_settings(
+                            param, state, rounding=rounding, l2=amsgrad, amsgrad=amsgrad, lists=lists, bits=bits
+                        )  # fmt: skip
+                        packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
+                        variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
+                        yield _adamw(
+                            "triton", (_SHORT[param], _SHORT[state]), variant, _per_thread(settings), param.itemsize,
+                            packed, settings=settings,
+                        )  # fmt: skip
+    for dtype in dtypes:
+        for name, (lists, bits) in _LISTS.items():
+            if quick and (name or dtype == torch.float32):
+                continue
+            common = {"dtype": dtype, "lists": lists, "bits": bits}
+            live, frozen = ({**common, "FROZEN": frozen} for frozen in (False, True))
+            for kernel, variant, settings, loads, stores in (
+                *(("norm", kind, triton.settings(**live, KIND=kind), 1, 0) for kind in _NORMS),
+                ("scale", "", triton.settings(**live), 1, 1),
+                ("zero", "", triton.settings(**frozen), 0, 1),
+                ("copy", "gather", triton.settings(**frozen, GATHER=True), 1, 1),
+                ("copy", "scatter", triton.settings(**frozen, GATHER=False), 1, 1),
+            ):
+                words = ", ".join(word for word in (variant, name) if word)
+                wide = _accesses_of(_per_thread(settings), [dtype.itemsize])
+                yield Kernel("triton", kernel, _SHORT[dtype], words, wide * loads, wide * stores, settings)
+
+
+def _per_thread(settings: dict[str, Any]) -> int:
+    """Neighbours that a thread has in flight."""
+    elements: int = settings["BLOCKS"][1] // (32 * settings["num_warps"])
+    return elements
+
+
+def triton_codes(kernels: Iterable[Kernel], archs: Sequence[int], jobs: int) -> Iterator[Code]:
+    """What becomes of them, in order, architecture by architecture."""
+    # In fresh processes: where Triton interprets, it does not compile.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_compile_for_real) as pool:
+        yield from pool.map(
+            _compile_triton, *zip(*((kernel, arch) for kernel in kernels for arch in archs), strict=True)
+        )
+
+
+def _compile_for_real() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _compile_triton(kernel: Kernel, arch: int) -> Code:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from safefreeze_kernels.kernels import triton as ours
+
+    function = getattr(ours, f"{kernel.name}_kernel")
+    constants = {name: kernel.settings[name] for name in function.arg_names if name in kernel.settings}
+    constants |= {name: None for name in ("skip", "multiplier") if name in function.arg_names}
+    options = {name: value for name, value in kernel.settings.items() if name not in constants}
+    signature = {name: "constexpr" if name in constants else _ARGUMENTS[name] for name in function.arg_names}
+    compiled = triton.compile(
+        ASTSource(function, signature, constants), target=GPUTarget("cuda", arch, 32), options=options
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        (found,) = disassemble(binary).values()
+    fused = count_fused(compiled.asm["ptx"], assembler_fuses=compiled.metadata.enable_fp_fusion)
+    return Code(kernel, arch, *found, fused)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description="What GPU kernels are compiled to.")
+    parser.add_argument("--arch", type=int, nargs="+", help=f"compute capabilities (default: {ARCHS}; CUDA: as built)")
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="one of them only")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="kernels whose name matches, as in 'cuda adamw'")
+    parser.add_argument("--quick", action="store_true", help="of Triton's a few that stand for the others")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    given = parser.parse_args(arguments)
+    try:
+        given.chosen = re.compile(given.only, re.IGNORECASE)
+    except re.error as error:
+        parser.error(f"--only {given.only!r} is not a regular expression: {error}")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    given = parse(arguments)
+    looked = failed = 0
+    missing: list[str] = []
+    for backend in ("cuda", "triton"):
+        if given.backend not in (None, backend):
+            continue
+        try:
+            for kernel, codes in groupby(_chosen_codes(backend, given), key=lambda code: code.kernel):
+                looked += 1
+                failed += _print_row(kernel, list(codes), heading=looked == 1)
+        except UnavailableError as error:
+            missing.append(f"{backend}: {error}")
+    print(f"{looked} kernels, {failed} failed; load, store: 16-byte accesses found/needed; fma: fused or fusable")
+    for line in missing:
+        print(f"NOT LOOKED AT: {line}")
+    return 1 if failed or missing or not looked else 0
+
+
+def _chosen_codes(backend: str, given: argparse.Namespace) -> Iterator[Code]:
+    if backend == "triton":
+        kernels = [kernel for kernel in triton_kernels(quick=given.quick) if given.chosen.search(str(kernel))]
+        if kernels:
+            yield from triton_codes(kernels, given.arch or ARCHS, given.jobs)
+        return
+    codes = [code for code in cuda_codes(given.arch) if given.chosen.search(str(code.kernel))]
+    order = {kernel: number for number, kernel in enumerate(dict.fromkeys(code.kernel for code in codes))}
+    yield from sorted(codes, key=lambda code: (code.kernel.name, order[code.kernel], code.arch))
+
+
+def _print_row(kernel: Kernel, codes: list[Code], *, heading: bool) -> bool:
+    """One kernel on every architecture; whether it fails."""
+    if heading:
+        print(
+            f"{'kernel':<13} {'dtypes':<16} {'variant':<32} {'registers by architecture':<31} {'spill':>5} {'load':>5} "
+            f"{'store':>5} {'fma':>3}  verdict"
+        )
+    name = f"{kernel.backend} {kernel.name}"
+    registers = " ".join(f"{code.arch}:{code.registers}" for code in codes)
+    loads, stores = (
+        f"{min(getattr(code, which).get(128, 0) for code in codes)}/{getattr(kernel, which).count(128)}"
+        for which in ("loads", "stores")
+    )
+    spilled, fused = max(code.spilled for code in codes), max(code.fused for code in codes)
+    wrong = [f"sm_{code.arch}: {', '.join(found)}" for code in codes if (found := judge(code))]
+    print(
+        f"{name:<13} {kernel.dtypes:<16} {kernel.variant:<32} {registers:<31} {spilled:>5} {loads:>5} {stores:>5} "
+        f"{fused:>3}  {'; '.join(wrong) or 'ok'}",
+        flush=True,
+    )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -437,7 +437,8 @@ __global__ void __launch_bounds__(threads)
     const bool whole = (misaligned(data) | obstacles(tile, part)) == 0;
     walk<2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8, 4>(
         tile, part, work.frozen, whole, [&](const auto& places) {
-          const auto values = places.load(data);
+          auto values = places.load(data);
+          if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
 #pragma unroll
           for (int i = 0; i < places.size; ++i) {
             if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
