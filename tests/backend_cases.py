@@ -85,7 +85,9 @@ LAYOUTS: Mapping[str, Layout] = {
     "freeze_rows_and_cols": ageless(*(scattered(shape, rows=True, cols=True) for shape in ((9, 40), (5, 450)))),
     "freeze_elements": ageless(*(scattered(shape, elements=True) for shape in ((5,), (8, 24), (3, 330), (9, 33)))),
     "freeze_rows_and_elements": ageless(
-        *(scattered(shape, rows=True, elements=True) for shape in ((9, 24), (5, 320), (4, 257)))
+        *(scattered(shape, rows=True, elements=True) for shape in ((9, 24), (5, 320), (4, 257))),
+        # aligned addresses, in the middle of a byte of the bits
+        FreezeMask((5, 260), rows=[0], elements=scattered((5, 260), elements=True).elements),
     ),
     "freeze_cols_and_elements": ageless(*(scattered(shape, cols=True, elements=True) for shape in ((9, 24), (2, 450)))),
     "thawed_rows": [thawed((9, 24), rows=True), thawed((7, 320), rows=True), thawed((30,), rows=True)],
@@ -98,12 +100,10 @@ LAYOUTS: Mapping[str, Layout] = {
         FreezeMask((5, 2), cols=range(2)),
     ),
     "empty": ageless(*(FreezeMask(shape) for shape in ((0,), (0, 5), (4, 0)))),
-    "many_tiles": ageless(
-        FreezeMask((TILE_ELEMENTS + 9,)),
-        scattered((2, TILE_ELEMENTS + 8), rows=True),
-        scattered((60, 200), cols=True),
-        scattered((1, TILE_ELEMENTS + 520), elements=True),
-    ),
+    "many_tiles": [
+        (FreezeMask((TILE_ELEMENTS + 9,)), None), (scattered((2, TILE_ELEMENTS + 8), rows=True), None),
+        (scattered((2, TILE_ELEMENTS // 2 + 200), elements=True), None), thawed((60, 220), cols=True),
+    ],
     "everything": [
         (FreezeMask((50,)), None), (scattered((5, 257), rows=True), None), (scattered((4, 330), cols=True), None),
         (scattered((9, 40), rows=True, elements=True), None), thawed((9, 24), rows=True, cols=True),

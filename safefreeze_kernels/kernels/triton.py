@@ -1,0 +1,715 @@
+"""The Triton backend: for GPUs without a CUDA compiler at hand, and for AMD's. One launch per pair of dtypes.
+
+With ``TRITON_INTERPRET=1`` in the environment when this is imported, the kernels are interpreted, on CPU tensors.
+
+Arithmetic and conversions are twins of csrc/arithmetic.h: the same IEEE float32 operations in the same
+order, hence ``div_rn``, ``sqrt_rn`` and no fused multiply-add (`OPTIONS`). 16-bit storage travels as integers.
+
+A program takes one tile (device.py). Addresses come from tables in device memory, so one launch serves any number of
+tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
+
+    wide    neighbours in memory, both in the tensor and in its twin, each beginning at 16 bytes: 16-byte accesses
+    others  anything: picked columns, single elements, rows at odd addresses; an element at a time
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-decorators=False, disable-error-code=import-untyped
+# ruff: noqa: N803, N806, RUF059, SIM108, SIM300  # compile-time names are in capitals, as Triton's documentation has them
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import SCALARS, AdamWOperands, NormKind, WorkList
+from .device import TILE, TILE_PART, AdamWTables, DeviceList, Rounding, addresses, device_of
+
+__all__ = ["INTERPRETED", "TritonBackend"]
+
+THREADS: Final = 128  # of a program
+OPTIONS: Final[dict[str, Any]] = (
+    {"enable_fp_fusion": False, "num_warps": 2}
+    if torch.version.hip
+    else {"enable_fp_fusion": False, "num_warps": 4, "maxnreg": 64}
+)
+
+# Words of the tables' rows. Addresses and offsets have 64 bits; what counts elements of one tile has 32.
+_TILE_WORDS = tl.constexpr(TILE.itemsize // 8)
+_PART_WORDS = tl.constexpr(TILE_PART.itemsize // 8)
+_TENSOR_WORDS = tl.constexpr(6)  # struct AdamWTensor in csrc/work.h
+_SCALAR_WORDS = tl.constexpr(SCALARS.itemsize // 4)
+_STEP = tl.constexpr(SCALARS.names.index("step") if SCALARS.names else 0)
+
+
+# ------------------------------------------------------------------------------------------------- the arithmetic
+
+
+# `adamw` of csrc/arithmetic.h in two halves. ``s``: its scalars.
+
+
+@triton.jit
+def moments(p, g, m, v, v_max, s, L2: tl.constexpr, AMSGRAD: tl.constexpr):
+    """New ``m, v, v_max`` in float32, and the second moment to divide by."""
+    grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = s
+    g = g * grad_multiplier
+    if L2:
+        g = g + weight_decay * p
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    second_moment = v
+    if AMSGRAD:
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)  # keeps NaN, as torch.maximum does
+        second_moment = v_max
+    return m, v, v_max, second_moment
+
+
+@triton.jit
+def update(p, m, second_moment, s):
+    """New ``p`` in float32."""
+    grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = s
+    return decay * p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(second_moment), bias2_sqrt) + eps)
+
+
+@triton.jit
+def _to_float(stored, DTYPE: tl.constexpr):
+    """Twin of ``from_bf16`` and ``from_f16``. ``stored``: float32, or the bits of a 16-bit type."""
+    if DTYPE == tl.float32:
+        value = stored
+    elif DTYPE == tl.bfloat16:
+        value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        word = stored.to(tl.int32)
+        magnitude = word & 0x7FFF
+        normal = (magnitude << 13) + tl.where(magnitude >= 0x7C00, 224 << 23, 112 << 23)
+        subnormal = (magnitude.to(tl.float32) * 5.9604644775390625e-8).to(tl.int32, bitcast=True)
+        unsigned = tl.where(magnitude < 0x0400, subnormal, normal)
+        value = (unsigned.to(tl.uint32, bitcast=True) | ((word & 0x8000).to(tl.uint32) << 16)).to(
+            tl.float32, bitcast=True
+        )
+    return value
+
+
+@triton.jit
+def _quiet(value):
+    """The bits of a float32; every NaN as the one NaN that is stored. Nothing added below carries it out of NaN."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+
+
+@triton.jit
+def _to_storage(value, noise, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Twin of ``to_bf16`` and ``to_f16``, both forms of each. ``noise``: int32, 0 to 65535, uniform; if STOCHASTIC."""
+    if DTYPE == tl.float32:
+        stored = value
+    elif DTYPE == tl.bfloat16:
+        bits = _quiet(value)
+        if STOCHASTIC:
+            bits = bits + noise.to(tl.uint32)
+        else:
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        stored = (bits >> 16).to(tl.uint16)
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+        sign = (bits >> 16) & 0x8000
+        magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
+        exponent = magnitude >> 23
+        shift = tl.where(exponent < 102, 31, tl.where(exponent > 125, 1, 126 - exponent))
+        significand = tl.where(exponent < 102, 0, (magnitude & 0x007FFFFF) | 0x00800000)
+        if STOCHASTIC:
+            normal = (magnitude - (112 << 23) + (noise >> 3)) >> 13
+            # noise << shift >> 16, with all its bits
+            below = tl.umulhi(noise.to(tl.uint32) << 16, tl.full(shift.shape, 1, tl.uint32) << shift)
+            subnormal = (significand + below.to(tl.int32)) >> shift
+            result = tl.minimum(tl.where(magnitude < (113 << 23), subnormal, normal), 0x7C00)
+            result = tl.where(magnitude >= 0x47800000, 0x7C00, result)
+        else:
+            normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
+            one = tl.full(shift.shape, 1, tl.int32)
+            subnormal = (significand + ((one << (shift - 1)) - 1) + ((significand >> shift) & 1)) >> shift
+            result = tl.where(magnitude < (113 << 23), subnormal, normal)
+            result = tl.where(magnitude >= 0x477FF000, 0x7C00, result)
+        result = tl.where(magnitude > 0x7F800000, 0x7E00, result)
+        stored = (result.to(tl.uint32) | sign).to(tl.uint16)
+    return stored
+
+
+@triton.jit
+def _from_remainder(stored, remainder):
+    low = remainder.to(tl.int32)
+    high = (stored.to(tl.int32) - (low >> 15)) & 0xFFFF
+    return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_remainder(value):
+    bits = _quiet(value)
+    return ((bits + 0x8000) >> 16).to(tl.uint16), (bits & 0xFFFF).to(tl.uint16)
+
+
+@triton.jit
+def _philox(word0, word1, word2, word3, key0, key1):
+    """Philox4x32-10 on uint32 words; the keys are uint64 holding 32 bits."""
+    for _ in tl.static_range(10):
+        product0 = word0.to(tl.uint64) * 0xD2511F53
+        product1 = word2.to(tl.uint64) * 0xCD9E8D57
+        word0 = (product1 >> 32).to(tl.uint32) ^ word1 ^ key0.to(tl.uint32)
+        word2 = (product0 >> 32).to(tl.uint32) ^ word3 ^ key1.to(tl.uint32)
+        word1 = (product1 & 0xFFFFFFFF).to(tl.uint32)
+        word3 = (product0 & 0xFFFFFFFF).to(tl.uint32)
+        key0 = (key0 + 0x9E3779B9) & 0xFFFFFFFF
+        key1 = (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return word0, word1, word2, word3
+
+
+@triton.jit
+def _noise_of_eight(seed, step, number, group):
+    """Four words: the noise of elements ``8 * group`` to ``8 * group + 7``. ``group``: int64, a block of them."""
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    zero = low & 0
+    key = tl.load(seed).to(tl.uint64, bitcast=True)
+    return _philox(
+        low, (group >> 32).to(tl.uint32), zero + step, zero + number, key & 0xFFFFFFFF,
+        key >> 32,
+    )  # fmt: skip
+
+
+@triton.jit
+def _noise(seed, step, number, start, here, first, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """int32: the 16 bits of noise of each element of a block."""
+    if WIDE:  # whole groups of eight neighbours
+        group = (start >> 3) + (first >> 3) + tl.arange(0, BLOCK // 8)
+        word0, word1, word2, word3 = _noise_of_eight(seed, step, number, group)
+        words = tl.join(
+            tl.join(word0, word2), tl.join(word1, word3)
+        )  # the last two indices, read together, count words
+        noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK // 8, 8]).to(tl.int32)
+    else:
+        element = start + here
+        word0, word1, word2, word3 = _noise_of_eight(seed, step, number, element >> 3)
+        which = (element & 7).to(tl.int32)
+        word = tl.where(which < 4, tl.where(which < 2, word0, word1), tl.where(which < 6, word2, word3))
+        noise = tl.where((which & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
+    return noise
+
+
+# --------------------------------------------------------------------------------------------------------- places
+#
+# WIDE blocks have two indices, groups of eight neighbours: so the compiler sees how many lie together, and keeps the
+# layouts of the two walks apart.
+
+
+@triton.jit
+def _tile(tiles):
+    """This program's row of the tile table."""
+    row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
+    small = row.to(tl.pointer_type(tl.int32)) + 4
+    return tl.load(row), tl.load(row + 1), tl.load(small), tl.load(small + 1), tl.load(small + 2), tl.load(small + 3)
+
+
+@triton.jit
+def _part(parts, part, at, start, LISTS: tl.constexpr, BITS: tl.constexpr):
+    """Addresses of the tile's lists and of its first bit, 0 where there are none; and whether parts interleave."""
+    row = parts + part.to(tl.int64) * _PART_WORDS
+    none = at.to(tl.int64) * 0
+    cols, packed_cols, bits, shared = none, none, none, none
+    if LISTS >= 1:
+        cols = tl.load(row)
+        cols = tl.where(cols != 0, cols + at.to(tl.int64) * 4, 0)
+    if LISTS >= 2:
+        packed_cols = tl.load(row + 1)
+        packed_cols = tl.where(packed_cols != 0, packed_cols + at.to(tl.int64) * 4, 0)
+    if BITS:
+        bits, shared = tl.load(row + 2), tl.load(row + 3)
+        bits = tl.where(bits != 0, bits + (start >> 3), 0)
+    return cols, packed_cols, bits, shared
+
+
+@triton.jit
+def _share(wide, count, WIDE: tl.constexpr):
+    """How many elements of the tile a walk takes: all or none."""
+    return tl.where(wide, count, 0) if WIDE else tl.where(wide, 0, count)
+
+
+@triton.jit
+def _places(first, count, cols, packed_cols, LISTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a tile: places in the tensor and in its twin, both counted from the tile's first, and which exist."""
+    if WIDE:
+        here = first + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        there = here
+        inside = here < (count >> 3 << 3)  # the same number, known to be a multiple of 8
+    else:
+        here = first + tl.arange(0, BLOCK)
+        there = here
+        inside = here < count
+        if LISTS >= 2:
+            listed = packed_cols.to(tl.pointer_type(tl.int32)) + here
+            there = tl.load(listed, mask=here < tl.where(packed_cols != 0, count, 0), other=here)
+        if LISTS >= 1:
+            listed = cols.to(tl.pointer_type(tl.int32)) + here
+            here = tl.load(listed, mask=here < tl.where(cols != 0, count, 0), other=here)
+    return here, there, inside
+
+
+@triton.jit
+def _flags(bits, start, here, first, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the bit of each element of a block is set; False where there are no bits."""
+    count = tl.where(bits != 0, count, 0)
+    if WIDE:  # the tile begins with a byte
+        byte = (first >> 3) + tl.arange(0, BLOCK // 8)[:, None]
+        bit = tl.arange(0, 8)[None, :]
+        inside = byte < (count >> 3)
+    else:
+        place = (start & 7).to(tl.int32) + here
+        byte = place >> 3
+        bit = place & 7
+        inside = first + tl.arange(0, BLOCK) < count
+    word = tl.load(bits.to(tl.pointer_type(tl.uint8)) + byte, mask=inside, other=0)
+    return ((word.to(tl.int32) >> bit) & 1) != 0
+
+
+@triton.jit
+def _chosen(inside, bits, start, here, first, count, FROZEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which elements of a block the list visits."""
+    flags = _flags(bits, start, here, first, count, WIDE, BLOCK)
+    return tl.where(bits == 0, inside, inside & (flags == FROZEN))
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """A pointer to words of the dtype's width: float32, or the bits of a 16-bit type."""
+    pointer = address.to(tl.pointer_type(tl.float32 if DTYPE == tl.float32 else tl.uint16))
+    return tl.multiple_of(pointer, 16) if WIDE else pointer
+
+
+@triton.jit
+def _size(DTYPE: tl.constexpr):
+    return DTYPE.primitive_bitwidth // 8
+
+
+# -------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "parts", "tensors", "grads", "scalar_set", "scalars", "seed", "skip", "multiplier"]
+)
+def adamw_kernel(
+    tiles, parts, tensors, grads, scalar_set, scalars, seed, skip, multiplier,
+    PARAM: tl.constexpr, STATE: tl.constexpr, ROUNDING: tl.constexpr, L2: tl.constexpr, AMSGRAD: tl.constexpr,
+    LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    start, packed, tensor, part, count, at = _tile(tiles)
+    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    row = tensors + tensor.to(tl.int64) * _TENSOR_WORDS
+    grad = tl.load(grads + tensor)
+    run = grad != 0
+    if skip is not None:
+        run = run & (tl.load(skip) == 0)
+    count = tl.where(run, count, 0)
+    p_at = tl.load(row) + start * _size(PARAM)
+    g_at = grad + start * _size(PARAM)
+    m_at = tl.load(row + 1) + packed * _size(STATE)
+    v_at = tl.load(row + 2) + packed * _size(STATE)
+    v_max_at = v_at
+    remainder_at = v_at
+    if AMSGRAD:
+        v_max_at = tl.load(row + 3) + packed * _size(STATE)
+    if ROUNDING == "remainder":
+        remainder_at = tl.load(row + 4) + packed * 2
+    row_of_scalars = scalars + tl.load(scalar_set + part) * _SCALAR_WORDS
+    s = _scalars(row_of_scalars, multiplier)
+    obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols
+    if BITS:  # a frozen element's old bytes are stored again, which nobody else may change meanwhile
+        obstacles = obstacles | shared | (start & 7)
+    if ROUNDING == "stochastic":
+        step = tl.load(row_of_scalars + _STEP).to(tl.uint32, bitcast=True)
+        number = (tl.load(row + 5) & 0xFFFFFFFF).to(tl.uint32)
+        obstacles = obstacles | (start & 7)  # eight neighbours share noise
+    for WIDE in tl.static_range(2):
+        share = _share(obstacles == 0, count, WIDE)
+        for first in range(0, share, BLOCKS[WIDE]):
+            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            if BITS and not WIDE:
+                inside = inside & (_flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE]) == 0)
+            p_ptr = _pointer(p_at, PARAM, WIDE) + here
+            m_ptr = _pointer(m_at, STATE, WIDE) + there
+            v_ptr = _pointer(v_at, STATE, WIDE) + there
+            old_p = tl.load(p_ptr, mask=inside, other=0)
+            g = tl.load(_pointer(g_at, PARAM, WIDE) + here, mask=inside, other=0)
+            old_m = tl.load(m_ptr, mask=inside, other=0)
+            old_v = tl.load(v_ptr, mask=inside, other=0)
+            old_v_max = old_v
+            if AMSGRAD:
+                v_max_ptr = _pointer(v_max_at, STATE, WIDE) + there
+                old_v_max = tl.load(v_max_ptr, mask=inside, other=0)
+            if ROUNDING == "remainder":
+                remainder_ptr = _pointer(remainder_at, tl.bfloat16, WIDE) + there
+                old_remainder = tl.load(remainder_ptr, mask=inside, other=0)
+                p = _from_remainder(old_p, old_remainder)
+            else:
+                p = _to_float(old_p, PARAM)
+            m, v, v_max, second_moment = moments(
+                p, _to_float(g, PARAM), _to_float(old_m, STATE), _to_float(old_v, STATE), _to_float(old_v_max, STATE),
+                s, L2, AMSGRAD,
+            )  # fmt: skip
+            if BITS and WIDE:
+                frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
+            # Stored now, they leave registers for the divisions.
+            new_m = _to_storage(m, here, STATE, False)
+            new_v = _to_storage(v, here, STATE, False)
+            if BITS and WIDE:
+                new_m = tl.where(frozen, old_m, new_m)
+                new_v = tl.where(frozen, old_v, new_v)
+            tl.store(m_ptr, new_m, mask=inside)
+            tl.store(v_ptr, new_v, mask=inside)
+            if AMSGRAD:
+                new_v_max = _to_storage(v_max, here, STATE, False)
+                if BITS and WIDE:
+                    new_v_max = tl.where(frozen, old_v_max, new_v_max)
+                tl.store(v_max_ptr, new_v_max, mask=inside)
+            if ROUNDING == "stochastic":
+                noise = _noise(seed, step, number, start, here, first, WIDE, BLOCKS[WIDE])
+            p = update(p, m, second_moment, s)
+            if ROUNDING == "remainder":
+                new_p, new_remainder = _to_remainder(p)
+                if BITS and WIDE:
+                    new_remainder = tl.where(frozen, old_remainder, new_remainder)
+                tl.store(remainder_ptr, new_remainder, mask=inside)
+            elif ROUNDING == "stochastic":
+                new_p = _to_storage(p, noise, PARAM, True)
+            else:
+                new_p = _to_storage(p, here, PARAM, False)
+            if BITS and WIDE:
+                new_p = tl.where(frozen, old_p, new_p)
+            tl.store(p_ptr, new_p, mask=inside)
+
+
+@triton.jit
+def _scalars(row, multiplier):
+    """The float32 words of a row of scalars, as `adamw` takes them."""
+    grad_multiplier = tl.load(row).to(tl.float32, bitcast=True)
+    if multiplier is not None:
+        grad_multiplier = grad_multiplier * tl.load(multiplier)
+    return (
+        grad_multiplier,
+        tl.load(row + 1).to(tl.float32, bitcast=True),
+        tl.load(row + 2).to(tl.float32, bitcast=True),
+        tl.load(row + 3).to(tl.float32, bitcast=True),
+        tl.load(row + 4).to(tl.float32, bitcast=True),
+        tl.load(row + 5).to(tl.float32, bitcast=True),
+        tl.load(row + 6).to(tl.float32, bitcast=True),
+        tl.load(row + 7).to(tl.float32, bitcast=True),
+        tl.load(row + 8).to(tl.float32, bitcast=True),
+        tl.load(row + 9).to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "addresses", "partial"])
+def norm_kernel(
+    tiles, parts, addresses, partial,
+    DTYPE: tl.constexpr, KIND: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One double per tile."""
+    start, packed, tensor, part, count, at = _tile(tiles)
+    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    data = tl.load(addresses + tensor)
+    data_at = data + start * _size(DTYPE)
+    count = tl.where(data != 0, count, 0)
+    obstacles = (data_at & 15) | (count & 7) | cols
+    if BITS:
+        obstacles = obstacles | (start & 7)
+    result = 0.0
+    for WIDE in tl.static_range(2):
+        # A float's magnitude orders as its bits do, and every NaN lies above infinity.
+        # Of eight neighbours, only the total is kept.
+        total = tl.zeros(
+            [BLOCKS[WIDE] // 8 if WIDE else BLOCKS[WIDE]], tl.int32 if KIND == "largest_absolute" else tl.float64
+        )
+        share = _share(obstacles == 0, count, WIDE)
+        for first in range(0, share, BLOCKS[WIDE]):
+            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            stored = tl.load(_pointer(data_at, DTYPE, WIDE) + here, mask=inside, other=0)
+            if BITS:
+                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+            magnitude = tl.where(inside, _to_float(stored, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+            value = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
+            if KIND == "largest_absolute":
+                total = tl.maximum(total, tl.max(magnitude, 1) if WIDE else magnitude)
+            else:
+                if KIND == "sum_of_squares":
+                    value *= value
+                total += tl.sum(value, 1) if WIDE else value
+        if KIND == "largest_absolute":
+            result += tl.max(total).to(tl.float32, bitcast=True)  # one of the two is 0
+        else:
+            result += tl.sum(total)
+    tl.store(partial + tl.program_id(0), result)
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "addresses", "factor"])
+def scale_kernel(
+    tiles, parts, addresses, factor,
+    DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    start, packed, tensor, part, count, at = _tile(tiles)
+    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    multiplier = tl.load(factor)
+    data = tl.load(addresses + tensor)
+    data_at = data + start * _size(DTYPE)
+    count = tl.where((data != 0) & ((multiplier >= 1) == 0), count, 0)  # a multiplier of NaN is not 1 or more
+    obstacles = (data_at & 15) | (count & 7) | cols
+    if BITS:
+        obstacles = obstacles | shared | (start & 7)
+    for WIDE in tl.static_range(2):
+        share = _share(obstacles == 0, count, WIDE)
+        for first in range(0, share, BLOCKS[WIDE]):
+            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            if BITS:
+                frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
+                if not WIDE:
+                    inside = inside & (frozen == 0)
+            pointer = _pointer(data_at, DTYPE, WIDE) + here
+            old = tl.load(pointer, mask=inside, other=0)
+            new = _to_storage(_to_float(old, DTYPE) * multiplier, here, DTYPE, False)
+            if BITS and WIDE:
+                new = tl.where(frozen, old, new)
+            tl.store(pointer, new, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "addresses"])
+def zero_kernel(
+    tiles, parts, addresses,
+    DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    start, packed, tensor, part, count, at = _tile(tiles)
+    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    data = tl.load(addresses + tensor)
+    data_at = data + start * _size(DTYPE)
+    count = tl.where(data != 0, count, 0)
+    obstacles = (data_at & 15) | (count & 7) | cols | bits
+    for WIDE in tl.static_range(2):
+        share = _share(obstacles == 0, count, WIDE)
+        for first in range(0, share, BLOCKS[WIDE]):
+            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            if BITS and not WIDE:
+                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+            pointer = _pointer(data_at, DTYPE, WIDE) + here
+            tl.store(pointer, tl.zeros(inside.shape, pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "addresses"])
+def copy_kernel(
+    tiles, parts, addresses,
+    DTYPE: tl.constexpr, GATHER: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A live list's twin keeps a place, holding zero, for a frozen single element; a frozen list's twin has no gaps."""
+    start, packed, tensor, part, count, at = _tile(tiles)
+    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    data_at = tl.load(addresses + tensor * 2) + start * _size(DTYPE)
+    twin_at = tl.load(addresses + tensor * 2 + 1) + packed * _size(DTYPE)
+    obstacles = ((data_at | twin_at) & 15) | (count & 7) | cols | packed_cols | bits
+    taken = 0
+    for WIDE in tl.static_range(2):
+        share = _share(obstacles == 0, count, WIDE)
+        for first in range(0, share, BLOCKS[WIDE]):
+            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            chosen = inside
+            if BITS and not WIDE:
+                chosen = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+                if FROZEN:
+                    rank = tl.cumsum(chosen.to(tl.int32), 0)
+                    there = tl.where(bits != 0, taken + rank - 1, there)
+                    taken += tl.sum(chosen.to(tl.int32), 0)
+                    inside = chosen
+            data_ptr = _pointer(data_at, DTYPE, WIDE) + here
+            twin_ptr = _pointer(twin_at, DTYPE, WIDE) + there
+            if GATHER:
+                tl.store(twin_ptr, tl.load(data_ptr, mask=chosen, other=0), mask=inside)
+            else:
+                tl.store(data_ptr, tl.load(twin_ptr, mask=chosen, other=0), mask=chosen)
+
+
+INTERPRETED: Final = not isinstance(adamw_kernel, triton.JITFunction)
+
+
+# ------------------------------------------------------------------------------------------------ how it is compiled
+#
+# The memory bus wants some 40 KB on their way to each multiprocessor: four elements per thread, of every operand, are
+# enough of that at 64 registers. Of operands 2 bytes wide it takes eight to fill an access. What does not fit into 64
+# registers takes fewer.
+
+DTYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def adamw_settings(
+    param: torch.dtype, state: torch.dtype, *, rounding: Rounding, l2: bool, amsgrad: bool, lists: int, bits: bool
+) -> dict[str, Any]:
+    """Compile-time parameters and launch options of `adamw_kernel`."""
+    busy = bits or rounding != "nearest"
+    narrow = 1 if amsgrad else 2 if busy or lists == 2 else 4
+    wide = 8 if param.itemsize == 2 and not amsgrad and not (busy and state.itemsize == 2) else 4
+    return {
+        "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,
+        "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(narrow, wide), **OPTIONS,
+    }  # fmt: skip
+
+
+def settings(dtype: torch.dtype, *, lists: int, bits: bool, **others: Any) -> dict[str, Any]:
+    """Compile-time parameters and launch options of the other kernels, which have one or two operands."""
+    return {
+        "DTYPE": DTYPES[dtype], "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(4, 32 // dtype.itemsize),
+        **others, **OPTIONS,
+    }  # fmt: skip
+
+
+def _blocks(narrow: int, wide: int) -> tuple[int, int]:
+    """Elements a program has in flight in either walk, from those of a thread."""
+    return narrow * THREADS, wide * THREADS
+
+
+# ---------------------------------------------------------------------------------------------------- the backend
+
+
+class _Table:
+    """A small table on the device that follows the host: uploaded anew only where it changed, never waited for."""
+
+    def __init__(self) -> None:
+        self._content: bytes | None = None
+        self._host: Tensor | None = None
+        self._copy: Tensor | None = None
+        self._captured: list[Any] = []  # what a CUDA graph copies from, and reads, at every replay
+
+    def upload(self, content: bytes, device: torch.device) -> Tensor:
+        """uint8 tensor on the device."""
+        if device.type == "cpu":
+            return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self._copy is not None and content == self._content:
+            if capturing:
+                self._captured.append(self._copy)
+            return self._copy
+        source = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if capturing and self._host is not None and self._host.numel() == len(content):
+            # No memory can be pinned now, but what was copied before the capture began has been copied.
+            host = self._host.copy_(source)
+            self._host = None
+        else:
+            host = source.pin_memory()
+        copy = host.to(device, non_blocking=True)
+        if capturing:  # nothing has been copied yet
+            self._captured.append((host, copy))
+        else:
+            self._host, self._copy, self._content = host, copy, content
+        return copy
+
+
+class TritonBackend:
+    """Runs on GPU tensors; on CPU tensors if `INTERPRETED`."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        if not INTERPRETED and not torch.cuda.is_available():
+            raise ImportError("no GPU was found (TRITON_INTERPRET=1 in the environment interprets the kernels)")
+        self._tables: WeakKeyDictionary[Any, _Table] = WeakKeyDictionary()
+
+    def refusal(self, device: torch.device) -> str:
+        """Why tensors on ``device`` are not taken; "": they are."""
+        if INTERPRETED:
+            return "" if device.type == "cpu" else "it is interpreted (TRITON_INTERPRET=1) and takes CPU tensors only"
+        return "" if device.type == "cuda" else "it takes GPU tensors only"
+
+    def adamw_(
+        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
+        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
+        multiplier: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if not work.parts:
+            return
+        tables = AdamWTables.of(work, operands)
+        on_host = isinstance(scalars, np.ndarray)
+        contents = (
+            addresses(operands.grads),
+            seed.to_bytes(8, "little"),
+            np.ascontiguousarray(scalar_set, np.int32).tobytes(),
+            scalars.tobytes() if isinstance(scalars, np.ndarray) else b"",
+        )
+        uploaded = self._upload(tables, b"".join(contents), operands.params[0].device)
+        grads, key, sets, words = uploaded.split([len(content) for content in contents])
+        for launch in tables.launches:
+            _launch(
+                adamw_kernel, launch.tiles, tables.list.parts, tables.tensors, grads.view(torch.int64),
+                sets.view(torch.int32), words.view(torch.int32) if on_host else scalars, key.view(torch.int64), skip,
+                multiplier,
+                **adamw_settings(
+                    launch.param, launch.state, rounding=launch.rounding(stochastic), l2=l2, amsgrad=amsgrad,
+                    lists=tables.list.lists, bits=tables.list.bits,
+                ),
+            )  # fmt: skip
+
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
+        partials = [torch.zeros(1, dtype=torch.float64, device=device_of(tensors))]
+        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
+            partials.append(torch.empty(len(tiles), dtype=torch.float64, device=tiles.device))
+            _launch(
+                norm_kernel, tiles, on_device.parts, table, partials[-1],
+                **settings(dtype, lists=on_device.lists, bits=on_device.bits, KIND=kind, FROZEN=work.frozen),
+            )  # fmt: skip
+        partial = torch.cat(partials)
+        return partial.amax() if kind == "largest_absolute" else partial.sum()
+
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
+        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
+            _launch(
+                scale_kernel, tiles, on_device.parts, table, factor,
+                **settings(dtype, lists=on_device.lists, bits=on_device.bits, FROZEN=work.frozen),
+            )  # fmt: skip
+
+    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
+        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
+            _launch(
+                zero_kernel, tiles, on_device.parts, table,
+                **settings(dtype, lists=on_device.lists, bits=on_device.bits, FROZEN=work.frozen),
+            )  # fmt: skip
+
+    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        self._copy(work, tensors, packed, gather=True)
+
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+        self._copy(work, tensors, packed, gather=False)
+
+    def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
+        pairs = [tensor for pair in zip(tensors, packed, strict=True) for tensor in pair]
+        for dtype, tiles, on_device, table in self._launches(work, tensors, pairs):
+            _launch(
+                copy_kernel, tiles, on_device.parts, table,
+                **settings(dtype, lists=on_device.lists, bits=on_device.bits, GATHER=gather, FROZEN=work.frozen),
+            )  # fmt: skip
+
+    def _launches(
+        self, work: WorkList, tensors: Sequence[Tensor | None], addressed: Sequence[Tensor | None]
+    ) -> Iterator[tuple[torch.dtype, Tensor, DeviceList, Tensor]]:
+        """Per dtype of ``tensors``: it, its tiles, the list, and the table of the addresses of ``addressed``."""
+        device = device_of(tensors)
+        if device is None:
+            return
+        on_device = DeviceList.of(work, device)
+        table = self._upload(on_device, addresses(addressed), device).view(torch.int64)
+        for dtype, tiles in on_device.by_dtype(tensors):
+            yield dtype, tiles, on_device, table
+
+    def _upload(self, owner: Any, content: bytes, device: torch.device) -> Tensor:
+        """``content`` on the device, in the table that belongs to ``owner``."""
+        return self._tables.setdefault(owner, _Table()).upload(content, device)
+
+
+def _launch(kernel: Any, tiles: Tensor, *arguments: Any, **constants: Any) -> None:
+    if len(tiles):
+        with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
+            kernel[(len(tiles),)](tiles, *arguments, **constants)

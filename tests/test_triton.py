@@ -1,0 +1,112 @@
+"""The Triton backend: its kernels interpreted, in a process of their own, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backend_cases import CASES, Case, check, check_far
+
+from safefreeze_kernels.kernels import (
+    Backend,
+    BackendUnavailableError,
+    backend_state,
+    choose_backend,
+    compile_live,
+)
+from safefreeze_kernels.kernels.device import DeviceList
+from safefreeze_kernels.masks import FreezeMask
+
+pytest.importorskip("triton")
+
+# Read when Triton is imported: one process either interprets or compiles.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+DEVICE = CPU if INTERPRETED else GPU
+STATE = backend_state("triton")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+runs = pytest.mark.skipif(isinstance(STATE, str), reason=f"GPU only: {STATE}")
+not_in_child = pytest.mark.skipif(INTERPRETED, reason="not in the process that interprets")
+
+
+@pytest.fixture
+def backend() -> Backend:
+    assert not isinstance(STATE, str)
+    return STATE
+
+
+@runs
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(backend: Backend, case: Case) -> None:
+    check(backend, DEVICE, case)
+
+
+@runs
+def test_far_addresses(backend: Backend) -> None:
+    check_far(backend, DEVICE)
+
+
+@not_in_child
+def test_interpreted() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    dots = sum(line.split(" ")[0].count(".") for line in done.stdout.splitlines() if re.match(r"[.s]+ +\[", line))
+    assert dots > len(CASES), f"{dots} tests passed, expected more than {len(CASES)}:\n{done.stdout[-2000:]}"
+
+
+# ----------------------------------------------------------------------------------------------------- who it serves
+
+
+@runs
+def test_devices_it_does_not_take(backend: Backend) -> None:
+    assert backend.refusal(DEVICE) == ""
+    other = GPU if INTERPRETED else CPU
+    assert "takes CPU tensors only" in backend.refusal(other) if INTERPRETED else "GPU" in backend.refusal(other)
+    with pytest.raises(ValueError, match=f"backend 'triton' was given tensors on {other}, but it "):
+        choose_backend("triton", other, "op")
+
+
+@not_in_child
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safefreeze_kernels.kernels import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match=r"no GPU was found .TRITON_INTERPRET=1"):
+        triton.TritonBackend()
+
+
+@pytest.mark.skipif(not isinstance(STATE, str), reason="there is a GPU, or an interpreter")
+def test_a_named_backend_does_not_fall_back() -> None:
+    with pytest.raises(BackendUnavailableError, match="op: backend 'triton' does not run here: no GPU was found"):
+        choose_backend("triton", CPU, "op")
+
+
+# ------------------------------------------------------------------------------------------------- lists on devices
+
+
+def test_a_list_is_copied_once() -> None:
+    work = compile_live([FreezeMask((30, 300), rows=[1, 2, 5])])
+    assert DeviceList.of(work, CPU) is DeviceList.of(work, CPU)
+    assert DeviceList.of(compile_live([FreezeMask((3,))]), CPU) is not DeviceList.of(work, CPU)
+
+
+def test_a_copied_list_finds_its_addresses() -> None:
+    """Rows of parts hold addresses: a deep copy shares them with the original, and keeps them alive."""
+    work = compile_live([FreezeMask((30, 8), rows=[1, 2, 5])])
+    on_device = DeviceList.of(work, CPU)
+    assert on_device.parts.any(), "expected a list, whose address is kept"
+    assert copy.deepcopy(on_device).parts.data_ptr() == on_device.parts.data_ptr()
