@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ class CudaBackend:
 
     def __init__(self, native: Any, device_type: str = "cuda") -> None:
         self._native, self._device_type = native, device_type
+        self._refusals: dict[int, str] = {}  # by index of the device
         expected = {"Tile": TILE.itemsize, "TilePart": TILE_PART.itemsize, "Scalars": SCALARS.itemsize}
         if native.TILE_ELEMENTS != TILE_ELEMENTS or not expected.items() <= native.STRUCT_SIZES.items():
             raise ImportError("the extension was built from other sources than this package; reinstall it")
@@ -35,7 +35,14 @@ class CudaBackend:
         """Why tensors on ``device`` are not taken; "": they are."""
         if device.type != self._device_type:
             return f"it takes {self._device_type} tensors only"
-        return _refusal(self._native, device.index or 0) if device.type == "cuda" else ""
+        if device.type != "cuda":
+            return ""
+        index = device.index or 0
+        if index not in self._refusals:
+            reason = self._native.refusal(index)
+            on = f"the kernels of this build do not run on {torch.cuda.get_device_name(index)}"
+            self._refusals[index] = f"{on}: {reason}" if reason else ""
+        return self._refusals[index]
 
     def adamw_(
         self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
@@ -131,12 +138,6 @@ def _queue(device: torch.device) -> tuple[int, int]:
         return 0, 0
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
-
-
-@functools.cache
-def _refusal(native: Any, index: int) -> str:
-    reason: str = native.refusal(index)
-    return f"the kernels of this build do not run on {torch.cuda.get_device_name(index)}: {reason}" if reason else ""
 
 
 def load() -> CudaBackend:
