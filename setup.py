@@ -59,8 +59,8 @@ def compile_cuda(nvcc, folder):
     subprocess.run(command, check=True)
     listed = subprocess.run([nvcc, "--dryrun", *command[1:]], check=True, capture_output=True, text=True).stderr
     top = next(line.split("=", 1)[1].strip() for line in listed.splitlines() if line.startswith("#$ TOP="))
-    runtimes = [Path(top) / where / "libcudart_static.a" for where in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    runtime = next((path for path in runtimes if path.is_file()), None)
+    folders = [Path(top, "lib64"), Path(top, "lib"), *Path(top).glob(f"targets/{platform.machine()}*/lib")]
+    runtime = next((path for where in folders if (path := where / "libcudart_static.a").is_file()), None)
     if runtime is None:
         raise RuntimeError(f"libcudart_static.a was not found in {top}; install the CUDA runtime's development files")
     return [str(output), str(runtime)]
