@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
@@ -23,16 +24,28 @@ from safefreeze_kernels.kernels import (
 from safefreeze_kernels.kernels.device import DeviceList
 from safefreeze_kernels.masks import FreezeMask
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # Read when Triton is imported: one process either interprets or compiles.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TESTS = Path(__file__).parent
+# What else of the suite takes a backend by name.
+SUITE = [
+    str(TESTS / f"test_{name}.py")
+    for name in ("kernels", "gradients", "fused_clipping", "guard", "low_precision", "capturable")
+]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICE = CPU if INTERPRETED else GPU
 STATE = backend_state("triton")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-runs = pytest.mark.skipif(isinstance(STATE, str), reason=f"GPU only: {STATE}")
+GPU_ONLY = f"GPU only: {STATE if isinstance(STATE, str) else 'the kernels are interpreted'}"
+runs = pytest.mark.skipif(isinstance(STATE, str), reason=GPU_ONLY)
+compiled = pytest.mark.skipif(INTERPRETED or isinstance(STATE, str), reason=GPU_ONLY)
+interprets = pytest.mark.skipif(
+    triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6 cannot interpret with NumPy 2.4",
+)
 not_in_child = pytest.mark.skipif(INTERPRETED, reason="not in the process that interprets")
 
 
@@ -53,19 +66,40 @@ def test_far_addresses(backend: Backend) -> None:
     check_far(backend, DEVICE)
 
 
-@not_in_child
-def test_interpreted() -> None:
+def run_pytest(*arguments: str, expected: int, **environment: str) -> None:
+    """Runs pytest in a process of its own, where ``expected`` tests or more must pass and none fail."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", *arguments],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
-        timeout=900,
+        cwd=TESTS.parent,
+        timeout=1800,
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
-    dots = sum(line.split(" ")[0].count(".") for line in done.stdout.splitlines() if re.match(r"[.s]+ +\[", line))
-    assert dots > len(CASES), f"{dots} tests passed, expected more than {len(CASES)}:\n{done.stdout[-2000:]}"
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= expected, (
+        f"expected {expected} tests to pass:\n{done.stdout[-2000:]}"
+    )
+
+
+@not_in_child
+@interprets
+def test_interpreted() -> None:
+    run_pytest(__file__, expected=len(CASES) + 1, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@not_in_child
+@interprets
+def test_the_suite_holds_interpreted() -> None:
+    run_pytest(*SUITE, expected=500, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+
+
+@pytest.mark.slow
+@compiled
+def test_the_suite_holds_on_a_gpu() -> None:
+    run_pytest(*SUITE, expected=500, SAFEFREEZE_TEST_BACKEND="triton")
 
 
 # ----------------------------------------------------------------------------------------------------- who it serves
