@@ -552,8 +552,9 @@ def adamw_settings(
 ) -> dict[str, Any]:
     """Compile-time parameters and launch options of `adamw_kernel`."""
     busy = bits or rounding != "nearest"
-    narrow = 1 if amsgrad else 2 if busy or lists == 2 else 4
-    wide = 8 if param.itemsize == 2 and not amsgrad and not (busy and state.itemsize == 2) else 4
+    narrow = 1 if amsgrad and rounding != "stochastic" else 2 if busy or lists == 2 else 4
+    busiest = busy and state.itemsize == 2 or bits and rounding == "stochastic" and param == torch.float16
+    wide = 8 if param.itemsize == 2 and not amsgrad and not busiest else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,
         "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(narrow, wide), **OPTIONS,
