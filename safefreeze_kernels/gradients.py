@@ -9,11 +9,13 @@ from itertools import chain
 from typing import Any, Final, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
 from .kernels.tensors import GradientList, GradientReader
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .sharding import local, reduce_groups
 
 __all__ = ["ClippedNorm", "clip_grad_norm_", "zero_frozen_grads_"]
 
@@ -57,7 +59,8 @@ class _Bound:
         self.n_masked = len(entries)
         self.names = [entry.name for entry in entries] + [name for name, _ in rest.values()]
         params = [entry.param for entry in entries] + [p for _, p in rest.values()]
-        self.masks = [entry.mask for entry in entries] + [FreezeMask(p.shape) for _, p in rest.values()]
+        self.masks = [entry.local_mask for entry in entries] + [FreezeMask(local(p).shape) for _, p in rest.values()]
+        self.groups = list(map(reduce_groups, params))
         self.shapes = [p.shape for p in params]
         self._params = [weakref.ref(p) for p in params]
         self._modules = (
@@ -135,7 +138,7 @@ def read_gradients(
             if p.shape != shape:
                 raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:
-                check_gradient(p, grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
+                check_gradient(local(p), grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
     return grads
 
 
@@ -319,13 +322,16 @@ def clip_grad_norm_(
     )
     chosen = _one_backend(backend, grads.tensors, operation)
     # On the gradients' device from here on: nothing waits for it.
-    live = chosen.norm(bound.live, grads.tensors, kind)
+    device = next((local(p).device for p in params), torch.device("cpu"))
+    live = _norm_over_ranks(chosen, bound.live, grads.tensors, kind, bound.groups, device)
     norm = live.sqrt() if kind == "sum_of_squares" else live
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(f"{operation}: the live gradient norm is {norm.item()}; nothing was clipped")
     raw = norm
     if return_raw:
-        frozen = chosen.norm(bound.frozen, grads.tensors[: bound.n_masked], kind).to(live.device)
+        n = bound.n_masked
+        masked = GradientList(grads.tensors[:n])
+        frozen = _norm_over_ranks(chosen, bound.frozen, masked, kind, bound.groups[:n], device)
         both = torch.maximum(live, frozen) if kind == "largest_absolute" else live + frozen
         raw = both.sqrt() if kind == "sum_of_squares" else both
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()  # NaN stays: torch spreads a NaN norm too
@@ -335,6 +341,33 @@ def clip_grad_norm_(
     else:
         optimizer.multiply_gradients_(coefficient)
     return ClippedNorm(norm.float(), raw.float()) if return_raw else norm.float()
+
+
+def _norm_over_ranks(
+    backend: Backend, work: WorkList, grads: GradientList, kind: NormKind, groups: Sequence[tuple[Any, ...]],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """`Backend.norm` of gradients of which ranks hold pieces; ``groups``: `sharding.reduce_groups` of each."""
+    parts = []
+    ways = list(dict.fromkeys(groups))  # in one order on all ranks
+    for way in ways:
+        alike = (
+            grads
+            if len(ways) == 1
+            else GradientList(g if w == way else None for g, w in zip(grads, groups, strict=True))
+        )
+        part = backend.norm(work, alike, kind).to(device)
+        for group in way:
+            # a maximum over ranks may lose a NaN
+            largest = kind == "largest_absolute"
+            both = torch.stack([part.nan_to_num(nan=0.0, posinf=math.inf), part.isnan().double()]) if largest else part
+            torch.distributed.all_reduce(both, getattr(torch.distributed.ReduceOp, "MAX" if largest else "SUM"), group)
+            part = torch.where(both[1] > 0, math.nan, both[0]) if largest else both
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    total = torch.stack(parts) if parts else torch.zeros(1, dtype=torch.float64, device=device)
+    return total.amax() if kind == "largest_absolute" else total.sum()
 
 
 def _check_same_gradients(

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharding import held, local
+
 __all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "frozen_counts", "named_tensors"]
 
 Indices = Sequence[int] | Tensor | np.ndarray | None
@@ -176,6 +178,23 @@ class FreezeMask:
         frozen[self._rows] = True
         frozen[:, self._cols] = True
         return torch.from_numpy(frozen).reshape(self.shape)
+
+    def matrix_index(self, held: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of the matrix that a piece of the tensor takes; ``held``: per dimension, its indices."""
+        if len(self.shape) < 2:
+            return (held[0] if held else np.zeros(1, np.int64)), np.zeros(1, np.int64)
+        rows = np.ravel_multi_index(np.ix_(*held[:-1]), self.shape[:-1])
+        return np.asarray(rows).reshape(-1), held[-1]
+
+    def piece(self, held: Sequence[np.ndarray] | None) -> FreezeMask:
+        """The mask of a piece of the tensor (`sharding.held`); None: all of it."""
+        if held is None or tuple(map(len, held)) == self.shape:
+            return self
+        rows, cols = self.matrix_index(held)
+        shape = tuple(map(len, held))
+        bits = None if self._bits is None else torch.from_numpy(self._unpack_bits()[rows][:, cols]).reshape(shape)
+        frozen_cols = np.isin(cols, self._cols) if len(shape) > 1 else None
+        return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=bits)
 
     def _unpack_bits(self) -> np.ndarray:
         assert self._bits is not None
@@ -553,11 +572,25 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class BoundMask:
-    """A mask and the parameter it was found to name."""
+    """A mask and the parameter it was found to name.
+
+    ``name`` is the parameter's, ``plan_names`` what the plan calls it: more than one if it is tied.
+    """
 
     name: str
     param: Tensor
     mask: FreezeMask
+    plan_names: list[str]
+
+    @property
+    def held(self) -> list[np.ndarray] | None:
+        """Which part of the parameter this rank holds (`sharding.held`)."""
+        return held(self.param)
+
+    @property
+    def local_mask(self) -> FreezeMask:
+        """The mask of what this rank holds."""
+        return self.mask.piece(self.held)
 
 
 def named_tensors(
@@ -590,16 +623,25 @@ def bind(
             with another parameter, or (with ``require_grad``) not requiring gradients.
     """
     by_name = dict(named)
+    for name, param in named:
+        if any(hasattr(param, mark) for mark in _FLATTENED):
+            raise ValueError(
+                f"{operation}: {name!r} is part of a flat buffer (FSDP1, DeepSpeed ZeRO), in which rows and columns "
+                "cannot be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
+            )
+
+    @functools.cache
+    def bare_names() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for given in by_name:
+            found.setdefault(bare_name(given), []).append(given)
+        return found
+
     bound: dict[int, BoundMask] = {}
     for name, mask in plan.items():
+        plan_name = name
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=2)
-            raise ValueError(
-                f"{operation}: the plan names {name!r}, which is not among the {len(by_name)} parameters given"
-                + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-                + "; is it a plan for another model? (a tied weight: pass "
-                "model.named_parameters(remove_duplicate=False), so that either name is known)"
-            )
+            name = _unwrapped(name, by_name, bare_names(), operation)
         param = by_name[name]
         if tuple(param.shape) != mask.shape:
             raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
@@ -614,10 +656,43 @@ def bind(
                 f"{operation}: {other.name!r} and {name!r} are one tied tensor with two different masks; "
                 "give it one mask, for example the union"
             )
-        bound.setdefault(id(param), BoundMask(name, param, mask))
+        bound.setdefault(id(param), BoundMask(name, param, mask, [])).plan_names.append(plan_name)
     # Who only reads may meet a tied weight as two tensors over the same bytes, as in a state dict.
     _refuse_overlap(list(bound.values()), named, operation, twins_allowed=not require_grad)
     return list(bound.values())
+
+
+# What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing; PEFT's
+# model, adapted layers, and layers trained whole.
+_WRAPPERS: Final = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.\w+)\."
+)
+# What torch's FSDP1 and DeepSpeed's ZeRO mark parameters with that live in a flat buffer.
+_FLATTENED: Final = ("_fsdp_flattened", "ds_id")
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return _WRAPPERS.sub("", name.removeprefix("base_model.model.") if "lora_" not in name else name)
+
+
+def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list[str]], operation: str) -> str:
+    """The name among ``by_name`` that a plan means by ``name``, wrappers aside. ``bare``: bare name -> those names."""
+    matches = bare.get(bare_name(name), [])
+    if len({id(by_name[given]) for given in matches}) == 1:
+        return matches[0]
+    near = matches or difflib.get_close_matches(name, by_name, n=2)
+    raise ValueError(
+        f"{operation}: the plan names {name!r}, which "
+        + (
+            f"may be any of {len(matches)} parameters"
+            if matches
+            else f"is not among the {len(by_name)} parameters given"
+        )
+        + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
+        + "; is it a plan for another model? (a tied weight: pass "
+        "model.named_parameters(remove_duplicate=False), so that either name is known)"
+    )
 
 
 def _refuse_overlap(
@@ -626,11 +701,11 @@ def _refuse_overlap(
     """Two different parameters over the same bytes: freezing one could not hold while the other trains."""
     masked = {id(entry.param) for entry in bound}
     spans: list[tuple[int, int, str, int]] = []
-    for name, param in {id(param): (name, param) for name, param in reversed(named)}.values():
+    for identity, (name, param) in {id(param): (name, local(param)) for name, param in reversed(named)}.items():
         if param.numel() and param.layout == torch.strided and param.device.type != "meta":
             reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
             start = param.data_ptr()
-            spans.append((start, start + reach * param.element_size(), name, id(param)))
+            spans.append((start, start + reach * param.element_size(), name, identity))
     spans.sort()
     furthest: tuple[int, int, str, int] | None = None
     for span in spans:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -30,7 +32,8 @@ from .kernels import (
 from .kernels.drift import raise_on_drift
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
-from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .masks import FreezeMask, FreezePlan, bare_name, bind, named_tensors
+from .sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
 
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
@@ -38,7 +41,7 @@ _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _REMAINDER: Final = "master_remainder"
 _PACKED: Final = (*_MOMENTS, _REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
-_EXTRA: Final = "safefreeze"  # our own entry of a state dict, beside torch's "state" and "param_groups"
+_FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
 
 
 class MaskedAdam(Optimizer):
@@ -59,6 +62,8 @@ class MaskedAdam(Optimizer):
             gradients; see `master_weights`. Float32 parameters need none, float16 ones are refused.
         rounding: of bfloat16 and float16 parameters without a master: "nearest" (ties to even), or "stochastic": up or
             down at random, so that small updates are right on average.
+        dense_checkpoints: `state_dict` has full-size moments, zero where frozen, that distributed checkpoint can save
+            under DDP and load under another layout or into stock AdamW. Sharded parameters always have such.
         seed: of stochastic rounding. Its noise depends on seed, step, the parameter's place in this optimizer and the
             element alone: the same on every backend, and after a resume.
         fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first.
@@ -99,6 +104,7 @@ class MaskedAdam(Optimizer):
         master: str | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        dense_checkpoints: bool = False,
     ) -> None:
         what = type(self).__name__
         if differentiable:
@@ -126,6 +132,7 @@ class MaskedAdam(Optimizer):
         self._backend = backend
         self._state_dtype = state_dtype
         self._master, self._rounding, self._seed = master, rounding, seed
+        self._dense_checkpoints = dense_checkpoints
         self._plan: FreezePlan | None = None
         self._aliases: dict[str, str] = {}  # every name of a tied tensor -> the name in the groups
         self._ages: dict[str, Ages] = {}
@@ -134,6 +141,8 @@ class MaskedAdam(Optimizer):
         self._whereabouts: Whereabouts | None = None
         self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
         self._clip: Tensor | None = None  # what the next step multiplies gradients by
+        self._agreement: PlanAgreement | None = None
+        self._sharded = False
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
@@ -141,6 +150,7 @@ class MaskedAdam(Optimizer):
             self._plan = _checked_plan(freeze, what)
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._masks(require_grad=True)
+        self._note_plan()
         for device in {p.device for p in self._params()} - {torch.device("meta")} or {torch.device("cpu")}:
             choose_backend(backend, device, what)
 
@@ -150,6 +160,8 @@ class MaskedAdam(Optimizer):
         _check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if self._plan:
+            group[_FREEZE] = self._plan.fingerprint
         try:
             for i, p in enumerate(group["params"]):
                 name = group["param_names"][i] if "param_names" in group else None
@@ -190,6 +202,14 @@ class MaskedAdam(Optimizer):
         masks: dict[int, FreezeMask] = {}
         if plan:
             what = type(self).__name__
+            if any(
+                len(group.get("param_names", group["params"])) != len(group["params"]) for group in self.param_groups
+            ):
+                raise ValueError(
+                    f"{what}: parameters were replaced by others than their names tell of, as by DeepSpeed ZeRO's flat "
+                    "partitions, in which rows and columns cannot be found; shard with "
+                    "torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
+                )
             if not all("param_names" in group for group in self.param_groups):
                 raise ValueError(
                     f"{what}: a plan freezes by name, but the parameters were given without names; "
@@ -237,7 +257,10 @@ class MaskedAdam(Optimizer):
         if not captured and found_inf is not None and found_inf.item() != 0:
             self._clip = None
             return loss
+        first = not self.state
         launches = self._compiled()
+        if first and (self._only_makes_state() if launches else self._trains_nothing()):
+            return loss
         prepared = [launch.prepare(self.param_groups) for launch in launches]
         multiplier = _multiplier(grad_scale, self._clip)
         for launch, (grads, scalars, scalar_set) in zip(launches, prepared, strict=True):
@@ -262,47 +285,82 @@ class MaskedAdam(Optimizer):
         if (
             key == self._launch_key
             and self._whereabouts is not None
-            and self._whereabouts.hold(self.state)
+            and self._whereabouts.hold(self._local_state())
             and not any(p.grad is not None for p in self._waiting)
         ):
             return self._launches
         params, names, masks = self._params(), self._names(), self._masks()
+        if self._agreement is not None:
+            self._agreement.check(type(self).__name__)
+        parts = list(map(held, params))
+        self._sharded = any(map(is_sharded, params))
+        pieces = list(map(local, params))
+        local_masks = [mask.piece(part) for mask, part in zip(masks, parts, strict=True)]
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
             _check_parameter(p, type(self).__name__, names[i])
             if p.grad is not None or self.state.get(p):
-                kinds.setdefault((_flags(groups[group_of[i]]), p.device), []).append(i)
+                kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device), []).append(i)
         for (_, device), members in kinds.items():
             for i in members:
-                grad = params[i].grad
+                grad = local_gradient(params[i])
                 if grad is not None:
-                    check_gradient(params[i], grad, names[i], type(self).__name__, (params[i].dtype,))
+                    check_gradient(pieces[i], grad, names[i], type(self).__name__, (params[i].dtype,))
             choose_backend(self._backend, device, type(self).__name__)
         launches = []
         for ((_, amsgrad, *_), _), members in kinds.items():
             for i in members:
-                self._init_state(params[i], masks[i], amsgrad, names[i])
+                self._init_state(params[i], local_masks[i], amsgrad, names[i])
         for ((_, amsgrad, l2, capturable), device), members in kinds.items():
             launches.append(
                 (_CapturableLaunch if capturable else _Launch)(
                     optimizer=type(self).__name__,
                     backend=choose_backend(self._backend, device, type(self).__name__),
-                    work=compile_live([masks[i] for i in members], [self._ages.get(names[i]) for i in members]),
-                    params=[params[i] for i in members],
+                    work=compile_live(
+                        [local_masks[i] for i in members],
+                        [
+                            age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i])
+                            for i in members
+                        ],
+                    ),
+                    owners=[params[i] for i in members],
                     names=[names[i] for i in members],
                     group_of=np.array([group_of[i] for i in members], np.int64),
                     states=[self.state[params[i]] for i in members],
-                    numbers=members,
+                    numbers=[i + len(params) * piece_number(params[i]) for i in members],
                     amsgrad=amsgrad,
                     l2=l2,
                     stochastic=self._rounding == "stochastic",
                     seed=self._seed,
                 )
             )
-        self._launches, self._launch_key, self._whereabouts = launches, key, whereabouts(self.state)
+        self._launches, self._launch_key, self._whereabouts = launches, key, whereabouts(self._local_state())
         self._waiting = [p for p in params if p.grad is None and not self.state.get(p)]
         return launches
+
+    def _local_state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """`state` by what this rank holds of the parameters: what kernels take the addresses of."""
+        return {local(p): state for p, state in self.state.items()} if self._sharded else self.state
+
+    def _trains_nothing(self) -> bool:
+        """Refuse to go on without any gradient where parameters may have been exchanged for others."""
+        if self._plan and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError(
+                f"{type(self).__name__}: no parameter has a gradient at the first step; if the model was sharded or "
+                "wrapped after the optimizer was built, the optimizer has the old parameters: build it afterwards"
+            )
+        return True
+
+    def _only_makes_state(self) -> bool:
+        """Whether this first step is no training step, but asks for the state to be made: distributed checkpoint does
+        so with a learning rate of zero and zero gradients. It must count nothing."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = (local_gradient(p) for p in self._params())
+        return not any(bool(grad.any()) for grad in grads if grad is not None)
 
     def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool, name: str) -> None:
         """Make what state is missing; check what is there, since a kernel takes its addresses."""
@@ -315,7 +373,7 @@ class MaskedAdam(Optimizer):
             dtypes[_REMAINDER] = torch.int16
         for key, dtype in dtypes.items():
             if key not in state:
-                state[key] = torch.zeros(mask.packed_shape, dtype=dtype, device=param.device)
+                state[key] = torch.zeros(mask.packed_shape, dtype=dtype, device=local(param).device)
             moment = state[key]
             for got, expected, aspect in (
                 (tuple(moment.shape), mask.packed_shape, "shape"),
@@ -351,30 +409,55 @@ class MaskedAdam(Optimizer):
                 continue
             age = ages.get(name) or Ages.none(old)
             ages[name] = age.after(old, new, int(state["step"].item()))
-            states[p] = {key: _repack(state[key], old, new) for key in _PACKED if key in state}
+            part = held(p)
+            states[p] = {key: _repack(state[key], old.piece(part), new.piece(part)) for key in _PACKED if key in state}
         for p, moments in states.items():
             self.state[p].update(moments)
         self._ages = {name: age for name, age in ages.items() if age}
         self._plan = plan
         self._launch_key = None
+        self._note_plan()
+
+    def _note_plan(self) -> None:
+        """The plan changed: groups tell of it, and other ranks must have the same."""
+        self._mark_groups()
+        if self._plan is None:
+            return
+        if self._agreement is None:
+            params = (p for p in zip(self._names(), self._params(), strict=True))
+            self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in params)
+        self._agreement.note(self._plan.fingerprint)
+
+    def _mark_groups(self) -> None:
+        # In `state_dict` there is more; here, distributed checkpoint looks which entries a group has.
+        for group in self.param_groups:
+            group.pop(_FREEZE, None)
+            if self._plan or self._ages:
+                group[_FREEZE] = (self._plan or FreezePlan()).fingerprint
 
     # -- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; moments are packed where a plan freezes, and an entry ``"safefreeze"`` says under which plan.
+        """As in torch; moments are packed where a plan freezes, and an entry ``"freeze"`` of each group (a string) says
+        under which plan. Of sharded parameters moments are full-size DTensors, placed as the parameter is.
 
         With nothing frozen it is exactly a `torch.optim.AdamW` state dict. See also `dense_state_dict`.
         """
         state_dict = super().state_dict()
-        masks = {index: mask.fingerprint for index, mask in enumerate(self._masks()) if mask.frozen_count}
-        ages = {
-            index: {"rows": torch.from_numpy(age.rows), "cols": torch.from_numpy(age.cols)}
-            | ({} if age.elements is None else {"elements": torch.from_numpy(age.elements)})
-            for index, name in enumerate(self._names())
-            if (age := self._ages.get(name))
-        }
-        if masks or ages:
-            state_dict[_EXTRA] = {"version": 1, "masks": masks, "ages": ages}
+        params, names, masks = self._params(), self._names(), self._masks()
+        dense = self._dense_checkpoints or any(map(is_sharded, params))
+        if dense:
+            state_dict["state"] = self._dense(state_dict["state"], masks)
+        for group in state_dict["param_groups"] if self._plan or self._ages else ():
+            members = list(enumerate(group["params"]))
+            group[_FREEZE] = json.dumps(
+                {
+                    "version": 1,
+                    "packed": not dense,
+                    "masks": {place: masks[i].fingerprint for place, i in members if masks[i].frozen_count},
+                    "ages": {place: self._ages[names[i]].encode() for place, i in members if names[i] in self._ages},
+                }
+            )
         return state_dict
 
     def dense_state_dict(self) -> dict[str, Any]:
@@ -384,28 +467,43 @@ class MaskedAdam(Optimizer):
         hold beyond their bfloat16 parameters has no place there; see `master_weights`.
         """
         state_dict = super().state_dict()
-        nothing = {i: FreezeMask(p.shape) for i, p in enumerate(self._params())}
-        masks = self._masks()
-        state_dict["state"] = {
-            index: {
-                key: _repack(value, masks[index], nothing[index]) if key in _MOMENTS else value
-                for key, value in state.items()
-                if key != _REMAINDER
-            }
-            for index, state in state_dict["state"].items()
-        }
+        for group in state_dict["param_groups"]:
+            group.pop(_FREEZE, None)
+        dense = self._dense(state_dict["state"], self._masks())
+        for entry in dense.values():
+            entry.pop(_REMAINDER, None)
+        state_dict["state"] = dense
         return state_dict
+
+    @torch.no_grad()
+    def _dense(self, states: dict[int, dict[str, Any]], masks: list[FreezeMask]) -> dict[int, dict[str, Any]]:
+        """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is."""
+        params = self._params()
+        dense = {}
+        for index, entry in states.items():
+            p = params[index]
+            mask = masks[index].piece(held(p))
+            whole = FreezeMask(mask.shape)
+            dense[index] = {
+                key: value
+                if key not in _PACKED
+                else spread(_repack(value, mask, whole) if mask.frozen_count else value, p)
+                for key, value in entry.items()
+            }
+        return dense
 
     @torch.no_grad()
     def master_weights(self) -> dict[str, Tensor]:
         """Name -> float32 weights: the masters where ``master="remainder"`` keeps them, else the parameters' values."""
         weights = {}
         for p, name, mask in zip(self._params(), self._names(), self._masks(), strict=True):
-            weights[name] = p.detach().float()
+            piece, local_mask = local(p).detach(), mask.piece(held(p))
+            weight = piece.float()
             remainder = self.state.get(p, {}).get(_REMAINDER)
             if remainder is not None:
-                live = from_remainder(p.detach(), _repack(remainder, mask, FreezeMask(p.shape)))
-                weights[name] = torch.where(mask.dense().to(p.device), weights[name], live)
+                live = from_remainder(piece, _repack(remainder, local_mask, FreezeMask(piece.shape)))
+                weight = torch.where(local_mask.dense().to(piece.device), weight, live)
+            weights[name] = spread(weight, p)
         return weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -440,17 +538,14 @@ class MaskedAdam(Optimizer):
                 hook.remove()
         self._ages = loaded["ages"]
         self._launch_key = self._clip = None
+        self._mark_groups()
 
     def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
         """``given`` with moments packed to this plan, in this optimizer's dtype, veiled; and the ages it carries."""
         what = f"{type(self).__name__}.load_state_dict"
-        extra = given.get(_EXTRA, {"version": 1, "masks": {}, "ages": {}})
-        if extra["version"] != 1:
-            raise ValueError(f"{what}: state has version {extra['version']}, this package reads 1; upgrade it")
         params, names, masks = self._params(), self._names(), self._masks()
         saved_ids = [i for group in given["param_groups"] for i in group["params"]]
         converted = dict(given)
-        converted.pop(_EXTRA, None)
         if len(saved_ids) != len(params):
             return converted, {}  # torch's loader says what differs
         converted["state"] = dict(given["state"])
@@ -459,49 +554,73 @@ class MaskedAdam(Optimizer):
             {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
             for saved, own in zip(given["param_groups"], self.param_groups, strict=False)
         ]
-        for index, (saved_id, p, name, mask) in enumerate(zip(saved_ids, params, names, masks, strict=True)):
+        notes = [
+            (note, str(place))
+            for group in given["param_groups"]
+            for note in [_read_freeze(group, what)]
+            for place in range(len(group["params"]))
+        ]
+        ages: dict[str, Ages] = {}
+        for (note, place), saved_id, p, name, mask in zip(notes, saved_ids, params, names, masks, strict=True):
+            if note is not None and place in note["ages"]:
+                ages[name] = Ages.decode(note["ages"][place], mask)
             if saved_id not in given["state"]:
                 continue
-            packed_under = extra["masks"].get(index)
-            if packed_under is not None and packed_under != mask.fingerprint:
+            entry = dict(given["state"][saved_id])
+            saved_under = None if note is None else note["masks"].get(place)
+            if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):
                 raise ValueError(
-                    f"{what}: state of {name!r} was packed under another freeze plan; build the optimizer with the "
+                    f"{what}: state of {name!r} was saved under another freeze plan; build the optimizer with the "
                     "plan it was saved with (then set_freeze), or save with dense_state_dict()"
                 )
-            entry = dict(given["state"][saved_id])
             if _REMAINDER in entry and (self._master is None or p.dtype != torch.bfloat16):
                 raise ValueError(
                     f"{what}: state of {name!r} holds a float32 master ({_REMAINDER}), which this optimizer would "
                     "lose; build it with master='remainder' and bfloat16 parameters"
                 )
+            packed = note is not None and note["packed"] and saved_under is not None
             for key in _PACKED:
                 if key not in entry:
                     continue
-                expected = mask.packed_shape if packed_under is not None else tuple(p.shape)
+                expected = mask.packed_shape if packed else tuple(p.shape)
                 if tuple(entry[key].shape) != expected:
                     raise ValueError(
                         f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}"
                     )
-                moment = entry[key].detach().to(p.device, torch.int16 if key == _REMAINDER else self._state_dtype)
-                if packed_under is None and mask.frozen_count:
-                    moment = _repack(moment, FreezeMask(p.shape), mask)
+                moment = self._local_moment(entry[key].detach(), p, mask, packed=packed)
+                moment = moment.to(local(p).device, torch.int16 if key == _REMAINDER else self._state_dtype)
                 entry[key] = _Veiled(moment.contiguous())
             if "step" in entry:
-                step = entry["step"]
-                entry["step"] = _Veiled(torch.tensor(float(step), dtype=torch.float32))
+                entry["step"] = _Veiled(torch.tensor(float(entry["step"]), dtype=torch.float32))
             converted["state"][saved_id] = entry
-        ages = {
-            names[index]: Ages(**{key: values.numpy().copy() for key, values in age.items()})
-            for index, age in extra["ages"].items()
-        }
         return converted, ages
 
+    def _local_moment(self, moment: Tensor, param: Tensor, mask: FreezeMask, *, packed: bool) -> Tensor:
+        """``moment`` of the whole parameter as this rank keeps it, packed."""
+        if packed and not is_sharded(param):
+            return moment
+        whole = FreezeMask(mask.shape)
+        piece = take(_repack(moment, mask, whole) if packed else moment, param)
+        mask = mask.piece(held(param))
+        return _repack(piece, FreezeMask(mask.shape), mask) if mask.frozen_count else piece
+
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_state_dtype", "_master", "_rounding", "_seed", "_plan", "_aliases", "_ages")
+        own = (
+            "_backend",
+            "_state_dtype",
+            "_master",
+            "_rounding",
+            "_seed",
+            "_plan",
+            "_aliases",
+            "_ages",
+            "_dense_checkpoints",
+        )
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._launches, self._launch_key, self._whereabouts, self._waiting, self._clip = [], None, None, [], None
+        self._agreement, self._sharded = None, False
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -547,12 +666,13 @@ class MaskedAdamW(MaskedAdam):
         master: str | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        dense_checkpoints: bool = False,
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
             decoupled_weight_decay=True, freeze=freeze, backend=backend, state_dtype=state_dtype, master=master,
-            rounding=rounding, seed=seed,
+            rounding=rounding, seed=seed, dense_checkpoints=dense_checkpoints,
         )  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -580,12 +700,13 @@ class _Launch:
     on_device = False  # whether step counts and scalars live on the parameters' device
 
     def __init__(
-        self, *, optimizer: str, backend: Backend, work: WorkList, params: list[Tensor], names: list[str],
+        self, *, optimizer: str, backend: Backend, work: WorkList, owners: list[Tensor], names: list[str],
         group_of: np.ndarray, states: list[dict[str, Any]], numbers: list[int], amsgrad: bool, l2: bool,
         stochastic: bool, seed: int,
     ) -> None:  # fmt: skip
         self.optimizer, self.backend, self.work = optimizer, backend, work
-        self.params, self.names = params, names
+        params = list(map(local, owners))
+        self.owners, self.params, self.names = owners, params, names
         self.flags: dict[str, Any] = {"l2": l2, "amsgrad": amsgrad, "stochastic": stochastic, "seed": seed}
         self.group_of_part = group_of[work.tensor_of_part]
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
@@ -593,7 +714,7 @@ class _Launch:
         self.ageless = not work.born_of_part.any()
         self.scalars = np.empty(len(self.groups), SCALARS)
         self.scalar_memory = self.scalars.view(np.uint8).data
-        self.shapes = [p.shape for p in params]
+        self.shapes = [p.shape for p in owners]
         self.dtypes = [p.dtype for p in params]
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
         moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
@@ -602,7 +723,7 @@ class _Launch:
             list(params), moments[0], moments[1], moments[2] if amsgrad else None,
             remainders if any(r is not None for r in remainders) else None, numbers,
         )  # fmt: skip
-        self.gradients = GradientReader(params)
+        self.gradients = GradientReader(owners)
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
         if self.on_device:
@@ -618,7 +739,7 @@ class _Launch:
         self._note_counts()
 
     def read_gradients(self) -> GradientList:
-        grads = read_gradients(self.gradients, self.params, self.names, self.shapes, self.optimizer, self.dtypes)
+        grads = read_gradients(self.gradients, self.owners, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
         return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
@@ -660,7 +781,7 @@ class _Launch:
                 self.params[i].detach().copy_(self.operands.params[i])
         self.operands.grads = GradientList()
         self.count(skip)
-        changed = self.params if grads.plain else [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        changed = self.owners if grads.plain else [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)
 
     def count(self, skip: Tensor | None) -> None:
@@ -723,6 +844,24 @@ def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None
 
 
 # ------------------------------------------------------------------------------------------------------- checks
+
+
+def _read_freeze(group: Mapping[str, Any], what: str) -> dict[str, Any] | None:
+    """What a saved group tells of its plan, as `MaskedAdam.state_dict` wrote it; None: nothing."""
+    text = group.get(_FREEZE)
+    if text is None:
+        return None
+    try:
+        note = json.loads(text)
+        version = note["version"]
+        known: dict[str, Any] = {key: note[key] for key in ("packed", "masks", "ages")} if version == 1 else {}
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{what}: a group's entry {_FREEZE!r} cannot be read ({error}); the state is damaged"
+        ) from error
+    if version != 1:
+        raise ValueError(f"{what}: state has version {version}, this package reads 1; upgrade it")
+    return known
 
 
 def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from .gradients import Model
 from .kernels import choose_backend, compile_frozen
 from .kernels.drift import INTEGER_OF_WIDTH, FrozenDriftError, raise_on_drift
-from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
+from .masks import BoundMask, FreezePlan, bind, named_tensors
+from .sharding import local
 
 __all__ = ["FrozenDriftError", "Snapshot", "snapshot"]
 
@@ -20,15 +21,13 @@ class Snapshot:
 
     def __init__(self, model: Model, plan: FreezePlan) -> None:
         self.plan = plan
-        named = named_tensors(model)
-        bound = _found(named, plan, "snapshot")
-        self._names = [entry.name for entry in bound]
-        self._masks = [entry.mask for entry in bound]
+        bound = _found(model, plan, "snapshot")
+        self._names = [entry.plan_names[0] for entry in bound]
+        self._masks = [entry.local_mask for entry in bound]
         self._dtypes = [entry.param.dtype for entry in bound]
-        self._bytes = [_frozen_bytes(entry.param, entry.mask) for entry in bound]
+        self._bytes = [_frozen_bytes(entry) for entry in bound]
         # every name of the plan, tied ones too -> its place in the lists
-        place = {id(entry.param): i for i, entry in enumerate(bound)}
-        self._place = {name: place[id(tensor)] for name, tensor in named if name in plan}
+        self._place = {name: i for i, entry in enumerate(bound) for name in entry.plan_names}
 
     @property
     def nbytes(self) -> int:
@@ -52,15 +51,20 @@ class Snapshot:
             FrozenDriftError: naming the first tensor, row and column that differ, and both values.
             ValueError: the plan does not fit ``model``.
         """
-        for entry in _found(named_tensors(model), self.plan, "verify"):
-            i = self._place[entry.name]
+        for entry in _found(model, self.plan, "verify"):
+            i = self._place[entry.plan_names[0]]
             if entry.param.dtype != self._dtypes[i]:
                 raise FrozenDriftError(
                     f"verify: {entry.name!r} is {entry.param.dtype}, it was {self._dtypes[i]} at the snapshot; "
                     "bytes cannot be compared across dtypes"
                 )
-            now = _frozen_bytes(entry.param, entry.mask)
-            raise_on_drift("verify", [entry.name], [entry.mask], [self._bytes[i]], [now])
+            if entry.local_mask != self._masks[i]:
+                raise ValueError(
+                    f"verify: this rank holds another part of {entry.name!r} than at the snapshot; take the snapshot "
+                    "after the model was sharded"
+                )
+            now = _frozen_bytes(entry)
+            raise_on_drift("verify", [entry.name], [entry.mask], [self._bytes[i]], [now], held=[entry.held])
 
     def __repr__(self) -> str:
         return f"Snapshot({len(self._names)} tensors, {self.nbytes:,} frozen bytes)"
@@ -68,6 +72,8 @@ class Snapshot:
 
 def snapshot(model: Model, plan: FreezePlan) -> Snapshot:
     """Copy the frozen bytes of ``model`` to host memory, packed: frozen elements only.
+
+    Of sharded parameters (FSDP2, tensor parallel) each rank copies and verifies what it holds.
 
     Args:
         model: a module, a mapping name -> tensor (a state dict too), or pairs.
@@ -79,15 +85,16 @@ def snapshot(model: Model, plan: FreezePlan) -> Snapshot:
     return Snapshot(model, plan)
 
 
-def _found(named: list[tuple[str, Tensor]], plan: FreezePlan, operation: str) -> list[BoundMask]:
+def _found(model: Model, plan: FreezePlan, operation: str) -> list[BoundMask]:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
-    return bind(plan, named, operation=operation, require_grad=False)
+    return bind(plan, named_tensors(model), operation=operation, require_grad=False)
 
 
 @torch.no_grad()
-def _frozen_bytes(param: Tensor, mask: FreezeMask) -> Tensor:
-    """The frozen elements of a tensor, packed, on the host. Any dtype."""
+def _frozen_bytes(entry: BoundMask) -> Tensor:
+    """The frozen elements that this rank holds of a tensor, packed, on the host. Any dtype."""
+    param, mask = local(entry.param), entry.local_mask
     host = param.detach().cpu().contiguous()
     flat = host.view(-1).view(INTEGER_OF_WIDTH[host.element_size()])
     packed = torch.empty(mask.frozen_count, dtype=flat.dtype)

@@ -689,9 +689,14 @@ def test_state_of_other_shapes() -> None:
 def test_state_of_a_later_version() -> None:
     opt = MaskedAdamW(parameters().items(), freeze=PLAN)
     state_dict = opt.state_dict()
-    state_dict["safefreeze"]["version"] = 2
+    group = state_dict["param_groups"][0]
+    group["freeze"] = group["freeze"].replace('"version": 1', '"version": 2')
     with refused(ValueError, "MaskedAdamW.load_state_dict", "version 2", "reads 1", "upgrade", of=opt):
         opt.load_state_dict(state_dict)
+    for damaged in ("", "{}", '{"version": 1}', 7):
+        group["freeze"] = damaged
+        with refused(ValueError, "MaskedAdamW.load_state_dict", "'freeze' cannot be read", of=opt):
+            opt.load_state_dict(state_dict)
 
 
 MEDDLED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {

@@ -19,7 +19,8 @@ NAME = "safefreeze_kernels"
 
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
-    ("_C", "masks", "calibration"),
+    ("_C", "sharding", "calibration"),
+    ("masks",),
     ("kernels",),
     ("gradients",),
     ("optim", "attribution"),

@@ -633,7 +633,8 @@ def spoil_shape(state: dict[str, Any]) -> None:
 
 
 def spoil_version(state: dict[str, Any]) -> None:
-    state["safefreeze"]["version"] = 99
+    group = state["param_groups"][0]
+    group["freeze"] = group["freeze"].replace('"version": 1', '"version": 99')
 
 
 @pytest.mark.parametrize("spoil", [spoil_groups, spoil_size, spoil_shape, spoil_version])

@@ -28,15 +28,21 @@ def raise_on_drift(
     then: Sequence[Tensor],
     now: Sequence[Tensor],
     remedy: str = "",
+    held: Sequence[list[np.ndarray] | None] | None = None,
 ) -> None:
-    """Compare packed copies of frozen elements; raise `FrozenDriftError` naming the first that differs."""
-    for name, mask, old, new in zip(names, masks, then, now, strict=True):
+    """Compare packed copies of frozen elements; raise `FrozenDriftError` naming the first that differs.
+
+    ``masks``: of the tensors, whole; ``held``: which part of each was copied (`sharding.held`), None: all.
+    """
+    for name, mask, part, old, new in zip(names, masks, held or [None] * len(masks), then, now, strict=True):
         width = INTEGER_OF_WIDTH[old.element_size()]
         differs = old.view(width) != new.view(width)
         if not differs.any():
             continue
         place = int(differs.nonzero()[0])
-        row, col = _coordinates(mask, place)
+        row, col = _coordinates(mask.piece(part), place)
+        if part is not None:
+            row, col = (int(index[at]) for index, at in zip(mask.matrix_index(part), (row, col), strict=True))
         where = f"row {row}" if len(mask.shape) < 2 else f"row {row}, column {col}"
         raise FrozenDriftError(
             f"{operation}: frozen {name!r} moved at {where}: was {_shown(old, place)}, is {_shown(new, place)} "

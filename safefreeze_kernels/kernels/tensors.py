@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..sharding import is_sharded, local, local_gradient
+
 __all__ = ["GradientList", "GradientReader", "whereabouts"]
 
 _STORAGE: Final = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -71,26 +73,43 @@ class GradientList(list[Tensor | None]):
     tables: tuple[int, int] | None = None
 
 
+class _Holder:
+    """What the extension takes for a parameter: something with a gradient."""
+
+    grad: Tensor | None = None
+
+
 class GradientReader:
-    """Reads the gradients of parameters that look like ``params``; holds no reference to them."""
+    """Reads the gradients of parameters that look like ``params``, of sharded ones the piece this rank holds; holds no
+    reference to them."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._one_device = len({p.device for p in params}) == 1
-        self._native = None if _C is None else _C.Gradients(Tensor, list(params))
-        self._looks = [] if self._native else list(map(_look, params))
+        self._holders = [_Holder() for _ in params] if any(map(is_sharded, params)) else None
+        pieces = list(map(local, params))
+        self._one_device = len({p.device for p in pieces}) == 1
+        self._native = None if _C is None else _C.Gradients(Tensor, pieces)
+        self._looks = [] if self._native else list(map(_look, pieces))
 
     def read(self, params: list[Tensor]) -> GradientList:
         """The gradients of ``params``, which are as many as the reader was made for."""
+        owners: list[Any] = params
+        if self._holders is not None:
+            owners = self._holders
+            for holder, p in zip(owners, params, strict=True):
+                holder.grad = local_gradient(p)
         if self._native is None:
-            grads = GradientList(p.grad for p in params)
+            grads = GradientList(p.grad for p in owners)
             grads.plain = self._one_device and all(
                 grad is not None and _look(grad) == look and grad.is_contiguous() and grad.dtype in _STORAGE
                 for grad, look in zip(grads, self._looks, strict=True)
             )
-            return grads
-        grads = GradientList(params)  # to be overwritten one by one
-        grads.plain = self._native.read(params, grads) and self._one_device
-        grads.tables = self._native.tables if grads.plain else None
+        else:
+            grads = GradientList(owners)  # to be overwritten one by one
+            grads.plain = self._native.read(owners, grads) and self._one_device
+            grads.tables = self._native.tables if grads.plain else None
+        if self._holders is not None:
+            for holder in owners:
+                holder.grad = None  # nobody's but the caller's
         return grads
 
 

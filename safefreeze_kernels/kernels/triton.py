@@ -553,7 +553,7 @@ def adamw_settings(
     """Compile-time parameters and launch options of `adamw_kernel`."""
     busy = bits or rounding != "nearest"
     narrow = 1 if amsgrad and rounding != "stochastic" else 2 if busy or lists == 2 else 4
-    busiest = busy and state.itemsize == 2 or bits and rounding == "stochastic" and param == torch.float16
+    busiest = (busy and state.itemsize == 2) or (bits and rounding == "stochastic" and param == torch.float16)
     wide = 8 if param.itemsize == 2 and not amsgrad and not busiest else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,

@@ -9,6 +9,9 @@ columns (live list), or a copy of the frozen elements (frozen list).
 
 from __future__ import annotations
 
+import base64
+import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +49,40 @@ class Ages:
     def none(cls, mask: FreezeMask) -> Ages:
         n_rows, n_cols = mask.matrix_shape
         return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
+
+    def piece(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
+        """Ages in a piece of the tensor (`sharding.held`), whose whole mask is ``mask``."""
+        if held is None:
+            return self
+        rows, cols = mask.matrix_index(held)
+        elements = None if self.elements is None else self.elements[rows][:, cols]
+        return Ages(self.rows[rows], self.cols[cols], elements)
+
+    def encode(self) -> list[str]:
+        """As text: rows, columns and, if there are any, elements."""
+        arrays = [self.rows, self.cols] + ([] if self.elements is None else [self.elements])
+        return [base64.b64encode(zlib.compress(a.astype("<i8").tobytes())).decode("ascii") for a in arrays]
+
+    @classmethod
+    def decode(cls, texts: Sequence[str], mask: FreezeMask) -> Ages:
+        """What `encode` made of the ages of a tensor with this mask.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        n_rows, n_cols = mask.matrix_shape
+        shapes: list[tuple[int, ...]] = [(n_rows,), (n_cols,), (n_rows, n_cols)]
+        arrays = []
+        for text, shape in zip(texts, shapes, strict=False):
+            size = 8 * math.prod(shape)
+            try:  # never more memory than the tensor's shape calls for
+                data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+            except (ValueError, TypeError, zlib.error) as error:
+                raise ValueError(f"ages of a thawed tensor of shape {mask.shape} are damaged ({error})") from error
+            if len(data) != size:
+                raise ValueError(f"ages of a thawed tensor hold {len(data)} bytes, expected {size} for {mask.shape}")
+            arrays.append(np.frombuffer(data, "<i8").astype(np.int64).reshape(shape))
+        return cls(*arrays)
 
     def __bool__(self) -> bool:
         return bool(self.rows.any() or self.cols.any() or (self.elements is not None and self.elements.any()))
