@@ -1040,9 +1040,11 @@ class Guard:
             if id(entry.param) not in known:
                 raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
         self._names = [entry.name for entry in bound]
+        self._masks = [entry.mask for entry in bound]
+        self._held = [entry.held for entry in bound]
         self._shapes = [entry.param.shape for entry in bound]
         self._dtypes = [entry.param.dtype for entry in bound]
-        self._work = compile_frozen([entry.mask for entry in bound])
+        self._work = compile_frozen([entry.local_mask for entry in bound])
         self._gradients = GradientReader([entry.param for entry in bound])
         self.refresh()
         self._handles = [
@@ -1054,7 +1056,7 @@ class Guard:
         """Take the present values as the frozen ones, after weights were loaded on purpose."""
         params = self._params()
         self._copy = [
-            torch.empty(size, dtype=p.dtype, device=p.device)
+            torch.empty(size, dtype=p.dtype, device=local(p).device)
             for size, p in zip(self._work.packed_sizes, params, strict=True)
         ]
         self._gather(params, self._copy)
@@ -1087,7 +1089,7 @@ class Guard:
         return params
 
     def _backend(self, params: list[Tensor]) -> Backend:
-        devices = {p.device for p in params}
+        devices = {local(p).device for p in params}
         if len(devices) > 1:
             raise ValueError(
                 f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
@@ -1096,7 +1098,7 @@ class Guard:
 
     @torch.no_grad()
     def _gather(self, params: list[Tensor], packed: list[Tensor]) -> None:
-        self._backend(params).gather(self._work, [p.detach().contiguous() for p in params], packed)
+        self._backend(params).gather(self._work, [local(p).detach().contiguous() for p in params], packed)
 
     def _before(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         params = self._params()
@@ -1105,8 +1107,8 @@ class Guard:
             now = [torch.empty_like(t) for t in self._copy]
             self._gather(params, now)
             raise_on_drift(
-                "guard", self._names, self._masks(), self._copy, now,
-                remedy="if they were loaded on purpose, call guard.refresh()",
+                "guard", self._names, self._masks, self._copy, now,
+                remedy="if they were loaded on purpose, call guard.refresh()", held=self._held,
             )  # fmt: skip
         self._zero_grads(params)
 
@@ -1123,9 +1125,6 @@ class Guard:
         # args[0] is the optimizer itself
         return (args[0], *(watched(arg) if callable(arg) else arg for arg in args[1:])), kwargs
 
-    def _masks(self) -> list[FreezeMask]:
-        return [self.plan[name] for name in self._names]
-
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
         zero_listed_grads_(self._backend_name, self._work, self._gradients, params, self._names, self._shapes, "guard")
@@ -1133,11 +1132,12 @@ class Guard:
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         params = self._params()
-        targets = [p.detach().contiguous() for p in params]
+        pieces = [local(p).detach() for p in params]
+        targets = [piece.contiguous() for piece in pieces]
         self._backend(params).scatter_(self._work, targets, self._copy)
-        for p, target in zip(params, targets, strict=True):
-            if target.data_ptr() != p.data_ptr():
-                p.copy_(target)
+        for piece, target in zip(pieces, targets, strict=True):
+            if target.data_ptr() != piece.data_ptr():
+                piece.copy_(target)
         torch.autograd.graph.increment_version(params)
         self._versions = [p._version for p in params]
 

@@ -1,0 +1,65 @@
+"""Runs a function on several ranks: real processes, joined by gloo. They are started once and kept, since that is slow."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+MOST: Final = 4
+_PATIENCE: Final = 30.0  # seconds that a rank waits for another one
+
+# One process for each rank: torch remembers which rank a process is in a mesh, beyond the life of its process group.
+_processes: list[ProcessPoolExecutor] = []
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(rank, *arguments)`` on each of ``world`` ranks; what they return, by rank.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed, if any did.
+        BrokenProcessPool: a rank died.
+    """
+    if not _processes:
+        _processes.extend(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(MOST))
+        for process in _processes:
+            atexit.register(process.shutdown, cancel_futures=True)
+    with TemporaryDirectory() as folder:
+        jobs = [
+            process.submit(_rank, rank, world, str(Path(folder) / "store"), function, arguments)
+            for rank, process in enumerate(_processes[:world])
+        ]
+        try:
+            found = [job.result(timeout=4 * _PATIENCE) for job in jobs]
+        except BrokenProcessPool:
+            _processes.clear()
+            raise
+    errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(found) if text]
+    assert not errors, "\n".join(errors)
+    return [value for _, value in found]
+
+
+def _rank(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=_PATIENCE)
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of views and of experimental parts
+            return "", function(rank, *arguments)
+    except Exception:
+        return traceback.format_exc(), None
+    finally:
+        dist.destroy_process_group()
