@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: real processes, joined by gloo. They are started once and kept, since that is slow."""
+"""Runs a function on several ranks: real processes, joined by gloo. Starting them is slow, so they are kept."""
 
 from __future__ import annotations
 
