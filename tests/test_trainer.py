@@ -1,0 +1,370 @@
+"""transformers' Trainer and TRL's trainers, the real ones, on a tiny model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainer_run
+from conftest import assert_same_bits
+from ranks import run_ranks
+from torch import Tensor
+from trainer_run import arguments, dataset, model, plan, trainer
+from transformers import Trainer
+
+import safefreeze_kernels as sf
+from safefreeze_kernels.integrations.transformers import FreezeCallback, build_masked_adamw, masked_adamw
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LR = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+def groups_of(net: torch.nn.Module) -> list[dict[str, Any]]:
+    """Trainer's two groups, by hand."""
+    named = list(net.named_parameters())
+    norms = [(name, p) for name, p in named if "norm" in name]
+    return [{"params": [pair for pair in named if "norm" not in pair[0]]}, {"params": norms, "weight_decay": 0.0}]
+
+
+def by_hand(batches: list[list[dict[str, Tensor]]], steps: int, max_norm: float = 0.1) -> tuple[Any, list[float]]:
+    """The same training as a plain loop; the live norms."""
+    net = model()
+    optimizer = sf.MaskedAdamW(groups_of(net), freeze=plan(), **LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (steps - step) / steps))
+    norms = []
+    for rows in batches:
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        net(**batch).loss.backward()
+        norms.append(float(sf.clip_grad_norm_(net, max_norm, plan())))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return net, norms
+
+
+class Recording(Trainer):
+    """Keeps the batches it trains on."""
+
+    def training_step(self, net: Any, inputs: dict[str, Tensor], *rest: Any) -> Tensor:
+        self.__dict__.setdefault("batches", []).append(
+            [{key: value[i] for key, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
+        )
+        return super().training_step(net, inputs, *rest)
+
+
+def recording(folder: Path, callbacks: tuple[Any, ...] = (), **options: Any) -> Recording:
+    return Recording(
+        model=model(),
+        args=arguments(folder, **options),
+        train_dataset=dataset(),
+        optimizer_cls_and_kwargs=masked_adamw(plan(), **LR),
+        callbacks=[FreezeCallback(plan(), raw_norm=True), *callbacks],
+    )
+
+
+def assert_close(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Eight steps of 1e-2 whose clip coefficients differ in the last bits of float32 (torch sums norms in float32)."""
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=8 * 1e-2 * 2**-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_training_is_a_plain_loop_with_live_clipping(tmp_path: Path) -> None:
+    run = recording(tmp_path)
+    proof = sf.snapshot(run.model, plan())
+    run.train()
+    proof.verify(run.model)
+    expected, norms = by_hand(run.batches, 8)
+    assert_close(run.model, expected)
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["grad_norm"] for entry in logged] == pytest.approx(norms, rel=1e-4)
+    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
+    assert {entry["frozen_share"] for entry in logged} == {round(plan().frozen_fraction, 6)}
+
+
+def test_groups_names_and_decay_are_trainers(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.create_optimizer()
+    decaying = run.get_decay_parameter_names(run.model)
+    first, second = run.optimizer.param_groups
+    assert set(first["param_names"]) <= set(decaying) and first["weight_decay"] == 0.1
+    assert second["weight_decay"] == 0.0 and all("norm" in name for name in second["param_names"])
+    named = dict(run.model.named_parameters())
+    assert sorted(first["param_names"] + second["param_names"]) == sorted(named)
+    assert all(named[name] is p for g in (first, second) for name, p in zip(g["param_names"], g["params"], strict=True))
+
+
+def test_hyper_parameters_from_the_arguments(tmp_path: Path) -> None:
+    args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.05, adam_beta2=0.95, adam_epsilon=1e-6)
+    _, options = masked_adamw(plan(), args, weight_decay=0.2)
+    assert {**options, "plan": 0} == {"plan": 0, "lr": 3e-4, "weight_decay": 0.2, "betas": (0.9, 0.95), "eps": 1e-6}
+    with pytest.raises(TypeError, match=r"lr is missing.*TrainingArguments"):
+        masked_adamw(plan())
+
+
+def test_a_plan_from_a_file(tmp_path: Path) -> None:
+    plan().save(tmp_path / "plan.safetensors")
+    _, options = masked_adamw(tmp_path / "plan.safetensors", lr=1e-3)
+    assert options["plan"] == plan() and FreezeCallback(tmp_path / "plan.safetensors").plan == plan()
+
+
+def test_accumulation_sees_every_batch(tmp_path: Path) -> None:
+    run = recording(tmp_path, gradient_accumulation_steps=2, max_steps=4)
+    run.train()
+    pairs = [a + b for a, b in zip(run.batches[::2], run.batches[1::2], strict=True)]
+    expected, norms = by_hand(pairs, 4)
+    assert_close(run.model, expected)
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["grad_norm"] for entry in logged] == pytest.approx(norms, rel=1e-4)
+    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
+
+
+class Poison(trainer_run.TrainerCallback):  # type: ignore[misc]
+    """Puts a NaN into a frozen gradient during every backward pass."""
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        weight = kwargs["model"].model.layers[0].mlp.up_proj.weight
+
+        def poison(grad: Tensor) -> Tensor:
+            grad = grad.clone()
+            grad[0] = float("nan")
+            return grad
+
+        weight.register_hook(poison)
+
+
+def test_a_nan_in_a_frozen_gradient_changes_nothing(tmp_path: Path) -> None:
+    clean, poisoned = recording(tmp_path), recording(tmp_path, (Poison(),))
+    for run in (clean, poisoned):
+        run.train()
+    for (name, p), q in zip(poisoned.model.named_parameters(), clean.model.parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach(), name)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"max_grad_norm": 0.0}, {"gradient_checkpointing": True}])
+def test_other_settings_of_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = recording(tmp_path, max_steps=3, **options)
+    start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    sf.snapshot(start, plan()).verify(run.model)
+    assert all(not torch.equal(p, start[name]) for name, p in run.model.named_parameters())
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
+    expected = by_hand(run.batches[:1], 3)[1][0]
+    assert logged[0]["grad_norm"] == pytest.approx(expected, rel=0.03 if "bf16" in options else 1e-4)
+
+
+def test_the_hook_goes_with_the_optimizer(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.create_optimizer()
+    net = run.model
+    assert len(net._forward_hooks) == 1
+    del run
+    gc.collect()
+    assert not net._forward_hooks
+
+
+def gradients_on_ranks(rank: int, way: str) -> tuple[float, float, dict[str, Tensor]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    net = model()
+    if way == "FSDP2":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in net.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    optimizer = build_masked_adamw(net, plan(), **LR)
+    run = DistributedDataParallel(net) if way == "DDP" else net
+    rows = dataset()[4 * rank : 4 * rank + 4]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    run(**batch).loss.backward()
+    del optimizer
+    live, raw = sf.clip_grad_norm_(net, 1e9, plan(), return_raw=True)
+    whole = {n: p.grad.full_tensor() if way == "FSDP2" else p.grad for n, p in net.named_parameters()}
+    return float(live), float(raw), whole
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_frozen_gradients_are_zero_after_ranks_have_averaged(way: str) -> None:
+    net = model()
+    batch = {key: torch.stack([row[key] for row in dataset()[:8]]) for key in ("input_ids", "labels")}
+    net(**batch).loss.backward()
+    for live, raw, grads in run_ranks(2, gradients_on_ranks, way):
+        assert live == raw
+        for name, p in net.named_parameters():
+            mask = plan()[name].dense() if name in plan() else torch.zeros(p.shape, dtype=torch.bool)
+            torch.testing.assert_close(grads[name], p.grad.masked_fill(mask, 0.0), rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- checkpoints and proof
+
+
+def test_plan_and_proof_lie_beside_each_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    run.train()
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        proof = json.loads((folder / "freeze_proof.json").read_text())
+        assert sf.FreezePlan.load(folder / "freeze_plan.safetensors") == plan()
+        assert proof["step"] == step and proof["verified"] and proof["plan"] == plan().fingerprint
+        assert proof["frozen_bytes_sha256"] == [sf.snapshot(model(), plan()).digest]
+        assert proof["frozen_elements"] == sum(mask.frozen_count for mask in plan().values())
+        state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+        kept = sum(value.numel() for entry in state.values() for value in entry.values() if value.ndim)
+        live = sum(p.numel() - (plan()[n].frozen_count if n in plan() else 0) for n, p in model().named_parameters())
+        assert kept == 2 * live, "state is not packed"
+
+
+class Drift(trainer_run.TrainerCallback):  # type: ignore[misc]
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            kwargs["model"].model.layers[1].self_attn.q_proj.weight[3, 4] += 1e-3
+
+
+def test_drift_stops_the_save(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    run.add_callback(Drift())
+    with pytest.raises(sf.FrozenDriftError, match=r"layers\.1\.self_attn\.q_proj\.weight.*row 3, column 4"):
+        run.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def start(folder: Path, how: str, pause: float = 0.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", trainer_run.__file__, str(folder), how],
+        env={**os.environ, "STEP_SECONDS": str(pause), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finished(run: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+    output, _ = run.communicate(timeout=180)
+    assert run.returncode == 0, output[-4000:]
+    found: dict[str, Any] = torch.load(folder / "end.pt", weights_only=True)
+    return found
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = start(whole, "new")
+    run = start(killed, "new", pause=0.4)
+    for _ in range(1200):
+        if (killed / "checkpoint-4" / "freeze_proof.json").exists() or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    time.sleep(0.6)  # in the middle of the next steps
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL and not (killed / "end.pt").exists()
+    found, expected = finished(start(killed, "resume"), killed), finished(uninterrupted, whole)
+    for name, tensor in expected["weights"].items():
+        assert_same_bits(found["weights"][name], tensor, name)
+    assert found["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
+    for index, entry in expected["optimizer"]["state"].items():
+        for key, value in entry.items():
+            assert_same_bits(found["optimizer"]["state"][index][key], value, f"{key} of {index}")
+
+
+def test_resuming_under_another_plan_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    other = sf.FreezePlan({**plan(), "model.embed_tokens.weight": sf.FreezeMask((64, 32), rows=[5, 6])})
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' was saved under another freeze plan"):
+        trainer(tmp_path, freeze=other, max_steps=4).train(resume_from_checkpoint=True)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+    def run(freeze: sf.FreezePlan, net: torch.nn.Module, **options: Any) -> None:
+        Trainer(
+            model=net, args=arguments(tmp_path), train_dataset=dataset(),
+            optimizer_cls_and_kwargs=masked_adamw(freeze, **LR), **options,
+        ).train()  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"'lm_heed\.weight'.*nearest: 'lm_head\.weight'"):
+        run(sf.FreezePlan({"lm_heed.weight": sf.FreezeMask((64, 32))}), model())
+    frozen = model()
+    frozen.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"up_proj\.weight' has requires_grad=False"):
+        run(plan(), frozen)
+    other = sf.FreezePlan({"model.norm.weight": sf.FreezeMask((32,), rows=[0])})
+    with pytest.raises(ValueError, match="another plan"):
+        run(plan(), model(), callbacks=[FreezeCallback(other)])
+    stock = torch.optim.SGD(model().parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="raw_norm needs an optimizer made by masked_adamw"):
+        Trainer(
+            model=model(), args=arguments(tmp_path), train_dataset=dataset(), optimizers=(stock, None),
+            callbacks=[FreezeCallback(plan(), raw_norm=True)],
+        ).train()  # fmt: skip
+
+
+def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    """``optimizers=`` takes ours too; without `masked_adamw`, Trainer clips by the raw norm."""
+    net = model()
+    optimizer = sf.MaskedAdamW(groups_of(net), freeze=plan(), **LR)
+    run = Trainer(
+        model=net, args=arguments(tmp_path, max_steps=3), train_dataset=dataset(), optimizers=(optimizer, None),
+        callbacks=[FreezeCallback(plan())],
+    )  # fmt: skip
+    proof = sf.snapshot(net, plan())
+    run.train()
+    proof.verify(run.model)
+
+
+# ------------------------------------------------------------------------------------------------------------- TRL
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, trainer_run.VOCABULARY)}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl(kind: str, tmp_path: Path) -> None:
+    import trl
+    from datasets import Dataset
+
+    rows: dict[str, list[str]] = {
+        "SFT": {"text": ["w3 w4 w5 w6", "w7 w8 w9 w10", "w4 w4 w4 w5", "w30 w31 w32"]},
+        "DPO": {"prompt": ["w3 w4", "w5 w6"], "chosen": [" w7 w8", " w9"], "rejected": [" w10", " w11 w12"]},
+    }[kind]  # type: ignore[assignment]
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, report_to=[], use_cpu=True, bf16=False,
+        save_strategy="steps", save_steps=3, logging_steps=1, disable_tqdm=True, max_grad_norm=0.1, max_length=16,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    net = model()
+    ours: dict[str, Any] = (
+        {"optimizer_cls_and_kwargs": masked_adamw(plan(), config)}
+        if kind == "SFT"
+        else {"optimizers": (build_masked_adamw(net, plan(), config), None), "ref_model": model()}
+    )
+    run = getattr(trl, f"{kind}Trainer")(
+        model=net, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer(),
+        callbacks=[FreezeCallback(plan(), raw_norm=True)], **ours,
+    )  # fmt: skip
+    begin = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    sf.snapshot(begin, plan()).verify(run.model)
+    assert any(not torch.equal(p, begin[name]) for name, p in run.model.named_parameters())
+    assert (tmp_path / "checkpoint-3" / "freeze_proof.json").exists()
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.01 for entry in logged)
