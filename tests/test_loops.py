@@ -229,12 +229,13 @@ def test_lightning_clips_by_the_raw_norm_and_freezes_all_the_same(tmp_path: Path
 
 
 def test_lightning_resumes(tmp_path: Path) -> None:
+    """On one batch: where it was in an epoch, Lightning does not restore for a plain DataLoader."""
     first = Module()
-    trainer = fit(first, 3, tmp_path, epoch=3)
+    trainer = fit(first, 3, tmp_path, epoch=1)
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     resumed, whole = Module(), Module()
-    fit(resumed, 6, tmp_path, resume=tmp_path / "three.ckpt", epoch=3)
-    fit(whole, 6, tmp_path, epoch=3)
+    fit(resumed, 6, tmp_path, resume=tmp_path / "three.ckpt", epoch=1)
+    fit(whole, 6, tmp_path, epoch=1)
     assert_same_weights(resumed.net, whole.net)
 
 
