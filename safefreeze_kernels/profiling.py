@@ -1,0 +1,798 @@
+"""What a training step costs on the reader's own model and batch: masked against stock AdamW, phase by phase."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.profiler import record_function
+
+from .gradients import StepsGradients, clip_grad_norm_
+from .kernels import choose_backend
+from .masks import FreezePlan, bind, named_tensors, write_atomically
+from .optim import MaskedAdamW
+from .proof import Snapshot, snapshot
+from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+__all__ = ["PHASES", "StepCost", "StepProfile", "profile_step"]
+
+Loss = Callable[[torch.nn.Module, Any], Tensor]
+Build = Callable[[list[tuple[str, torch.nn.Parameter]]], Optimizer]
+
+#: The parts of a training step, in order. `StepProfile` also knows "clip + step" and "whole step".
+PHASES: Final = ("forward", "backward", "clip", "step", "zero_grad")
+_UPDATE: Final = "clip + step"
+_WHOLE: Final = "whole step"
+_FORMAT: Final = "safefreeze.step_profile"
+_WHAT: Final = "profile_step"
+_CONFIDENCE: Final = 0.95
+_BUSY: Final = 0.15  # interquartile range / median
+_COLOURS: Final = ("#0072B2", "#8C8C8C")  # masked, stock
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+class Spread(NamedTuple):
+    """A median, and how far the values behind it lie apart."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one optimizer's training step costs."""
+
+    name: str
+    #: phase, or "whole step" -> milliseconds in each round; with accumulation, of all its micro-batches together
+    times_ms: dict[str, tuple[float, ...]]
+    #: the optimizer's tensors
+    state_bytes: int
+    gradient_bytes: int
+    #: most memory in use beyond what was before the first step (weights); `StepProfile.peak_is` says how it was taken
+    peak_bytes: int | None
+
+    def times(self, phase: str) -> tuple[float, ...]:
+        """Milliseconds of a phase in each round; also of "clip + step" and of the "whole step"."""
+        if phase == _UPDATE:
+            parts = [self.times_ms[name] for name in ("clip", "step") if name in self.times_ms]
+            return tuple(map(sum, zip(*parts, strict=True)))
+        return self.times_ms[phase]
+
+    def time(self, phase: str) -> Spread:
+        """Median and quartiles over the rounds, in milliseconds."""
+        low, median, high = np.quantile(self.times(phase), (0.25, 0.5, 0.75)).tolist()
+        return Spread(median, low, high)
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What `profile_step` measured. ``print(profile)`` shows the table."""
+
+    masked: StepCost
+    stock: StepCost
+    parameters: int  # trainable ones
+    frozen_fraction: float  # of those
+    #: how peak bytes were taken; "" if they were not
+    peak_is: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """Timed steps of each optimizer."""
+        return len(self.masked.times_ms[_WHOLE])
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """All that has a time; "clip" is left out where nothing was clipped."""
+        timed = tuple(phase for phase in PHASES if phase in self.masked.times_ms)
+        return (*timed, *([_UPDATE] if "clip" in timed else []), _WHOLE)
+
+    def ratio(self, phase: str = _WHOLE) -> Spread:
+        """Masked / stock: median over rounds of the ratio of the two steps timed back to back, with its 95% interval.
+
+        The interval is the binomial one, from order statistics. Fewer than 6 rounds have none: it is (0, inf) then.
+        """
+        pairs = list(zip(self.masked.times(phase), self.stock.times(phase), strict=True))
+        if any(stock == 0 for _, stock in pairs):  # below the resolution of the device's clock
+            return Spread(math.nan, 0.0, math.inf)
+        ratios = [masked / stock for masked, stock in pairs]
+        return Spread(statistics.median(ratios), *_median_interval(ratios))
+
+    def differs(self, phase: str = _WHOLE) -> bool:
+        """Whether a difference was measured: the 95% interval of `ratio` leaves out 1."""
+        _, low, high = self.ratio(phase)
+        return not low <= 1 <= high
+
+    @property
+    def verdict(self) -> str:
+        """In words: did the optimizer's part, and the whole step, take more or less, or was no difference measured?"""
+        if not math.isfinite(self.ratio().high):
+            return f"{self.rounds} rounds tell no difference from noise; measure at least 6."
+        told = [self._verdict(phase) for phase in (_UPDATE if "clip" in self.masked.times_ms else "step", _WHOLE)]
+        if self.was_busy:
+            told.append("The machine was busy: quartiles lie far apart. Measure again when it is quiet, or more steps.")
+        return "\n".join(told)
+
+    def _verdict(self, phase: str) -> str:
+        median, low, high = self.ratio(phase)
+        figures = f"{median:.3f} of stock's time, 95% interval {low:.3f} to {high:.3f}"
+        if self.differs(phase):
+            return f"{phase}: {'faster' if median < 1 else 'slower'}, {figures}"
+        return f"{phase}: no difference measured ({figures})"
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether whole steps vary so much that the machine had other work: their quartiles lie 15% apart."""
+        spreads = [cost.time(_WHOLE) for cost in (self.masked, self.stock)]
+        return any(high - low > _BUSY * median for median, low, high in spreads)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write all that was measured, every round, and a summary of it. Crash-safe: the old file or the new one."""
+        summary = {
+            phase: {
+                "masked_ms": self.masked.time(phase), "stock_ms": self.stock.time(phase),
+                "ratio": [value if math.isfinite(value) else None for value in self.ratio(phase)],
+            }
+            for phase in self.phases
+        }  # fmt: skip
+        written = {"format": _FORMAT, **asdict(self), "median_low_high": summary, "verdict": self.verdict}
+        write_atomically(Path(path), (json.dumps(written, indent=1) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> StepProfile:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        try:
+            read = json.loads(Path(path).read_bytes())
+            if read.pop("format") != _FORMAT:
+                raise ValueError("of another format")
+            for derived in ("median_low_high", "verdict"):
+                del read[derived]
+            for who in ("masked", "stock"):
+                times = {phase: tuple(map(float, times)) for phase, times in read[who].pop("times_ms").items()}
+                read[who] = StepCost(times_ms=times, **read[who])
+            return cls(**read)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"StepProfile.from_json: {os.fspath(path)!r} holds no step profile ({error}), expected a file that "
+                "to_json wrote"
+            ) from error
+
+    def table(self) -> Table:
+        """For a terminal of 80 columns: times, ratios, bytes, what was measured, and what that says."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.masked.name}, {self.frozen_fraction:.1%} of {self.parameters:,} parameters frozen",
+            title_justify="left", title_style="bold", caption=f"{self.verdict}\n{self._circumstances()}",
+            caption_justify="left", caption_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        table.add_column("\nms", no_wrap=True)
+        for heading in ("masked\nmedian (quartiles)", "stock\nmedian (quartiles)", "\nratio", "95%\ninterval"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for phase in self.phases:
+            median, low, high = self.ratio(phase)
+            table.add_row(
+                phase,
+                *(_shown(cost.time(phase)) for cost in (self.masked, self.stock)),
+                "-" if math.isnan(median) else f"{median:.2f}",
+                f"{low:.2f}-{high:.2f}" if math.isfinite(high) else "-",
+            )
+            if phase in ("zero_grad", _WHOLE):
+                table.add_section()
+        for word, masked, stock in self._bytes():
+            cells = ["-" if count is None else _figure(count / 1e6) for count in (masked, stock)]
+            table.add_row(f"{word}, MB", *cells, f"{masked / stock:.2f}" if masked is not None and stock else "-", "")
+        return table
+
+    def _bytes(self) -> list[tuple[str, int | None, int | None]]:
+        return [
+            (word, getattr(self.masked, name), getattr(self.stock, name))
+            for word, name in (("state", "state_bytes"), ("gradients", "gradient_bytes"), ("peak", "peak_bytes"))
+        ]
+
+    def _circumstances(self) -> str:
+        told = [
+            f"stock: {self.stock.name}; {self.rounds} rounds",
+            *(f"{key} {value}" for key, value in self.settings.items() if value is not None),
+            *(f"{key} {value}" for key, value in self.machine.items() if value is not None),
+        ]
+        return "; ".join(told) + (f"\npeak: {self.peak_is}" if self.peak_is else "\npeak: cannot be measured here")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        console.print(self.table(), highlight=False)
+        return "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw times, ratios and bytes into a PNG file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(f"plot: matplotlib is needed ({error}); pip install matplotlib") from error
+
+        figure = Figure(figsize=(12, 6), dpi=100)
+        figure.set_layout_engine("constrained", wspace=0.06)
+        times, ratios, memory = figure.subplots(1, 3, width_ratios=(2.2, 1.2, 1.6))
+        figure.suptitle(
+            f"{self.masked.name}, {self.frozen_fraction:.1%} of {self.parameters:,} parameters frozen, "
+            f"against {self.stock.name}, nothing frozen",
+            fontsize=14,
+        )
+        self._draw_times(times)
+        self._draw_ratios(ratios)
+        self._draw_bytes(memory)
+        for axes in (times, ratios, memory):
+            axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        write_atomically(Path(path), buffer.getvalue())
+
+    def _draw_times(self, axes: Axes) -> None:
+        spreads = [[cost.time(phase) for phase in self.phases] for cost in (self.masked, self.stock)]
+        bars = _draw_pairs(axes, [[spread.median for spread in each] for each in spreads])
+        for shift, each in zip((-0.2, 0.2), spreads, strict=True):
+            for place, (median, low, high) in enumerate(each):
+                axes.plot([low, high], [place + shift] * 2, color="black", lw=1.2, marker="|", ms=5)
+                note = f"{_figure(median)}"
+                axes.annotate(note, (max(median, high), place + shift), (5, 0), textcoords="offset points", va="center")
+        axes.set(title=f"median and quartiles of {self.rounds} rounds", xlabel="ms")
+        axes.set_yticks(range(len(self.phases)), self.phases)
+        axes.set_xlim(0, 1.2 * max(spread.high for each in spreads for spread in each))
+        axes.legend(bars, [self.masked.name, "stock"], frameon=False, handlelength=1, handleheight=1)
+
+    def _draw_ratios(self, axes: Axes) -> None:
+        axes.axvline(1, color="#BBBBBB", lw=1, zorder=0)
+        for place, phase in enumerate(self.phases):
+            median, low, high = self.ratio(phase)
+            colour = _COLOURS[0] if self.differs(phase) else "black"
+            if math.isfinite(high):
+                axes.plot([low, high], [place] * 2, color=colour, lw=1.5, marker="|", ms=7)
+            if not math.isnan(median):
+                filled = colour if self.differs(phase) else "white"
+                axes.plot(median, place, "o", ms=7, color=colour, markerfacecolor=filled)
+                axes.annotate(f"{median:.2f}", (median, place), (0, 8), textcoords="offset points", ha="center")
+        axes.set(title="masked / stock, 95% interval", xlabel="open: no difference measured")
+        axes.set_yticks(range(len(self.phases)), [""] * len(self.phases))
+        axes.set_ylim(len(self.phases) - 0.4, -0.6)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.9), max(high, 1.1))
+
+    def _draw_bytes(self, axes: Axes) -> None:
+        rows = [(word, masked / 1e6, stock / 1e6) for word, masked, stock in self._bytes() if masked and stock]
+        _draw_pairs(axes, [[masked for _, masked, _ in rows], [stock for *_, stock in rows]])
+        for place, (_, *pair) in enumerate(rows):
+            for shift, value in zip((-0.2, 0.2), pair, strict=True):
+                axes.annotate(_figure(value), (value, place + shift), (5, 0), textcoords="offset points", va="center")
+        axes.set(title="memory beside the weights", xlabel="MB")
+        axes.set_yticks(range(len(rows)), [word for word, *_ in rows])
+        axes.set_xlim(0, 1.25 * max(value for _, *pair in rows for value in pair))
+
+
+def _draw_pairs(axes: Axes, pairs: Sequence[Sequence[float]]) -> list[Any]:
+    """A bar of each of the two optimizers in every row, the first row on top. Returns the bars of each."""
+    axes.set_ylim(len(pairs[0]) - 0.4, -0.6)
+    return [
+        axes.barh([place + shift for place in range(len(values))], values, height=0.38, color=colour)
+        for shift, values, colour in zip((-0.2, 0.2), pairs, _COLOURS, strict=True)
+    ]
+
+
+def _median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the median from order statistics; (0, inf) where there are too few values for one."""
+    n, skip, outside = len(values), 0, 0.0
+    while 2 * (outside := outside + math.comb(n, skip) / 2**n) <= 1 - _CONFIDENCE:
+        skip += 1
+    ordered = sorted(values)
+    return (ordered[skip - 1], ordered[n - skip]) if skip else (0.0, math.inf)
+
+
+def _figure(value: float) -> str:
+    """Three digits or more, never a power of ten."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def _shown(spread: Spread) -> str:
+    median, low, high = map(_figure, spread)
+    return f"{median} ({low}-{high})"
+
+
+# ------------------------------------------------------------------------------------------------------ profiling
+
+
+def profile_step(
+    model: torch.nn.Module,
+    batch: Any,
+    plan: FreezePlan,
+    *,
+    loss: Loss | None = None,
+    optimizer: Build | None = None,
+    lr: float = 1e-4,
+    weight_decay: float = 0.1,
+    max_norm: float | None = 1.0,
+    fuse_clipping: bool = True,
+    steps: int = 10,
+    warmup: int = 2,
+    accumulation: int = 1,
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+) -> StepProfile:
+    """Time a training step under the plan, and one of stock AdamW with nothing frozen, in turns on the same model.
+
+    In each round both take a step, back to back and in alternating order, from the same weights and random numbers:
+    what drifts in the machine reaches both alike. Frozen bytes are verified before the timing and after the last masked
+    step; no times are reported if one changed. On a GPU phases are timed by events, and nothing waits between them.
+
+    The model is put back exactly, after errors too: weights, buffers, gradients, ``requires_grad``, training mode, and
+    the random numbers of torch, NumPy and Python. Beside what training takes, that needs memory for a copy of the
+    trainable weights and of the buffers on their device, for the frozen bytes on the host, and for the state of both
+    optimizers at once; gradients the model has stay where they are. Peak memory is taken before, from each optimizer
+    alone; that resets the peak statistics of the process, or of torch on a GPU. In traces of `torch.profiler` phases
+    are ranges named ``safefreeze: forward`` and so on.
+
+    Args:
+        model: on the CPU or on one CUDA device, as it is trained (compiled, too); runs in training mode.
+        batch: what ``loss`` takes. Without ``loss`` a mapping of arguments, labels included, on the model's device.
+        plan: what is frozen.
+        loss: ``loss(model, batch)`` returns the scalar to minimize. Default: ``model(**batch).loss``.
+        optimizer: builds the masked optimizer from the trainable ``model.named_parameters()``, for example
+            ``lambda named: sf.MaskedAdamW(named, lr=1e-4, state_dtype=torch.bfloat16, freeze=plan)``. Default:
+            `MaskedAdamW` with ``lr`` and ``weight_decay``, as stock AdamW has them.
+        max_norm: clip to this norm; None: do not clip.
+        fuse_clipping: call `clip_grad_norm_` with ``optimizer=`` where the optimizer can take it: the factor is then
+            applied in the step, and only the sum "clip + step" compares with stock's.
+        steps: timed steps of each; an interval takes 6.
+        warmup: steps of each before, beside the two whose memory is measured.
+        accumulation: micro-batches per step; each is ``batch``, its loss divided by their number.
+        autocast: forward under `torch.autocast` with this dtype. There is no loss scaling.
+        progress: show a progress bar (tqdm).
+
+    Raises:
+        ValueError, TypeError: an argument out of range, a plan that does not fit, a loss that is no finite scalar with
+            a gradient.
+        FrozenDriftError: a frozen byte changed.
+    """
+    _check_arguments(model, plan, lr, max_norm, autocast, steps=steps, warmup=warmup, accumulation=accumulation)
+    device = _checked_device(model)
+    if loss is None:
+        _check_batch(batch, device)
+    elif not callable(loss):
+        raise TypeError(f"{_WHAT}: loss is a {type(loss).__name__}, expected a callable (model, batch) -> scalar")
+    bound = bind(plan, named_tensors(model), operation=_WHAT)
+    params = [p for p in model.parameters() if p.requires_grad]
+    adamw: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+
+    def build_masked() -> Optimizer:
+        if optimizer is not None:
+            return optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+        named = [(name, p) for name, p in named_tensors(model) if p.requires_grad]
+        return MaskedAdamW(named, **adamw, freeze=plan)
+
+    def clip_live(stepping: Optimizer) -> object:
+        fused = stepping if fuse_clipping and isinstance(stepping, StepsGradients) else None
+        return clip_grad_norm_(model, max_norm or 0.0, plan, optimizer=fused)
+
+    def clip_stock(_: Optimizer) -> object:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm or 0.0)
+
+    clips = (clip_live, clip_stock) if max_norm is not None else (None, None)
+    masked = _Contender(build_masked, clips[0])
+    stock = _Contender(lambda: torch.optim.AdamW(params, **adamw, fused=True), clips[1], "torch AdamW, fused")
+    with _kept(model, device) as kept, _bar(progress, 2 * (2 + warmup + steps) + 1) as tick:
+        work = _Work(model, batch, loss or _own_loss, accumulation, device, autocast, kept)
+        gradient_bytes = work.try_out(params)
+        tick()
+        proof = snapshot(model, plan)
+        masked.peak_bytes = _peak_of(masked, work, proof, tick)
+        stock.peak_bytes = _peak_of(stock, work, None, tick)
+        _time_in_turns(masked, stock, work, proof, warmup, steps, tick)
+        fused = fuse_clipping and max_norm is not None and isinstance(masked.optimizer, StepsGradients)
+        costs = masked.cost(gradient_bytes), stock.cost(gradient_bytes)
+    total = sum(p.numel() for p in params)
+    return StepProfile(
+        masked=costs[0],
+        stock=costs[1],
+        parameters=total,
+        frozen_fraction=sum(entry.mask.frozen_count for entry in bound) / total,
+        peak_is=_peak_is(device) if masked.peak_bytes is not None else "",
+        settings={
+            "plan": plan.fingerprint[:12], "warmup": warmup, "accumulation": accumulation, "max_norm": max_norm,
+            "fused clipping": fused, **adamw, "autocast": None if autocast is None else _word(autocast),
+        },
+        machine={
+            "weights": "+".join(sorted({_word(p.dtype) for p in params})),
+            "backend": choose_backend("auto", device, _WHAT).name if optimizer is None else None,
+            "device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )  # fmt: skip
+
+
+def _time_in_turns(
+    masked: _Contender,
+    stock: _Contender,
+    work: _Work,
+    proof: Snapshot,
+    warmup: int,
+    steps: int,
+    tick: Callable[[], object],
+) -> None:
+    """Rounds of a step of each, in alternating order. The last masked step is verified."""
+    pair = (masked, stock)
+    for contender in pair:
+        contender.start()
+    for number in range(-warmup, steps):
+        for contender in pair if number % 2 == 0 else reversed(pair):
+            times = work.step(contender)
+            if number >= 0:
+                for phase, spent in times.items():
+                    contender.times_ms.setdefault(phase, []).append(spent)
+            if contender is masked and number == steps - 1:
+                proof.verify(work.model)  # now: stock's step moves frozen weights
+            tick()
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_arguments(
+    model: Any, plan: Any, lr: float, max_norm: float | None, autocast: torch.dtype | None, **counts: int
+) -> None:
+    for word, value, kind in (("model", model, torch.nn.Module), ("plan", plan, FreezePlan)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{_WHAT}: {word} is a {type(value).__name__}, expected a {kind.__name__}")
+    for word, count in counts.items():
+        least = 0 if word == "warmup" else 1
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{_WHAT}: {word} is {count!r}, expected a whole number from {least} on")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"{_WHAT}: lr is {lr}, expected a learning rate above 0; the weights are put back afterwards")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"{_WHAT}: max_norm is {max_norm}, expected a number above 0, or None not to clip")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"{_WHAT}: autocast is {autocast}, expected torch.bfloat16, torch.float16 or None")
+
+
+def _checked_device(model: torch.nn.Module) -> torch.device:
+    """The one device of the trainable parameters."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{_WHAT}: no parameter of the model has requires_grad=True, expected some to train")
+    for name, p in trainable:
+        if is_sharded(p):
+            raise ValueError(
+                f"{_WHAT}: {name!r} is sharded (DTensor), expected a whole model; profile it on one device"
+            )
+    devices = sorted({str(p.device) for _, p in trainable})
+    if len(devices) > 1:
+        raise ValueError(f"{_WHAT}: the model's parameters are on {', '.join(devices)}, expected one device")
+    device = trainable[0][1].device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{_WHAT}: the model is on {device}, expected cpu or cuda: only there phases can be timed")
+    return device
+
+
+def _check_batch(batch: Any, device: torch.device) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"{_WHAT}: batch is a {type(batch).__name__}, expected a mapping for model(**batch).loss; for another call "
+            "pass loss=, a callable (model, batch) -> scalar"
+        )
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(f"{_WHAT}: batch[{name!r}] is on {value.device}, expected {device}, where the model is")
+
+
+def _own_loss(model: torch.nn.Module, batch: Any) -> Tensor:
+    output = model(**batch)
+    found: Tensor | None = getattr(output, "loss", None)
+    if found is None:
+        raise ValueError(
+            f"{_WHAT}: model(**batch) returned a {type(output).__name__} without a loss, expected one; put labels into "
+            "the batch, or pass loss=, a callable (model, batch) -> scalar"
+        )
+    return found
+
+
+@dataclass
+class _Contender:
+    """An optimizer, how it is built and clipped for, and what was measured of it."""
+
+    build: Callable[[], Optimizer]
+    clip: Callable[[Optimizer], object] | None
+    name: str = ""  # default: the optimizer's type
+    optimizer: Any = None
+    times_ms: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+    def start(self) -> None:
+        """Build the optimizer, without state."""
+        self.optimizer = self.build()
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"{_WHAT}: optimizer= returned a {type(self.optimizer).__name__}, expected a torch.optim.Optimizer"
+            )
+        self.name = self.name or type(self.optimizer).__name__
+
+    def cost(self, gradient_bytes: int) -> StepCost:
+        state = [value for held in self.optimizer.state.values() for value in held.values()]
+        return StepCost(
+            name=self.name,
+            times_ms={phase: tuple(times) for phase, times in self.times_ms.items()},
+            state_bytes=sum(value.nbytes for value in state if isinstance(value, Tensor)),
+            gradient_bytes=gradient_bytes,
+            peak_bytes=self.peak_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A training step of any contender."""
+
+    model: torch.nn.Module
+    batch: Any
+    loss: Loss
+    accumulation: int
+    device: torch.device
+    autocast: torch.dtype | None
+    kept: _Kept
+
+    def _forward(self) -> Tensor:
+        casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        with casting:
+            found = self.loss(self.model, self.batch)
+        return found if self.accumulation == 1 else found / self.accumulation
+
+    def try_out(self, params: Sequence[Tensor]) -> int:
+        """Check the loss and that it reaches the parameters. Returns the bytes of the gradients."""
+        self.kept.rewind_()
+        found = self.loss(self.model, self.batch)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{_WHAT}: the loss is a {type(found).__name__}, expected a scalar tensor")
+        if found.numel() != 1:
+            raise ValueError(f"{_WHAT}: the loss has shape {tuple(found.shape)}, expected a scalar; take its mean")
+        if not found.requires_grad:
+            raise ValueError(f"{_WHAT}: the loss has no gradient, expected one that depends on trainable parameters")
+        if not math.isfinite(value := found.item()):
+            raise ValueError(f"{_WHAT}: the loss is {value}, expected a finite number; check the batch and the dtype")
+        found.backward()  # type: ignore[no-untyped-call]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            raise ValueError(f"{_WHAT}: no trainable parameter got a gradient, expected the loss to depend on some")
+        for p in params:
+            p.grad = None
+        return sum(grad.nbytes for grad in grads)
+
+    def step(self, contender: _Contender) -> dict[str, float]:
+        """One step from the kept weights. Returns milliseconds per phase."""
+        self.kept.rewind_()
+        clock = _Clock(self.device)
+        with record_function(f"safefreeze: {contender.name}"):
+            for _ in range(self.accumulation):
+                with clock.phase("forward"):
+                    found = self._forward()
+                with clock.phase("backward"):
+                    found.backward()  # type: ignore[no-untyped-call]
+                del found
+            if contender.clip is not None:
+                with clock.phase("clip"):
+                    contender.clip(contender.optimizer)
+            with clock.phase("step"):
+                contender.optimizer.step()
+            with clock.phase("zero_grad"):
+                contender.optimizer.zero_grad()
+        return clock.read()
+
+
+class _Clock:
+    """Times the phases of one step: on the CPU by the clock, on a GPU by events, which nothing waits for but `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any, Any]] = []
+        if self._on_gpu:
+            torch.cuda.synchronize(device)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with record_function(f"safefreeze: {name}"):
+            begun = self._now()
+            yield
+            self._marks.append((name, begun, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds per phase, summed over its times, and from the first beginning to the last end."""
+        if self._on_gpu:
+            self._marks[-1][2].synchronize()
+        times: dict[str, float] = {}
+        for name, begun, ended in [*self._marks, (_WHOLE, self._marks[0][1], self._marks[-1][2])]:
+            spent = begun.elapsed_time(ended) if self._on_gpu else 1e3 * (ended - begun)
+            times[name] = times.get(name, 0.0) + spent
+        return times
+
+
+# --------------------------------------------------------------------------------------------------- putting back
+
+
+class _Kept:
+    """All that training changes of a model and of random generators, to be put back exactly."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        params = list(model.parameters())
+        self._flags = [(p, p.requires_grad) for p in params]
+        self._values = [(p, p.detach().clone(), p.grad) for p in params if p.requires_grad]
+        self._modes = [(module, module.training) for module in model.modules()]
+        # by storage, since a buffer may overlap itself, or be replaced by another
+        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        held = [buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None]
+        storages = [buffer.untyped_storage() for buffer in held]
+        self._storages = [(storage, storage.clone()) for storage in storages]  # type: ignore[no-untyped-call]
+        self._device = device
+        self._random = (
+            random.getstate(), np.random.get_state(), torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )  # fmt: skip
+
+    def begin_(self, model: torch.nn.Module) -> None:
+        """Training mode, no gradients."""
+        model.train()
+        for p, *_ in self._values:
+            p.grad = None
+
+    @torch.no_grad()
+    def rewind_(self) -> None:
+        """Weights, buffers and random numbers as they were."""
+        for p, value, _ in self._values:
+            p.copy_(value)
+        for module, buffers in self._buffers:
+            module._buffers.update(buffers)
+        for storage, value in self._storages:
+            storage.copy_(value)
+        python, numpy, cpu, gpu = self._random
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, self._device)
+
+    def restore_(self) -> None:
+        """Everything as it was; gradients are the tensors they were."""
+        self.rewind_()
+        for p, _, grad in self._values:
+            p.grad = grad
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
+
+
+@contextmanager
+def _kept(model: torch.nn.Module, device: torch.device) -> Iterator[_Kept]:
+    """The model may train inside, on its device; afterwards it is as it was before."""
+    kept = _Kept(model, device)
+    try:
+        kept.begin_(model)
+        with torch.enable_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield kept
+    finally:
+        kept.restore_()
+
+
+# --------------------------------------------------------------------------------------------- memory and machine
+
+
+def _peak_of(contender: _Contender, work: _Work, proof: Snapshot | None, tick: Callable[[], object]) -> int | None:
+    """Most bytes in use during two steps of a new optimizer, beyond those before; the first step makes the state.
+
+    On the CPU this is resident memory. None where the system does not tell it.
+    """
+    gc.collect()
+    work.kept.rewind_()
+    contender.start()
+    before = _restart_peak(work.device)
+    for _ in range(2):
+        work.step(contender)
+        tick()
+    peak = None if before is None else _peak(work.device) - before
+    if proof is not None:
+        proof.verify(work.model)
+    contender.optimizer = None
+    return peak
+
+
+def _restart_peak(device: torch.device) -> int | None:
+    """Forget the peak so far. Returns the bytes in use; None where there is no peak to be had."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # what glibc keeps of freed memory would count as in use before, and hide as much of the peak
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or not allowed
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(entry: str) -> int:
+    """Bytes that the kernel tells of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == entry:
+            return int(value.split()[0]) << 10
+    raise OSError(f"/proc/self/status has no {entry}")
+
+
+def _peak_is(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "most memory allocated on the GPU beyond weights and buffers"
+    return "growth of the process's resident memory, to within its allocator's reserves"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Callable[[], object]]:
+    """Yields what to call after each of ``total`` steps."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, desc="profiling", unit="step") as bar:
+        yield bar.update
