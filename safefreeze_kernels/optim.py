@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as counter
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -42,6 +44,10 @@ _REMAINDER: Final = "master_remainder"
 _PACKED: Final = (*_MOMENTS, _REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
 _FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
+
+
+_handles: Final = counter()
+_traced: Final[WeakValueDictionary[int, MaskedAdam]] = WeakValueDictionary()  # what compiled steps call by number
 
 
 class MaskedAdam(Optimizer):
@@ -143,6 +149,8 @@ class MaskedAdam(Optimizer):
         self._clip: Tensor | None = None  # what the next step multiplies gradients by
         self._agreement: PlanAgreement | None = None
         self._sharded = False
+        self._handle = next(_handles)
+        _traced[self._handle] = self
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
@@ -234,6 +242,8 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: a hyper-parameter became NaN or negative; a gradient does not fit. Nothing was changed then.
         """
+        if torch.compiler.is_compiling():
+            return _traced_step(self, closure) if self._traceable else _untraced_step(self, closure)
         # torch's wrapper opens a named range for profilers and calls hooks: 0.1 ms when caches are cold
         if (
             self._optimizer_step_pre_hooks
@@ -252,21 +262,34 @@ class MaskedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self, grads: Sequence[Tensor] | None = None) -> None:
+        """``grads``: of all launches' parameters, instead of the parameters' own; the launches are then as they are."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         captured = all(group["capturable"] for group in self.param_groups)
         if not captured and found_inf is not None and found_inf.item() != 0:
             self._clip = None
-            return loss
+            return
         first = not self.state
-        launches = self._compiled()
+        launches = self._compiled() if grads is None else self._launches
         if first and (self._only_makes_state() if launches else self._trains_nothing()):
-            return loss
-        prepared = [launch.prepare(self.param_groups) for launch in launches]
+            return
+        prepared = []
+        for launch in launches:
+            given = None if grads is None else GradientList(g.contiguous() for g in grads[: len(launch.owners)])
+            grads = None if grads is None else grads[len(launch.owners) :]
+            prepared.append(launch.prepare(self.param_groups, given))
         multiplier = _multiplier(grad_scale, self._clip)
-        for launch, (grads, scalars, scalar_set) in zip(launches, prepared, strict=True):
-            launch.run(grads, scalars, scalar_set, multiplier, found_inf)
+        for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
+            launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
         self._clip = None
-        return loss
+
+    @property
+    def _traceable(self) -> bool:
+        """Whether `torch.compile` can take a step into its graph: the state is there, and nothing is sharded."""
+        return self._launch_key is not None and bool(self._launches) and not self._sharded
 
     def multiply_gradients_(self, factor: Tensor) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
@@ -620,7 +643,8 @@ class MaskedAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._launches, self._launch_key, self._whereabouts, self._waiting, self._clip = [], None, None, [], None
-        self._agreement, self._sharded = None, False
+        self._agreement, self._sharded, self._handle = None, False, next(_handles)
+        _traced[self._handle] = self
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -636,6 +660,62 @@ class MaskedAdam(Optimizer):
 
 
 _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
+
+# ------------------------------------------------------------------------------------------------- compiled steps
+
+_untraced_step: Final = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    MaskedAdam._step, reason="the first step makes the state"
+)
+
+
+def _traced_step(optimizer: MaskedAdam, closure: Callable[[], Any] | None) -> Any:
+    """A step as `torch.compile` sees it: one operation that writes to parameters and state."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    params, grads, moments = [], [], []
+    for launch in optimizer._launches:
+        for p in launch.owners:
+            if p.grad is None:
+                raise RuntimeError("MaskedAdam: in a compiled step every parameter with state must have a gradient")
+            params.append(p)
+            grads.append(p.grad)
+        moments.extend(launch.moments)
+    steps = [launch.steps for launch in optimizer._launches]
+    torch.ops.safefreeze.step_(params, grads, moments, steps, optimizer._handle)
+    return loss
+
+
+@torch.library.custom_op("safefreeze::step_", mutates_args=("params", "moments", "steps"))
+def _step_op(
+    params: list[Tensor], grads: list[Tensor], moments: list[Tensor], steps: list[Tensor], handle: int
+) -> None:
+    """Adam(W) on tensors that stand for those of optimizer ``handle``: the same, or copies that a compiler made."""
+    optimizer = _traced.get(handle)
+    if optimizer is not None:
+        optimizer._compiled()  # in case something was moved
+    if optimizer is None or [len(params), len(moments)] != [
+        sum(len(getattr(launch, what)) for launch in optimizer._launches) for what in ("owners", "moments")
+    ]:
+        raise RuntimeError("MaskedAdam: a compiled step was called after its optimizer changed; compile it anew")
+    own = [t for launch in optimizer._launches for t in (*launch.owners, *launch.moments, launch.steps)]
+    given = []
+    for launch, count in zip(optimizer._launches, steps, strict=True):
+        n, k = len(launch.owners), len(launch.moments)
+        given += [*params[:n], *moments[:k], count]
+        params, moments = params[n:], moments[k:]
+    copies = [(mine, other) for mine, other in zip(own, given, strict=True) if mine.data_ptr() != other.data_ptr()]
+    for mine, other in copies:
+        mine.copy_(other)
+    optimizer._take_step(grads)
+    for mine, other in copies:
+        other.copy_(mine)
+
+
+@_step_op.register_fake
+def _(params: list[Tensor], grads: list[Tensor], moments: list[Tensor], steps: list[Tensor], handle: int) -> None:
+    pass
 
 
 class MaskedAdamW(MaskedAdam):
@@ -723,6 +803,8 @@ class _Launch:
             list(params), moments[0], moments[1], moments[2] if amsgrad else None,
             remainders if any(r is not None for r in remainders) else None, numbers,
         )  # fmt: skip
+        # all that a step writes to beside parameters and counts
+        self.moments = [t for tensors in (*moments, remainders) for t in tensors if t is not None]
         self.gradients = GradientReader(owners)
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
@@ -744,9 +826,12 @@ class _Launch:
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
         return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
 
-    def prepare(self, groups: list[dict[str, Any]]) -> tuple[GradientList, Any, np.ndarray]:
-        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part."""
-        grads = self.read_gradients()
+    def prepare(
+        self, groups: list[dict[str, Any]], grads: GradientList | None = None
+    ) -> tuple[GradientList, Any, np.ndarray]:
+        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part.
+        ``grads``: to be taken instead of the parameters' own."""
+        grads = self.read_gradients() if grads is None else grads
         if grads.plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
@@ -816,8 +901,10 @@ class _CapturableLaunch(_Launch):
         self.counted: tuple[bytes, Tensor] | None = None
 
     @torch.no_grad()
-    def prepare(self, groups: list[dict[str, Any]]) -> tuple[GradientList, Any, np.ndarray]:
-        grads = self.read_gradients()
+    def prepare(
+        self, groups: list[dict[str, Any]], grads: GradientList | None = None
+    ) -> tuple[GradientList, Any, np.ndarray]:
+        grads = self.read_gradients() if grads is None else grads
         ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
         rows = [
             _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1])
