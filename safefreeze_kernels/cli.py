@@ -149,7 +149,7 @@ def score(
             read_pairs(path) if path is not None else load_pairs(name)
             for name, path in (("safety", safety), ("utility", utility))
         ]
-        place = _device(device)
+        place = _device(device, "score")
         with console.status(f"Loading {model}"):
             name, network, tokenizer = load_model(model, getattr(torch, dtype))
             network.to(place)
@@ -173,7 +173,7 @@ def score(
         console.print(f"Written to {output}. Next: safefreeze build {output}{how}", **_PLAIN)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, operation: str) -> torch.device:
     import torch
 
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +181,9 @@ def _device(name: str | None) -> torch.device:
         return torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"score: --device is {chosen!r}, expected a device torch runs on here ({reason})") from error
+        raise ValueError(
+            f"{operation}: --device is {chosen!r}, expected a device torch runs on here ({reason})"
+        ) from error
 
 
 def _halved(sets: Sequence[Sequence[Any]], seed: int) -> Iterator[list[list[Any]]]:
@@ -416,6 +418,100 @@ def _about(scores: UnitScores) -> dict[str, Any]:
             for word, part in (("safety", scores.safety), ("utility", scores.utility))
         },
     }
+
+
+# ---------------------------------------------------------------------------------------------------------- bench
+
+
+@app.command(cls=_Command)
+def bench(
+    model: Annotated[str, typer.Option(help="Local Hugging Face model folder, or smollm2.")] = "smollm2",
+    plan: Annotated[Path | None, typer.Option(help="Plan file. Default: rows drawn at random, see --freeze.")] = None,
+    freeze: Annotated[
+        float | None, typer.Option(help="Without --plan: share of the rows to freeze, of each matrix. Default: 0.075.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens per sequence, drawn at random.")] = 128,
+    steps: Annotated[int, typer.Option(help="Timed steps of each optimizer; an interval takes 6.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps of each before.")] = 2,
+    accumulation: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the weights: {words}.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Default: the GPU where torch finds one, else the CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the tokens and of the rows.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File for all that was measured.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG file to draw it into.")] = None,
+) -> None:
+    """Time a training step of a model: masked against stock AdamW with nothing frozen, in the same run."""
+    with _foreseen():
+        import torch
+
+        from .integrations.transformers import load_model
+        from .masks import FreezePlan
+        from .profiling import profile_step
+        from .proof import FrozenDriftError
+
+        console = _console()
+        for path in (json, picture):
+            if path is not None:
+                _check_writable(path)
+        if plan is not None and freeze is not None:
+            raise ValueError("bench: --plan and --freeze are both given, expected one of them")
+        ready = _read(plan, "bench", of=("plan",)) if plan is not None else None
+        place = _device(device, "bench")
+        with console.status(f"Loading {model}"):
+            name, network, _ = load_model(model, getattr(torch, dtype))
+            network.to(place)
+        batch = _random_tokens(network, batch_size, length, seed)
+        share = 0.075 if freeze is None else freeze
+        chosen = ready if isinstance(ready, FreezePlan) else _random_rows(network, share, seed)
+        try:
+            profile = profile_step(
+                network, batch, chosen, steps=steps, warmup=warmup, accumulation=accumulation, progress=True
+            )
+        except (FrozenDriftError, torch.OutOfMemoryError) as error:
+            _fail(error)
+        what = f"{share:.1%} of the rows of each block matrix, drawn at random" if plan is None else plan.name
+        console.print(f"{name}, batch {batch_size} x {length} random tokens; frozen: {what}\n", **_PLAIN)
+        console.print(profile.table(), highlight=False)
+        if json is not None:
+            profile.to_json(json)
+            console.print(f"Written to {json}", **_PLAIN)
+        if picture is not None:
+            profile.plot(picture)
+            console.print(f"Drawn to {picture}", **_PLAIN)
+
+
+def _random_tokens(network: Any, batch_size: int, length: int, seed: int) -> dict[str, torch.Tensor]:
+    """A batch to train on, on the model's device."""
+    import torch
+
+    for flag, got, least in (("--batch-size", batch_size, 1), ("--length", length, 2)):
+        if got < least:
+            raise ValueError(f"bench: {flag} is {got}, expected at least {least}")
+    most = getattr(network.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(f"bench: --length is {length}, expected at most {most}, which this model can take")
+    words = network.get_input_embeddings().num_embeddings
+    tokens = torch.randint(words, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+    return {key: tokens.to(network.device) for key in ("input_ids", "labels")}
+
+
+def _random_rows(network: torch.nn.Module, share: float, seed: int) -> FreezePlan:
+    """Freezes this share of the rows of each matrix that holds heads or channels, drawn from the seed."""
+    import numpy as np
+
+    from .attribution import find_units
+    from .masks import FreezeMask, FreezePlan
+
+    if not 0 <= share < 1:
+        raise ValueError(f"bench: --freeze is {share:g}, expected a share from 0 up to, not including, 1")
+    draw = np.random.default_rng(seed)
+    return FreezePlan(
+        {
+            name: FreezeMask(shape, rows=draw.permutation(shape[0])[: round(share * shape[0])])
+            for name, shape in find_units(network).parameters.items()
+        }
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- demo

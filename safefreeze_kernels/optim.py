@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -663,9 +664,8 @@ _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
 
 # ------------------------------------------------------------------------------------------------- compiled steps
 
-_untraced_step: Final = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    MaskedAdam._step, reason="the first step makes the state"
-)
+# The first step makes the state. Unlike `torch.compiler.disable`, torch's own decorator imports the compiler when needed.
+_untraced_step: Final = _disable_dynamo(MaskedAdam._step)
 
 
 def _traced_step(optimizer: MaskedAdam, closure: Callable[[], Any] | None) -> Any:
