@@ -664,7 +664,7 @@ _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
 
 # ------------------------------------------------------------------------------------------------- compiled steps
 
-# The first step makes the state. Unlike `torch.compiler.disable`, torch's own decorator imports the compiler when needed.
+# The first step makes the state. Unlike `torch.compiler.disable`, this imports the compiler only when it is needed.
 _untraced_step: Final = _disable_dynamo(MaskedAdam._step)
 
 
