@@ -365,7 +365,9 @@ class MaskedAdam(Optimizer):
 
     def _local_state(self) -> Mapping[Tensor, dict[str, Any]]:
         """`state` by what this rank holds of the parameters: what kernels take the addresses of."""
-        return {local(p): state for p, state in self.state.items()} if self._sharded else self.state
+        if not self._sharded:
+            return self.state
+        return {getattr(p, "_local_tensor", p): state for p, state in self.state.items()}
 
     def _trains_nothing(self) -> bool:
         """Refuse to go on without any gradient where parameters may have been exchanged for others."""

@@ -573,16 +573,15 @@ class _Work:
     autocast: torch.dtype | None
     kept: _Kept
 
-    def _forward(self) -> Tensor:
+    def _loss(self) -> Tensor:
         casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
         with casting:
-            found = self.loss(self.model, self.batch)
-        return found if self.accumulation == 1 else found / self.accumulation
+            return self.loss(self.model, self.batch)
 
     def try_out(self, params: Sequence[Tensor]) -> int:
         """Check the loss and that it reaches the parameters. Returns the bytes of the gradients."""
         self.kept.rewind_()
-        found = self.loss(self.model, self.batch)
+        found = self._loss()
         if not isinstance(found, Tensor):
             raise TypeError(f"{_WHAT}: the loss is a {type(found).__name__}, expected a scalar tensor")
         if found.numel() != 1:
@@ -606,7 +605,7 @@ class _Work:
         with record_function(f"safefreeze: {contender.name}"):
             for _ in range(self.accumulation):
                 with clock.phase("forward"):
-                    found = self._forward()
+                    found = self._loss() / self.accumulation if self.accumulation > 1 else self._loss()
                 with clock.phase("backward"):
                     found.backward()  # type: ignore[no-untyped-call]
                 del found

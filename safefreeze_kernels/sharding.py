@@ -130,6 +130,25 @@ def local_gradient(param: Tensor) -> Tensor | None:
     return local(grad)
 
 
+class LocalGradients:
+    """`local_gradient` of many parameters, at every step: what does not change is looked up once."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._placements = [getattr(p, "placements", None) for p in params]
+
+    def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for p, placements in zip(params, self._placements, strict=True):
+            grad: Any = p.grad
+            if grad is not None and placements is not None:
+                # the usual case, without a call
+                piece = getattr(grad, "_local_tensor", None)
+                same = piece is not None and grad._spec.placements == placements
+                grad = piece if same and type(piece) is Tensor else local_gradient(p)
+            found.append(grad)
+        return found
+
+
 def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
     """The process groups whose ranks hold different pieces of ``tensor``: a sum over elements is a sum over those."""
     if not is_sharded(tensor):

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..sharding import is_sharded, local, local_gradient
+from ..sharding import LocalGradients, is_sharded, local
 
 __all__ = ["GradientList", "GradientReader", "whereabouts"]
 
@@ -84,7 +84,8 @@ class GradientReader:
     reference to them."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._holders = [_Holder() for _ in params] if any(map(is_sharded, params)) else None
+        self._sharded = LocalGradients(params) if any(map(is_sharded, params)) else None
+        self._holders = [_Holder() for _ in params] if self._sharded else []
         pieces = list(map(local, params))
         self._one_device = len({p.device for p in pieces}) == 1
         self._native = None if _C is None else _C.Gradients(Tensor, pieces)
@@ -93,10 +94,10 @@ class GradientReader:
     def read(self, params: list[Tensor]) -> GradientList:
         """The gradients of ``params``, which are as many as the reader was made for."""
         owners: list[Any] = params
-        if self._holders is not None:
+        if self._sharded is not None:
             owners = self._holders
-            for holder, p in zip(owners, params, strict=True):
-                holder.grad = local_gradient(p)
+            for holder, grad in zip(owners, self._sharded.read(params), strict=True):
+                holder.grad = grad
         if self._native is None:
             grads = GradientList(p.grad for p in owners)
             grads.plain = self._one_device and all(
@@ -107,9 +108,8 @@ class GradientReader:
             grads = GradientList(owners)  # to be overwritten one by one
             grads.plain = self._native.read(owners, grads) and self._one_device
             grads.tables = self._native.tables if grads.plain else None
-        if self._holders is not None:
-            for holder in owners:
-                holder.grad = None  # nobody's but the caller's
+        for holder in self._holders:
+            holder.grad = None  # nobody's but the caller's
         return grads
 
 
