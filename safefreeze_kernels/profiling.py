@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["PHASES", "StepCost", "StepProfile", "profile_step"]
 
 Loss = Callable[[torch.nn.Module, Any], Tensor]
-Build = Callable[[list[tuple[str, torch.nn.Parameter]]], Optimizer]
+Build = Callable[[list[tuple[str, Any]]], Optimizer]
 
 #: The parts of a training step, in order. `StepProfile` also knows "clip + step" and "whole step".
 PHASES: Final = ("forward", "backward", "clip", "step", "zero_grad")
@@ -397,11 +397,12 @@ def profile_step(
     params = [p for p in model.parameters() if p.requires_grad]
     adamw: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
 
+    # the plan may use any name of a tied tensor; a caller's optimizer gets what it would in training
+    every_name = named_tensors(model) if optimizer is None else model.named_parameters()
+    named = [(name, p) for name, p in every_name if p.requires_grad]
+
     def build_masked() -> Optimizer:
-        if optimizer is not None:
-            return optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad])
-        named = [(name, p) for name, p in named_tensors(model) if p.requires_grad]
-        return MaskedAdamW(named, **adamw, freeze=plan)
+        return MaskedAdamW(named, **adamw, freeze=plan) if optimizer is None else optimizer(named)
 
     def clip_live(stepping: Optimizer) -> object:
         fused = stepping if fuse_clipping and isinstance(stepping, StepsGradients) else None
@@ -454,6 +455,7 @@ def _time_in_turns(
 ) -> None:
     """Rounds of a step of each, in alternating order. The last masked step is verified."""
     pair = (masked, stock)
+    work.kept.rewind_()
     for contender in pair:
         contender.start()
     for number in range(-warmup, steps):
@@ -661,8 +663,8 @@ class _Kept:
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         params = list(model.parameters())
-        self._flags = [(p, p.requires_grad) for p in params]
-        self._values = [(p, p.detach().clone(), p.grad) for p in params if p.requires_grad]
+        self._params = [(p, p.grad, p.requires_grad) for p in params]
+        self._values = [(p, p.detach().clone()) for p in params if p.requires_grad]
         self._modes = [(module, module.training) for module in model.modules()]
         # by storage, since a buffer may overlap itself, or be replaced by another
         self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
@@ -678,13 +680,13 @@ class _Kept:
     def begin_(self, model: torch.nn.Module) -> None:
         """Training mode, no gradients."""
         model.train()
-        for p, *_ in self._values:
+        for p, _ in self._values:
             p.grad = None
 
     @torch.no_grad()
     def rewind_(self) -> None:
         """Weights, buffers and random numbers as they were."""
-        for p, value, _ in self._values:
+        for p, value in self._values:
             p.copy_(value)
         for module, buffers in self._buffers:
             module._buffers.update(buffers)
@@ -700,9 +702,8 @@ class _Kept:
     def restore_(self) -> None:
         """Everything as it was; gradients are the tensors they were."""
         self.rewind_()
-        for p, _, grad in self._values:
+        for p, grad, flag in self._params:
             p.grad = grad
-        for p, flag in self._flags:
             p.requires_grad_(flag)
         for module, mode in self._modes:
             module.training = mode
