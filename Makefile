@@ -7,7 +7,7 @@ CSRC := $(wildcard csrc/*)
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture sanitize bench sass gpu wheel lint format clean
+.PHONY: demo test torture sanitize bench sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -31,6 +31,10 @@ gpu:
 # What the GPU kernels are compiled to; needs no GPU. ARGS="--quick --arch 90", for example.
 sass: $(VENV)/.built
 	$(PY) -m benchmarks.sass $(ARGS)
+
+# The documentation, with the reference from the docstrings, to build/site; warnings are errors.
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
 
 lint: $(VENV)/.built
 	$(PY) -m ruff check .
