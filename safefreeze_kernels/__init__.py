@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "profile_step", "score_units", "snapshot", "zero_frozen_grads_",
+    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "profile_step", "score_units", "snapshot",
+    "zero_frozen_grads_",
 ]  # fmt: skip
 
 

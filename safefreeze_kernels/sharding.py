@@ -134,16 +134,16 @@ class LocalGradients:
     """`local_gradient` of many parameters, at every step: what does not change is looked up once."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._placements = [getattr(p, "placements", None) for p in params]
+        self._specs = [getattr(p, "_spec", None) for p in params]
 
     def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
-        for p, placements in zip(params, self._placements, strict=True):
+        for p, spec in zip(params, self._specs, strict=True):
             grad: Any = p.grad
-            if grad is not None and placements is not None:
-                # the usual case, without a call
+            if grad is not None and spec is not None:
+                # the usual case, without a call; FSDP2 gives parameter and gradient one object
                 piece = getattr(grad, "_local_tensor", None)
-                same = piece is not None and grad._spec.placements == placements
+                same = piece is not None and (grad._spec is spec or grad._spec.placements == spec.placements)
                 grad = piece if same and type(piece) is Tensor else local_gradient(p)
             found.append(grad)
         return found

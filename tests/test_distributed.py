@@ -426,6 +426,27 @@ def test_a_rank_that_dies_in_save_leaves_the_old_checkpoint(tmp_path: Path) -> N
             assert_same_bits(got[name], tensor, name)
 
 
+def exchange(rank: int) -> dict[str, Tensor]:
+    """As accelerate does for FSDP2: the optimizer exists, the model is sharded, groups get the new parameters."""
+    model = net()
+    optimizer = optimizer_of(model)
+    shard(model)
+    named = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [named[name] for name in group["param_names"]]
+    proof = sf.snapshot(model, plan())
+    train(model, optimizer)
+    proof.verify(model)
+    return weights(model)
+
+
+def test_parameters_may_be_exchanged_under_their_names() -> None:
+    ((expected, *_),) = run_ranks(1, spread_and_train, "one process")
+    for found in run_ranks(2, exchange):
+        for name, tensor in expected.items():
+            assert_same_bits(found[name], tensor, name)
+
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
