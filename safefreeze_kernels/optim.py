@@ -36,7 +36,7 @@ from .kernels.drift import raise_on_drift
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
 from .masks import FreezeMask, FreezePlan, bare_name, bind, named_tensors
-from .sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
+from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
 
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
 
@@ -72,7 +72,7 @@ class MaskedAdam(Optimizer):
         dense_checkpoints: `state_dict` has full-size moments, zero where frozen, that distributed checkpoint can save
             under DDP and load under another layout or into stock AdamW. Sharded parameters always have such.
         seed: of stochastic rounding. Its noise depends on seed, step, the parameter's place in this optimizer and the
-            element alone: the same on every backend, and after a resume.
+            element alone: the same on every backend, and after a resume. A sharded parameter's depends on the piece.
         fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first.
         foreach: accepted and ignored: there is one implementation, and it takes all tensors at once.
         capturable: step counts live on the parameters' device, where lr (as a tensor), ``grad_scale`` and ``found_inf``
@@ -385,8 +385,9 @@ class MaskedAdam(Optimizer):
             return False
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        grads = (local_gradient(p) for p in self._params())
-        return not any(bool(grad.any()) for grad in grads if grad is not None)
+        params = self._params()
+        grads = (local_gradient(p) for p in params)
+        return not any_rank(any(bool(grad.any()) for grad in grads if grad is not None), params)
 
     def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool, name: str) -> None:
         """Make what state is missing; check what is there, since a kernel takes its addresses."""
@@ -597,7 +598,8 @@ class MaskedAdam(Optimizer):
             if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):
                 raise ValueError(
                     f"{what}: state of {name!r} was saved under another freeze plan; build the optimizer with the "
-                    "plan it was saved with (then set_freeze), or save with dense_state_dict()"
+                    "plan it was saved with (then set_freeze), or save with dense_state_dict(); full-size moments are "
+                    "taken as they are once 'freeze' is gone from their param_groups"
                 )
             if _REMAINDER in entry and (self._master is None or p.dtype != torch.bfloat16):
                 raise ValueError(

@@ -402,6 +402,25 @@ def test_making_state_for_a_checkpoint_moves_and_counts_nothing(way: str) -> Non
             assert_same_bits(found[name], tensor, name)
 
 
+def warm_up_from_zero(rank: int) -> tuple[dict[str, Tensor], set[float]]:
+    """A first training step with a learning rate of zero, where all gradients of one rank happen to be zero."""
+    model = shard(net())
+    optimizer = optimizer_of(model, lr=0.0)
+    model(batch(0)).square().mean().backward()
+    if rank == 1:
+        for p in model.parameters():
+            p.grad.to_local().zero_()
+    optimizer.step()
+    return weights(model), {float(entry["step"]) for entry in optimizer.state.values()}
+
+
+def test_a_warm_up_from_zero_counts_on_every_rank() -> None:
+    for found, steps in run_ranks(2, warm_up_from_zero):
+        assert steps == {1.0}
+        for name, tensor in weights(net()).items():
+            assert_same_bits(found[name], tensor, name)
+
+
 def die_in_save(rank: int, folder: str) -> None:
     model = shard(net())
     optimizer = optimizer_of(model)
