@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -273,6 +272,8 @@ class MaskedAdam(Optimizer):
         if not captured and found_inf is not None and found_inf.item() != 0:
             self._clip = None
             return
+        if self._agreement is not None and not self._agreement.agreed:
+            self._agreement.check(type(self).__name__)
         first = not self.state
         launches = self._compiled() if grads is None else self._launches
         if first and (self._only_makes_state() if launches else self._trains_nothing()):
@@ -290,7 +291,7 @@ class MaskedAdam(Optimizer):
     @property
     def _traceable(self) -> bool:
         """Whether `torch.compile` can take a step into its graph: the state is there, and nothing is sharded."""
-        return self._launch_key is not None and bool(self._launches) and not self._sharded
+        return self._launch_key is not None and len(self._launches) > 0 and not self._sharded
 
     def multiply_gradients_(self, factor: Tensor) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
@@ -314,8 +315,6 @@ class MaskedAdam(Optimizer):
         ):
             return self._launches
         params, names, masks = self._params(), self._names(), self._masks()
-        if self._agreement is not None:
-            self._agreement.check(type(self).__name__)
         parts = list(map(held, params))
         self._sharded = any(map(is_sharded, params))
         pieces = list(map(local, params))
@@ -668,8 +667,14 @@ _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
 
 # ------------------------------------------------------------------------------------------------- compiled steps
 
-# The first step makes the state. Unlike `torch.compiler.disable`, this imports the compiler only when it is needed.
-_untraced_step: Final = _disable_dynamo(MaskedAdam._step)
+
+def _untraced_step(optimizer: MaskedAdam, closure: Callable[[], Any] | None) -> Any:
+    """The first step, which makes the state."""
+    # looked up here: at import this would load the compiler
+    return torch.compiler.disable(MaskedAdam._step)(optimizer, closure)  # type: ignore[no-untyped-call]
+
+
+_untraced_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _traced_step(optimizer: MaskedAdam, closure: Callable[[], Any] | None) -> Any:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -171,40 +170,41 @@ def any_rank(answer: bool, params: Sequence[Tensor]) -> bool:
     return bool(flag)
 
 
-_optimizers: Counter[str] = Counter()  # of one set of parameters, made so far in this process
-
-
 class PlanAgreement:
-    """Do all ranks that train the same parameters freeze the same? Nobody waits: ranks leave a note in the store.
+    """Do all ranks that train the same parameters freeze the same? Nobody waits: ranks leave notes in the store.
 
-    The first to change its plan for the n-th time writes down the fingerprint; each other one compares its own, and a
-    difference is noted for all to see. A backward pass over several ranks has everyone behind their note before
-    anyone steps.
+    Each writes down the plans that it had for these parameters, in order. The first to do so leads: the others look
+    for their plan among the leader's, and a plan that is missing is noted for all to see. A backward pass over several
+    ranks has everyone behind their note before anyone steps; who is ahead of the leader looks again at the next step.
     """
+
+    # key of a set of parameters -> plans this process had for them, while this process group is the default one
+    _histories: ClassVar[dict[str, list[str]]] = {}
+    _world: ClassVar[Any] = None
 
     def __init__(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> None:
         text = "\n".join(f"{name} {tuple(shape)}" for name, shape in parameters)
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
-        self._key: Final = f"safefreeze/{key}/{_optimizers[key]}"
-        _optimizers[key] += 1
-        self._changes = 0
-        self._pending: str | None = None
-        self._conflict = ""
-        self._checks_left = 0
+        self._key: Final = f"safefreeze/{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        self._plan = ""
+        self._noted_in: Any = None  # the process group that knows of `_plan`
+        self.agreed = True  # nothing to look at
+        self._looks = 0
 
     def note(self, fingerprint: str) -> None:
         """The plan changed to this one."""
-        self._changes += 1
-        self._pending = fingerprint
+        self._plan, self._noted_in, self.agreed, self._looks = fingerprint, None, False, 0
         self._leave_note()
 
     def check(self, operation: str) -> None:
         """Raise ValueError if a rank is known to freeze something else."""
-        if not self._leave_note() or not self._checks_left:
+        if not self._leave_note():
+            self.agreed = True
             return
-        self._checks_left -= 1
-        if _store().check([self._conflict]):
-            ranks = _store().get(self._conflict).decode()
+        self._looks += 1
+        self._compare()
+        store = _store()
+        if store.check([f"{self._key}/conflict"]):
+            ranks = store.get(f"{self._key}/conflict").decode()
             raise ValueError(
                 f"{operation}: ranks have different freeze plans ({ranks}), expected the same on all; load the plan "
                 "from one file on every rank"
@@ -215,15 +215,26 @@ class PlanAgreement:
         dist = torch.distributed
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return False
-        if self._pending is not None:
-            key = f"{self._key}/{self._changes}"
-            mine = f"rank {dist.get_rank()}: {self._pending[:12]}"
-            found = _store().compare_set(key, "", f"{self._pending} {mine}").decode()
-            self._conflict, self._checks_left = f"{key}/conflict", 2  # once more, for who left a note while stepping
-            if found.split(" ", 1)[0] != self._pending:
-                _store().set(self._conflict, f"{found.split(' ', 1)[1]}, {mine}")
-            self._pending = None
+        world = dist.group.WORLD
+        if PlanAgreement._world is not world:
+            PlanAgreement._world, PlanAgreement._histories = world, {}
+        if self._noted_in is not world:
+            self._noted_in = world
+            history = self._histories.setdefault(self._key, [])
+            history.append(self._plan)
+            _store().set(f"{self._key}/{dist.get_rank()}", " ".join(history))
+            self._compare()
         return True
+
+    def _compare(self) -> None:
+        """With the leader's plans; a difference is noted."""
+        rank, store = torch.distributed.get_rank(), _store()
+        leader = int(store.compare_set(f"{self._key}/leader", "", str(rank)))
+        theirs = store.get(f"{self._key}/{leader}").decode().split()
+        # the leader hears of the others, at its second step at the latest
+        self.agreed = self._plan in theirs and (leader != rank or self._looks > 1)
+        if self._plan not in theirs and len(theirs) >= len(self._histories[self._key]):
+            store.set(f"{self._key}/conflict", f"rank {leader}: {theirs[-1][:12]}, rank {rank}: {self._plan[:12]}")
 
 
 def _store() -> Any:

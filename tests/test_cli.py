@@ -507,8 +507,3 @@ def test_an_example_runs(
     made = runpy.run_path(str(script), run_name="__main__")
     assert made["main"].__annotations__["return"] is sf.FreezePlan
     assert "step 2: loss" in capsys.readouterr().out
-
-
-def test_every_example_is_tested() -> None:
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"chat_model_own_prompts", "alignment_budget", "ready_index_lists"}
