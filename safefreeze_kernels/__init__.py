@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .gradients import clip_grad_norm_, zero_frozen_grads_
 from .kernels.report import info
+from .live import live_gradients
 from .masks import FreezeMask, FreezePlan, PlanFileError
 from .optim import MaskedAdam, MaskedAdamW, guard
 from .proof import FrozenDriftError, snapshot
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "profile_step", "score_units", "snapshot",
+    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "profile_step", "score_units",
+    "snapshot",
     "zero_frozen_grads_",
 ]  # fmt: skip
 

@@ -34,6 +34,7 @@ from .kernels import (
 from .kernels.drift import raise_on_drift
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
+from .live import check_live_gradients
 from .masks import FreezeMask, FreezePlan, bare_name, bind, named_tensors
 from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
 
@@ -319,6 +320,8 @@ class MaskedAdam(Optimizer):
         self._sharded = any(map(is_sharded, params))
         pieces = list(map(local, params))
         local_masks = [mask.piece(part) for mask, part in zip(masks, parts, strict=True)]
+        for p, mask, name in zip(params, masks, names, strict=True):
+            check_live_gradients(p, mask, name, type(self).__name__)
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):

@@ -22,7 +22,7 @@ FLOORS = (
     ("_C", "sharding", "calibration"),
     ("masks",),
     ("kernels",),
-    ("gradients",),
+    ("gradients", "live"),
     ("optim", "attribution"),
     ("proof",),
     ("profiling",),
@@ -150,16 +150,15 @@ PUBLIC = {
     "info": (),
     "integrations": ("transformers",),
     "profile_step": (),
+    "live_gradients": (),
 }
-PLANNED: dict[str, tuple[Any, ...]] = {"live_gradients": ()}
-not_yet = pytest.mark.xfail(strict=True, reason="designed, not part of this version")
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *(pytest.param(name, marks=not_yet) for name in PLANNED)])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_public_names(name: str) -> None:
     assert name in sf.__all__
     found = getattr(sf, name)
-    assert not [attribute for attribute in {**PUBLIC, **PLANNED}[name] if not hasattr(found, attribute)]
+    assert not [attribute for attribute in PUBLIC[name] if not hasattr(found, attribute)]
 
 
 def test_all_is_sorted_true_and_complete() -> None:

@@ -1,0 +1,256 @@
+"""Weight gradients only where the model learns: `live_gradients`.
+
+A linear layer's weight gradient is ``dY.T @ X``. Of a weight with frozen rows only ``dY[:, live].T @ X`` is computed,
+of one with frozen columns ``dY.T @ X[:, live]``, and only the live columns of ``X`` are kept for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
+from .sharding import is_sharded
+
+__all__ = ["LiveGradients", "LiveLayer", "check_live_gradients", "live_gradients"]
+
+#: Share of a weight's elements that may be live for it to pay: above, gathering costs more than the smaller product
+#: saves. Measured on a CPU (benchmarks/NOTES.md); the same is taken for GPUs, unmeasured.
+MOST_LIVE: Final = 0.6
+_MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient
+
+
+@dataclass(frozen=True)
+class LiveLayer:
+    """What `live_gradients` does with one weight of the plan.
+
+    Attributes:
+        name: of the weight.
+        live: share of its elements whose gradient is computed.
+        left_alone: why it has an ordinary gradient; "": it has not.
+    """
+
+    name: str
+    live: float
+    left_alone: str = ""
+
+
+class LiveGradients:
+    """Made by `live_gradients`; `remove` undoes it, and so does leaving a ``with`` block.
+
+    Attributes:
+        layers: what became of each weight of the plan.
+    """
+
+    def __init__(self, model: nn.Module, plan: FreezePlan, most_live: float) -> None:
+        operation = "live_gradients"
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module")
+        if not isinstance(plan, FreezePlan):
+            raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
+        if not 0.0 <= most_live <= 1.0:
+            raise ValueError(f"{operation}: most_live is {most_live}, expected a share from 0 to 1")
+        bound = bind(plan, named_tensors(model), operation=operation)
+        for entry in bound:
+            if hasattr(entry.param, _MARK):
+                raise ValueError(f"{operation}: {entry.name!r} has live gradients already; remove those first")
+        homes = _homes(model)
+        self.layers: list[LiveLayer] = []
+        self._undo: list[Callable[[], None]] = []
+        for entry in bound:
+            module, reason = _suitable(entry, homes, most_live)
+            live = entry.mask.live_count / entry.mask.numel if entry.mask.numel else 1.0
+            self.layers.append(LiveLayer(entry.name, 1.0 if reason else live, reason))
+            if module is not None:
+                self._undo.append(_install(module, entry))
+
+    def remove(self) -> None:
+        """The model is as it was; gradients that are there stay."""
+        while self._undo:
+            self._undo.pop()()
+
+    def summary(self) -> str:
+        """A table: weights by what is done with them, and why."""
+        done = [layer for layer in self.layers if not layer.left_alone]
+        live = sum(layer.live for layer in done) / len(done) if done else 1.0
+        lines = [f"{len(done)} of {len(self.layers)} weights have live gradients only; {live:.1%} of them on average"]
+        lines += [
+            f"{count} left alone: {reason}"
+            for reason, count in Counter(layer.left_alone for layer in self.layers if layer.left_alone).items()
+        ]
+        return "\n".join(lines)
+
+    def __enter__(self) -> LiveGradients:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"LiveGradients({self.summary().splitlines()[0]})"
+
+
+def live_gradients(model: nn.Module, plan: FreezePlan, *, most_live: float = MOST_LIVE) -> LiveGradients:
+    """Have linear layers compute their weight gradients only where ``plan`` lets them learn.
+
+    ``.grad`` stays an ordinary full gradient, zero where frozen: clipping, accumulation, DDP, FSDP2 and any optimizer
+    work as before. Names, state dict and module classes stay as they are. Live values are those of plain autograd, but
+    for the order of sums inside smaller matrix products.
+
+    Done for `torch.nn.Linear` and transformers' ``Conv1D`` whose mask has whole rows or columns; other weights are left
+    alone, as `LiveGradients.summary` tells: single elements, weights that several modules share, those of which too
+    much is live to gain anything, and tensor-parallel ones when they run.
+
+    Args:
+        model: its modules get a ``forward`` of their own until `LiveGradients.remove`.
+        plan: what is frozen; the optimizer must freeze at least that.
+        most_live: weights of which a larger share is live are left alone.
+
+    Returns:
+        A handle, also a context manager. Gradients do not support ``create_graph``.
+
+    Raises:
+        ValueError: the plan does not fit the model; a weight has live gradients already.
+    """
+    return LiveGradients(model, plan, most_live)
+
+
+def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
+    """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze."""
+    missing: FreezeMask | None = getattr(param, _MARK, None)
+    if missing is not None and missing != mask and (missing | mask) != mask:
+        raise ValueError(
+            f"{operation}: {name!r} learns where live_gradients computes no gradient; remove that and call it with the "
+            "new plan"
+        )
+
+
+def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parameter -> the modules that hold it, and under which name."""
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                homes.setdefault(id(p), []).append((module, name))
+    return homes
+
+
+def _suitable(
+    entry: BoundMask, homes: dict[int, list[tuple[nn.Module, str]]], most_live: float
+) -> tuple[nn.Module | None, str]:
+    """The module to change; or None, and why not."""
+    found = homes.get(id(entry.param), [])
+    if len(found) != 1:
+        return None, "several modules share the weight"
+    module, name = found[0]
+    if name != "weight" or (type(module) is not nn.Linear and type(module).__name__ not in ("Conv1D", "FSDPLinear")):
+        return None, f"{type(module).__name__}.{name} is no linear layer's weight"
+    if entry.mask.bits is not None:
+        return None, "single elements are frozen"
+    if "forward" in vars(module):
+        return None, "its forward was replaced by something else"
+    if not entry.mask.frozen_count:
+        return None, "nothing is frozen"
+    if entry.mask.live_count > most_live * entry.mask.numel:
+        return None, f"more than {most_live:.0%} of it is live"
+    return module, ""
+
+
+def _install(module: Any, entry: BoundMask) -> Callable[[], None]:
+    """Give ``module`` a forward whose weight gradient is live; returns what undoes it."""
+    transposed = type(module).__name__ == "Conv1D"  # its weight is (in, out)
+    n_rows, n_cols = entry.mask.matrix_shape
+    rows, cols = entry.mask.live_rows, entry.mask.live_cols
+    places = [
+        None if index.size == size else torch.from_numpy(index) for index, size in ((rows, n_rows), (cols, n_cols))
+    ]
+    indices: dict[torch.device, list[Tensor | None]] = {}
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        if not (torch.is_grad_enabled() and weight.requires_grad) or is_sharded(weight) or is_sharded(x):
+            result: Tensor = plain(x)
+            return result
+        if x.device not in indices:
+            indices[x.device] = [None if i is None else i.to(x.device) for i in places]
+        live_rows, live_cols = indices[x.device]
+        bias = module.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        found: Tensor = _LiveLinear.apply(x, weight, bias, live_rows, live_cols, transposed)  # type: ignore[no-untyped-call]
+        return found
+
+    module.forward = forward
+    param = entry.param
+    setattr(param, _MARK, entry.mask)
+
+    def undo() -> None:
+        if vars(module).get("forward") is forward:
+            del module.forward
+        if hasattr(param, _MARK):
+            delattr(param, _MARK)
+
+    return undo
+
+
+class _LiveLinear(torch.autograd.Function):
+    """``x @ weight.T + bias`` (``x @ weight + bias`` if ``transposed``). Index tensors: live rows and columns of
+    ``weight``; None: all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
+        transposed: bool,
+    ) -> Tensor:  # fmt: skip
+        index = rows if transposed else cols
+        kept = x if index is None else x.index_select(-1, index)  # what the weight's gradient needs of it
+        ctx.save_for_backward(kept, weight, rows, cols)
+        ctx.transposed, ctx.has_bias = transposed, bias is not None
+        return nn.functional.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight, rows, cols = ctx.saved_tensors
+        transposed = ctx.transposed
+        flat = _matrix(grad)
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ (weight.t() if transposed else weight)
+        if ctx.needs_input_grad[1]:
+            index = cols if transposed else rows
+            live_grad = flat if index is None else flat.index_select(1, index)
+            live_x = _matrix(kept)
+            product = live_x.t() @ live_grad if transposed else live_grad.t() @ live_x
+            of_weight = _placed(product, weight, rows, cols)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = flat.sum(0)
+        return of_x, of_weight, of_bias, None, None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _placed(product: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """``product``, live rows × live columns, in a gradient of ``weight`` that is zero elsewhere."""
+    dense = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if rows is not None and cols is not None:
+        dense[rows[:, None], cols] = product
+    elif rows is not None:
+        dense.index_copy_(0, rows, product)
+    elif cols is not None:
+        dense.index_copy_(1, cols, product)
+    return dense

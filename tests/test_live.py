@@ -1,0 +1,285 @@
+"""`live_gradients`: weight gradients equal plain autograd's where live, and are zero where frozen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Final
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import safefreeze_kernels as sf
+from safefreeze_kernels.live import _LiveLinear
+
+SHAPE: Final = (12, 8)
+MASKS: Final = {
+    "rows": sf.FreezeMask(SHAPE, rows=[0, 2, 3, 5, 7, 8, 10, 11]),
+    "columns": sf.FreezeMask(SHAPE, cols=[1, 2, 3, 5, 6]),
+    "both": sf.FreezeMask(SHAPE, rows=[0, 4, 5, 6, 11], cols=[0, 2, 7]),
+    "all": sf.FreezeMask(SHAPE, rows=range(12)),
+}
+
+
+class Conv1D(nn.Module):
+    """As transformers' GPT-2 has it: the weight is (in, out)."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n_in, n_out)), nn.Parameter(torch.randn(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str = "Linear", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 8)
+        self.layer: Any = nn.Linear(8, 12) if kind == "Linear" else Conv1D(12, 8)
+        self.last = nn.Linear(12 if kind == "Linear" else 8, 12)
+        self.kind = kind
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = x if self.kind == "Linear" else torch.nn.functional.pad(x, (2, 2))
+        return self.last(torch.tanh(self.layer(x))).square().mean()
+
+
+def batch(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plan_of(mask: str) -> sf.FreezePlan:
+    return sf.FreezePlan({"layer.weight": MASKS[mask]})
+
+
+def assert_live_alike(found: nn.Module, expected: nn.Module, plan: sf.FreezePlan, tolerance: float = 1e-6) -> None:
+    """Zero where frozen. Live: sums of 21 products in another order, a few roundings of values below 1."""
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        frozen = plan[name].dense() if name in plan else torch.zeros(p.shape, dtype=torch.bool)
+        assert p.grad is not None and q.grad is not None, name
+        assert_same_bits(p.grad, torch.zeros_like(p), name, where=frozen)
+        torch.testing.assert_close(
+            p.grad.masked_fill(frozen, 0), q.grad.masked_fill(frozen, 0), rtol=0, atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_plain_autograds_where_live(mask: str, kind: str, bias: bool) -> None:
+    expected = Net(kind)
+    if not bias and kind == "Linear":
+        expected.layer.bias = None
+    found, plan = copy.deepcopy(expected), plan_of(mask)
+    handle = sf.live_gradients(found, plan, most_live=0.9)
+    assert [(layer.name, layer.left_alone) for layer in handle.layers] == [("layer.weight", "")]
+    assert handle.layers[0].live == pytest.approx(1 - MASKS[mask].frozen_fraction)
+    losses = [net(batch()) for net in (expected, found)]
+    assert_same_bits(losses[1].detach(), losses[0].detach(), "loss")
+    for loss in losses:
+        loss.backward()
+    assert_live_alike(found, expected, plan)
+
+
+@pytest.mark.parametrize("mask", ["rows", "columns", "both"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck(mask: str, transposed: bool) -> None:
+    """In float64; the weight's gradient only where live, so the frozen part is held as a constant."""
+    rows, cols = (torch.from_numpy(index) for index in (MASKS[mask].live_rows, MASKS[mask].live_cols))
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12 if transposed else 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(SHAPE, dtype=torch.float64)
+    bias = torch.randn(8 if transposed else 12, dtype=torch.float64, requires_grad=True)
+    live = weight[rows][:, cols].clone().requires_grad_()
+
+    def function(x: Tensor, live: Tensor, bias: Tensor) -> Tensor:
+        whole = weight.index_put((rows[:, None], cols), live)
+        return _LiveLinear.apply(x, whole, bias, rows, cols, transposed)
+
+    assert torch.autograd.gradcheck(function, (x, live, bias))
+
+
+def test_accumulation_and_a_module_called_twice() -> None:
+    expected = Net()
+    found, plan = copy.deepcopy(expected), plan_of("rows")
+    sf.live_gradients(found, plan)
+    for net in (expected, found):
+        for seed in range(3):
+            net(batch(seed=seed)).backward()
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+            (net.layer(x).mean() + net.layer(2 * x).square().mean()).backward()
+    assert_live_alike(found, expected, plan, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant: bool) -> None:
+    expected = Net()
+    found, plan = copy.deepcopy(expected), plan_of("columns")
+    sf.live_gradients(found, plan)
+    for net in (expected, found):
+        checkpoint(net, batch().requires_grad_(), use_reentrant=reentrant).backward()
+    assert_live_alike(found, expected, plan)
+
+
+def test_autocast() -> None:
+    expected = Net()
+    found, plan = copy.deepcopy(expected), plan_of("both")
+    sf.live_gradients(found, plan, most_live=0.9)
+    for net in (expected, found):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(batch())
+        loss.backward()
+    assert found.layer.weight.grad.dtype == torch.float32
+    assert_live_alike(found, expected, plan, 2**-8)  # of bfloat16 products
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(backend: str) -> None:
+    expected = Net()
+    found, plan = copy.deepcopy(expected), plan_of("rows")
+    sf.live_gradients(found, plan)
+    torch._dynamo.reset()
+    torch.compile(found, backend=backend, fullgraph=True)(batch()).backward()
+    expected(batch()).backward()
+    assert_live_alike(found, expected, plan)
+
+
+def test_saved_activations_are_the_live_columns() -> None:
+    saved: list[int] = []
+    net = Net()
+    sf.live_gradients(net, plan_of("columns"))
+    x = torch.randn(6, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        net.layer(x)
+    assert 6 * MASKS["columns"].live_cols.size in saved and 6 * 8 not in saved
+
+
+def test_it_is_undone() -> None:
+    net, plan = Net(), plan_of("rows")
+    state, names = copy.deepcopy(net.state_dict()), [type(m).__name__ for m in net.modules()]
+    with sf.live_gradients(net, plan) as handle:
+        assert "forward" in vars(net.layer)
+        assert [type(m).__name__ for m in net.modules()] == names and net.state_dict().keys() == state.keys()
+        with pytest.raises(ValueError, match=r"'layer\.weight' has live gradients already"):
+            sf.live_gradients(net, plan)
+    assert "forward" not in vars(net.layer)
+    handle.remove()  # once more does nothing
+    net(batch()).backward()
+    assert (net.layer.weight.grad[MASKS["rows"].dense()] != 0).any()
+    sf.live_gradients(net, plan).remove()
+
+
+def test_what_is_left_alone_says_why() -> None:
+    net = Net()
+    net.tied, net.other = nn.Linear(8, 12), nn.Linear(8, 12)
+    net.tied.weight = net.other.weight
+    elements = torch.zeros(12, 12, dtype=torch.bool)
+    elements[:, :6] = torch.eye(12, dtype=torch.bool)[:, :6]
+    plan = sf.FreezePlan(
+        {
+            "layer.weight": sf.FreezeMask(SHAPE, rows=[0]),
+            "layer.bias": sf.FreezeMask((12,), rows=range(9)),
+            "last.weight": sf.FreezeMask((12, 12), elements=elements),
+            "tied.weight": MASKS["rows"],
+            "first.weight": sf.FreezeMask((8, 5), rows=range(6)),
+        }
+    )
+    handle = sf.live_gradients(net, plan)
+    reasons = {layer.name: layer.left_alone for layer in handle.layers}
+    assert reasons["first.weight"] == "" and "more than 60% of it is live" in reasons["layer.weight"]
+    assert "Linear.bias is no linear layer's weight" in reasons["layer.bias"]
+    assert "single elements" in reasons["last.weight"] and "several modules share" in reasons["tied.weight"]
+    text = handle.summary()
+    assert text.startswith("1 of 5 weights have live gradients only; 25.0%") and text.count("left alone") == 4
+    assert sum(layer.live for layer in handle.layers) == 4.25
+
+
+def test_a_thawed_weight_needs_its_gradient() -> None:
+    net, plan = Net(), plan_of("rows")
+    handle = sf.live_gradients(net, plan)
+    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+    net(batch()).backward()
+    optimizer.step()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer.set_freeze(sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0, 2])}))
+    with pytest.raises(ValueError, match=r"'layer\.weight' learns where live_gradients computes no gradient"):
+        optimizer.step()
+    for name, p in net.named_parameters():
+        assert_same_bits(p.detach(), start[name], name)
+    handle.remove()
+    optimizer.step()
+    more = sf.FreezePlan({"layer.weight": MASKS["all"]})
+    sf.live_gradients(net, plan)
+    optimizer.set_freeze(more)  # freezing more than that is fine
+    optimizer.step()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"))
+    x = batch().requires_grad_()
+    (grad,) = torch.autograd.grad(net(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((Net(), {"layer.weight": MASKS["rows"]}), TypeError, "plan is a dict, expected a FreezePlan"),
+        (([], plan_of("rows")), TypeError, "model is a list, expected a torch.nn.Module"),
+        ((Net(), sf.FreezePlan({"leyer.weight": MASKS["rows"]})), ValueError, "nearest: 'layer.weight'"),
+    ],
+)
+def test_bad_input(arguments: tuple[Any, ...], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        sf.live_gradients(*arguments)
+    with pytest.raises(ValueError, match=r"most_live is 1\.5"):
+        sf.live_gradients(Net(), plan_of("rows"), most_live=1.5)
+
+
+def on_ranks(rank: int, way: str) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    net, plan = Net(), plan_of("rows")
+    if way == "FSDP2":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (net.first, net.layer, net.last):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    handle = sf.live_gradients(net, plan)
+    assert not handle.layers[0].left_alone
+    model = DistributedDataParallel(net) if way == "DDP" else net
+    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+    for seed in range(3):
+        model(batch(seed=seed)).backward()
+        sf.clip_grad_norm_(net, 0.1, plan)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: (p.full_tensor() if way == "FSDP2" else p).detach() for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_on_several_ranks(way: str) -> None:
+    net, plan = Net(), plan_of("rows")
+    start = copy.deepcopy(net.state_dict())
+    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+    for seed in range(3):
+        net(batch(seed=seed)).backward()
+        sf.clip_grad_norm_(net, 0.1, plan)
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in run_ranks(2, on_ranks, way):
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(found[name], p.detach(), rtol=0, atol=3e-2 * 2**-8)
+        assert_same_bits(found["layer.weight"], start["layer.weight"], "frozen", where=MASKS["rows"].dense())
