@@ -14,14 +14,14 @@ from .proof import FrozenDriftError, snapshot
 if TYPE_CHECKING:
     from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
+    from .memory import memory_plan
     from .profiling import profile_step
 
 __version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "profile_step", "score_units",
-    "snapshot",
-    "zero_frozen_grads_",
+    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "memory_plan", "profile_step",
+    "score_units", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 
@@ -31,8 +31,9 @@ def __getattr__(name: str) -> Any:
 
     if name == "integrations":
         return importlib.import_module(".integrations", __name__)
-    if name == "profile_step":
-        return importlib.import_module(".profiling", __name__).profile_step
+    late = {"memory_plan": ".memory", "profile_step": ".profiling"}
+    if name in late:
+        return getattr(importlib.import_module(late[name], __name__), name)
     if name in ("MaskBuilder", "attribution", "score_units"):
         attribution = importlib.import_module(".attribution", __name__)
         return attribution if name == "attribution" else getattr(attribution, name)

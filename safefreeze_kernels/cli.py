@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, cast, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -515,6 +515,41 @@ def _random_rows(network: torch.nn.Module, share: float, seed: int) -> FreezePla
 
 
 # ----------------------------------------------------------------------------------------------------------- demo
+
+
+@app.command("plan-memory", cls=_Command)
+def plan_memory(
+    model: Annotated[str, typer.Option(help="A config.json, a model folder, or smollm2; weights are not needed.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan file. Default: nothing frozen.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: {words}.")] = "float32",
+    state_dtype: Annotated[str, typer.Option(help="Of the moments: float32 or bfloat16.")] = "float32",
+    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep a third moment.")] = False,
+    masters: Annotated[bool, typer.Option("--masters", help="Exact float32 masters of bfloat16 weights.")] = False,
+    activations: Annotated[float, typer.Option(help="GB to add for activations.")] = 0.0,
+    capacity: Annotated[float | None, typer.Option(help="GB of the device: does it fit? Exit code 1 if not.")] = None,
+) -> None:
+    """Predict the bytes training will hold: parameters, gradients, optimizer state, masters."""
+    with _foreseen():
+        import torch
+
+        from .integrations.transformers import load_skeleton
+        from .masks import FreezePlan
+        from .memory import memory_plan
+
+        found = _read(plan, "plan-memory", of=("plan",)) if plan is not None else None
+        predicted = memory_plan(
+            load_skeleton(model), found if isinstance(found, FreezePlan) else None, dtype=getattr(torch, dtype),
+            state_dtype=cast(Any, getattr(torch, state_dtype, state_dtype)), amsgrad=amsgrad,
+            master="remainder" if masters else None, activation_bytes=round(activations * 1e9), capacity=None if capacity is None else round(capacity * 1e9),
+        )  # fmt: skip
+        console = _console()
+        console.print(predicted.table(), highlight=False)
+        if not activations:
+            console.print("activations are not counted", **_PLAIN)
+        if predicted.fits is not None:
+            console.print(predicted.verdict().removeprefix("meta: "), **_PLAIN)
+    if predicted.fits is False:
+        raise typer.Exit(1)
 
 
 @app.command()

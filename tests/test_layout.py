@@ -25,7 +25,7 @@ FLOORS = (
     ("gradients", "live"),
     ("optim", "attribution"),
     ("proof",),
-    ("profiling",),
+    ("memory", "profiling"),
     ("integrations",),
     ("demo",),
     ("cli",),
@@ -151,6 +151,7 @@ PUBLIC = {
     "integrations": ("transformers",),
     "profile_step": (),
     "live_gradients": (),
+    "memory_plan": (),
 }
 
 

@@ -1,0 +1,101 @@
+"""`memory_plan` predicts, to the byte, what tensors training then holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from model_folders import fails, run, save_model
+from torch import nn
+from trainer_run import VOCABULARY, model, plan
+
+import safefreeze_kernels as sf
+
+OPTIONS: Final[list[dict[str, Any]]] = [
+    {},
+    {"amsgrad": True},
+    {"state_dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "master": "remainder"},
+]
+
+
+def size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("freeze", [None, plan()], ids=["nothing", "plan"])
+def test_it_is_what_training_holds(options: dict[str, Any], freeze: sf.FreezePlan | None) -> None:
+    predicted = sf.memory_plan(model(), freeze, **options).masked["cpu"]
+    dtype = options.get("dtype", torch.float32)
+    net = model().to(dtype)
+    net.model.embed_tokens.weight.data = net.model.embed_tokens.weight.data.clone()
+    rest = {key: value for key, value in options.items() if key != "dtype"}
+    optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, **rest)
+    tokens = torch.randint(0, VOCABULARY, (2, 8))
+    net(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    held = [(key, value) for entry in optimizer.state.values() for key, value in entry.items()]
+    assert predicted.gradients == size(p.grad for p in net.parameters())
+    assert predicted.state == size(value for key, value in held if key != "master_remainder")
+    assert predicted.masters == size(value for key, value in held if key == "master_remainder")
+    buffers = size(b for b in model().buffers())  # rotary frequencies stay float32
+    assert predicted.parameters == size(net.parameters()) + buffers
+
+
+def test_stock_is_what_torch_holds() -> None:
+    net = model()
+    predicted = sf.memory_plan(net).stock["cpu"]
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
+    optimizer.step()
+    assert predicted.state == size(value for entry in optimizer.state.values() for value in entry.values())
+
+
+def test_parameters_that_do_not_train_and_other_devices() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False, device="meta"))
+    net[0].weight.requires_grad_(False)
+    predicted = sf.memory_plan(net, activation_bytes=100)
+    assert predicted.masked["cpu"].total == 64 + 100 and predicted.masked["cpu"].gradients == 0
+    assert predicted.masked["meta"].total == 64 + 64 + 128 + 4 + 100
+    assert "cpu masked" in str(predicted) and "meta stock" in str(predicted)
+
+
+def test_fits() -> None:
+    net = nn.Linear(4, 4, bias=False)
+    assert sf.memory_plan(net).fits is None
+    enough, short = (sf.memory_plan(net, capacity=capacity) for capacity in (260, 259))
+    assert enough.fits is True and "fits, 0.00 GB left" in str(enough)
+    assert short.fits is False and "does not fit" in str(short)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        (("x",), {}, TypeError, "model is a str, expected a torch.nn.Module"),
+        ((nn.Linear(2, 2), {}), {}, TypeError, "plan is a dict, expected a FreezePlan"),
+        ((nn.Linear(2, 2), plan()), {}, ValueError, "not among the 2 parameters"),
+        ((nn.Linear(2, 2),), {"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
+        ((nn.Linear(2, 2),), {"state_dtype": torch.float16}, ValueError, "state_dtype is torch.float16"),
+        ((nn.Linear(2, 2),), {"master": "yes"}, ValueError, "master is 'yes'"),
+        ((nn.Linear(2, 2),), {"capacity": -1}, ValueError, "capacity is -1"),
+    ],
+)
+def test_bad_input(arguments: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words.replace(".", r"\.")):
+        sf.memory_plan(*arguments, **options)
+
+
+def test_command(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    done = run("plan-memory", "--model", folder / "config.json", "--dtype", "bfloat16", "--masters", "--capacity", 1)
+    assert done.exit_code == 0, done.output
+    for word in ("masked", "stock", "parameters", "masters", "total", "activations are not counted", "fits, "):
+        assert word in done.output
+    short = run("plan-memory", "--model", folder, "--capacity", 0.0001)
+    assert short.exit_code == 1 and "does not fit" in short.output
+    fails(run("plan-memory", "--model", folder, "--state-dtype", "int8"), "state_dtype", "int8")
+    fails(run("plan-memory", "--model", tmp_path / "nowhere"), "config.json")
