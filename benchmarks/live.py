@@ -5,8 +5,9 @@ For each width two decoder layers, 512 tokens: forward, backward and optimizer o
     live    `live_gradients` + `MaskedAdamW`
     masked  plain autograd + `MaskedAdamW`
     stock   plain autograd + torch's fused AdamW, nothing frozen
+    LoRA    peft, r = 32 on all linear layers, torch's fused AdamW
 
-in turns, in an order that changes, on one model. Beforehand live gradients are compared with those of plain autograd:
+in turns, in an order that changes. Beforehand live gradients are compared with those of plain autograd:
 within float32 rounding where live, zero where frozen. Ratios are medians over rounds. Writes results/live-*.json.
 """
 
@@ -83,24 +84,28 @@ def measure(width: int, share: float, rounds: int) -> dict[str, Any]:
     tokens = torch.randint(0, 512, TOKENS, generator=torch.Generator().manual_seed(2))
     check(model, plan, tokens)
     masked = sf.MaskedAdamW(model.named_parameters(), lr=1e-6, freeze=plan)
+    adapted = _with_lora(width, share)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizers = {
         "live": masked,
         "masked": masked,
         "stock": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        "LoRA": torch.optim.AdamW(trained, lr=1e-6, fused=True),
     }
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in optimizers}
     for number in range(rounds + 2):
         order = list(optimizers)
-        for name in order[number % 3 :] + order[: number % 3]:
+        for name in order[number % 4 :] + order[: number % 4]:
+            network = adapted if name == "LoRA" else model
             handle = sf.live_gradients(model, plan) if name == "live" else None
             marks = [time.perf_counter()]
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = network(input_ids=tokens, labels=tokens).loss
             marks.append(time.perf_counter())
             loss.backward()
             marks.append(time.perf_counter())
             optimizers[name].step()
             marks.append(time.perf_counter())
-            model.zero_grad()
+            network.zero_grad()
             if handle is not None:
                 handle.remove()
             if number >= 2:
@@ -119,10 +124,19 @@ def measure(width: int, share: float, rounds: int) -> dict[str, Any]:
         ("backward, live / plain", "live", "masked", slice(1, 2)),
         ("whole step, live / stock", "live", "stock", slice(0, 3)),
         ("whole step, masked / stock", "masked", "stock", slice(0, 3)),
+        ("whole step, live / LoRA", "live", "LoRA", slice(0, 3)),
     ):
         pairs = zip(times[one], times[other], strict=True)
         found[label] = _spread([sum(a[phases]) / sum(b[phases]) for a, b in pairs])
     return found
+
+
+def _with_lora(width: int, share: float) -> torch.nn.Module:
+    import peft
+
+    model, _ = build(width, share)
+    adapted: torch.nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules="all-linear"))
+    return adapted
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -540,7 +540,8 @@ def plan_memory(
         predicted = memory_plan(
             load_skeleton(model), found if isinstance(found, FreezePlan) else None, dtype=getattr(torch, dtype),
             state_dtype=cast(Any, getattr(torch, state_dtype, state_dtype)), amsgrad=amsgrad,
-            master="remainder" if masters else None, activation_bytes=round(activations * 1e9), capacity=None if capacity is None else round(capacity * 1e9),
+            master="remainder" if masters else None, activation_bytes=round(activations * 1e9),
+            capacity=None if capacity is None else round(capacity * 1e9),
         )  # fmt: skip
         console = _console()
         console.print(predicted.table(), highlight=False)
