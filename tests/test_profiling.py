@@ -240,7 +240,7 @@ def remembered(model: nn.Module) -> dict[str, Any]:
 
 
 def used_model() -> Small:
-    """One that has gradients, a part in eval mode, and a NaN among its frozen weights."""
+    """One that has gradients, a part in eval mode, and a -0.0 among its frozen weights."""
     model = Small()
     model.train()
     model.norm.eval()
