@@ -273,7 +273,8 @@ def clip_grad_norm_(
     """`torch.nn.utils.clip_grad_norm_` over live elements only: frozen gradients neither count nor change.
 
     Live gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, as in torch. NaN or inf in a frozen gradient
-    has no effect. The norm is accumulated in double.
+    has no effect. The norm is accumulated in double. Of sharded parameters it is the norm over all ranks, which must
+    all call this.
 
     Args:
         model: a module, a mapping name -> parameter, or (name, parameter) pairs; all its gradients are clipped, those

@@ -162,6 +162,24 @@ def test_other_settings_of_trainer(tmp_path: Path, options: dict[str, Any]) -> N
     assert logged[0]["grad_norm"] == pytest.approx(expected, rel=0.03 if "bf16" in options else 1e-4)
 
 
+def test_a_backward_pass_that_failed_is_forgotten() -> None:
+    net = model()
+    optimizer = build_masked_adamw(net, plan(), **LR)
+    batch = {key: torch.stack([row[key] for row in dataset()[:2]]) for key in ("input_ids", "labels")}
+
+    def fail(grad: Tensor) -> Tensor:
+        raise RuntimeError("out of memory, say")
+
+    handle = net.model.layers[0].mlp.up_proj.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        net(**batch).loss.backward()
+    handle.remove()
+    optimizer.zero_grad()
+    net(**batch).loss.backward()
+    live, raw = sf.clip_grad_norm_(net, 1e9, plan(), return_raw=True)
+    assert live == raw, "frozen gradients were not zeroed"
+
+
 def test_the_hook_goes_with_the_optimizer(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.create_optimizer()

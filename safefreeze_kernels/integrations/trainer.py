@@ -128,6 +128,7 @@ class _ZeroesFrozen:
         _zeroes[optimizer] = self
 
     def _after_forward(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._asked = False  # a backward pass that failed never came to its end
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._at_backward)  # type: ignore[no-untyped-call]
