@@ -69,8 +69,9 @@ class StepCost:
     name: str
     #: phase, or "whole step" -> milliseconds in each round; with accumulation, of all its micro-batches together
     times_ms: dict[str, tuple[float, ...]]
-    #: the optimizer's tensors
+    #: the optimizer's tensors, and the dtypes of those that are as large as parameters, "float32" for example
     state_bytes: int
+    state_dtypes: str
     gradient_bytes: int
     #: most memory in use beyond what was before the first step (weights); `StepProfile.peak_is` says how it was taken
     peak_bytes: int | None
@@ -223,6 +224,7 @@ class StepProfile:
     def _circumstances(self) -> str:
         told = [
             f"stock: {self.stock.name}; {self.rounds} rounds",
+            f"state masked {self.masked.state_dtypes or 'none'}, stock {self.stock.state_dtypes}",
             *(f"{key} {value}" for key, value in self.settings.items() if value is not None),
             *(f"{key} {value}" for key, value in self.machine.items() if value is not None),
         ]
@@ -553,11 +555,13 @@ class _Contender:
         self.name = self.name or type(self.optimizer).__name__
 
     def cost(self, gradient_bytes: int) -> StepCost:
-        state = [value for held in self.optimizer.state.values() for value in held.values()]
+        values = [value for held in self.optimizer.state.values() for value in held.values()]
+        state = [value for value in values if isinstance(value, Tensor)]
         return StepCost(
             name=self.name,
             times_ms={phase: tuple(times) for phase, times in self.times_ms.items()},
-            state_bytes=sum(value.nbytes for value in state if isinstance(value, Tensor)),
+            state_bytes=sum(value.nbytes for value in state),
+            state_dtypes="+".join(sorted({_word(value.dtype) for value in state if value.dim()})),
             gradient_bytes=gradient_bytes,
             peak_bytes=self.peak_bytes,
         )

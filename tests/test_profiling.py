@@ -69,7 +69,7 @@ def made(masked: list[float], stock: list[float], **changed: Any) -> StepProfile
 
     def cost(name: str, times: list[float]) -> StepCost:
         phases = {phase: tuple(t / 10 for t in times) for phase in PHASES}
-        return StepCost(name, {**phases, "whole step": tuple(times)}, 80, 40, 200)
+        return StepCost(name, {**phases, "whole step": tuple(times)}, 80, "float32", 40, 200)
 
     parts = {"masked": cost("MaskedAdamW", masked), "stock": cost("torch AdamW, fused", stock)}
     return StepProfile(**{**parts, "parameters": 10, "frozen_fraction": 0.1, "peak_is": "", **changed})
@@ -144,6 +144,17 @@ def test_where_there_is_no_peak_none_is_told(monkeypatch: pytest.MonkeyPatch) ->
     profile = profiled()
     assert profile.masked.peak_bytes is profile.stock.peak_bytes is None
     assert "peak: cannot be measured here" in str(profile)
+
+
+def test_state_of_unlike_dtypes_is_told() -> None:
+    """In bfloat16, stock AdamW keeps bfloat16 moments and ours float32 ones: their bytes alone would mislead."""
+    plan = FreezePlan({"weight": FreezeMask((4, 4), rows=[1])})
+    profile = profile_step(
+        nn.Linear(4, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16), plan,
+        loss=lambda model, x: model(x).square().mean(), steps=1, warmup=0,
+    )  # fmt: skip
+    assert (profile.masked.state_dtypes, profile.stock.state_dtypes) == ("float32", "bfloat16")
+    assert "state masked float32, stock bfloat16" in " ".join(str(profile).split())
 
 
 def test_without_clipping_there_is_no_such_phase() -> None:
