@@ -527,7 +527,7 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
     }
     const bool in_place = !(frozen && b.place.shared);
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0], in_place);
-    const Operand g = operand(dtype, grad, b.place, b.n, stage[1], in_place);
+    const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1], in_place);
     const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2], in_place);
     const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], in_place);
     const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], in_place)

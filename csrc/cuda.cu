@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
     tensor.exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
     tensor.max_exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
     tensor.remainder += tile.packed * 2;
-    if (grad) grad += tile.start * static_cast<int64_t>(sizeof(Param));
+    if (grad) grad += (tensor.packed_grad ? tile.packed : tile.start) * static_cast<int64_t>(sizeof(Param));
     const int64_t addresses = tensor.param | grad | tensor.exp_avg | tensor.exp_avg_sq |
                               (amsgrad ? tensor.max_exp_avg_sq : 0) | (remainder ? tensor.remainder : 0);
     // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
@@ -248,7 +248,9 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
   constexpr int slots = stochastic || (amsgrad && remainder) ? 1 : 2;  // as many as there are registers for
   walk<n, slots>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
     constexpr int size = std::remove_reference_t<decltype(places)>::size;
-    Values<Param, size> p = places.load(at<Param>(task.tensor.param)), g = places.load(at<const Param>(task.grad));
+    Values<Param, size> p = places.load(at<Param>(task.tensor.param));
+    const Param* const grad = at<const Param>(task.grad);
+    Values<Param, size> g = task.tensor.packed_grad ? places.load_packed(grad) : places.load(grad);
     Values<State, size> m = places.load_packed(at<State>(task.tensor.exp_avg));
     Values<State, size> v = places.load_packed(at<State>(task.tensor.exp_avg_sq)), v_max;
     Values<uint16_t, size> r;

@@ -164,7 +164,8 @@ bool Gradients::read(PyObject* params, PyObject* grads) {
     PyList_SetItem(grads, i, value);  // takes the reference
     const Look& expected = looks_[i];
     DLTensor look;
-    plain = plain && library_.describe(value, &look);
+    // a subclass may hold its values elsewhere
+    plain = plain && reinterpret_cast<PyObject*>(Py_TYPE(value)) == library_.type && library_.describe(value, &look);
     if (plain) {
       plain = look.device_type == expected.device_type && look.device_id == expected.device_id &&
               look.ndim == expected.ndim && dtypes[i] >= 0 && dtype_of(look) == dtypes[i] && is_contiguous(look);

@@ -71,6 +71,7 @@ struct AdamWTensor {
   int64_t param, exp_avg, exp_avg_sq, max_exp_avg_sq;
   int64_t remainder;  // packed: the lower halves of float32 masters whose upper halves are the (bf16) parameter; or 0
   int64_t number;     // tells tensors apart in the noise of stochastic rounding
+  int64_t packed_grad;  // whether the gradient is packed, as the state is
 };
 struct DenseTensor {
   int64_t data;

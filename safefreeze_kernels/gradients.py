@@ -15,6 +15,7 @@ from torch import Tensor
 from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
 from .kernels.tensors import GradientList, GradientReader
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .packed import PackedGradient
 from .sharding import local, reduce_groups
 
 __all__ = ["ClippedNorm", "clip_grad_norm_", "zero_frozen_grads_"]
@@ -68,6 +69,11 @@ class _Bound:
         )
         self._contents = _contents(self._modules)
         self.gradients, self.masked_gradients = GradientReader(params), GradientReader(params[: self.n_masked])
+        # of a packed gradient, everything that is held is live
+        for i, (packing, mask) in enumerate(zip(self.gradients.packings, self.masks, strict=True)):
+            if packing is not None:
+                check_packing(packing, mask | packing, self.names[i], operation)
+                self.masks[i] = FreezeMask(packing.packed_shape)
         self._live: WorkList | None = None
         self._frozen: WorkList | None = None
 
@@ -76,7 +82,9 @@ class _Bound:
         params = [ref() for ref in self._params]
         if _contents(self._modules) != self._contents or any(p is None for p in params):
             return None
-        return params if [p.shape for p in params if p is not None] == self.shapes else None  # type: ignore[return-value]
+        if [p.shape for p in params if p is not None] != self.shapes or not self.gradients.reads(params):  # type: ignore[arg-type]
+            return None
+        return params  # type: ignore[return-value]
 
     @property
     def live(self) -> WorkList:
@@ -134,16 +142,22 @@ def read_gradients(
     """The gradients of ``params``, checked. ``dtypes``: what each must have; None: any of `STORAGE`."""
     grads = reader.read(params)
     if not grads.plain:
-        for grad, p, name, shape in zip(grads, params, names, shapes, strict=True):
+        for grad, p, name, shape, packing in zip(grads, params, names, shapes, reader.packings, strict=True):
             if p.shape != shape:
                 raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:
-                check_gradient(local(p), grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
+                piece = local(p) if packing is None else p.new_empty((1,)).expand(packing.packed_shape)
+                check_gradient(piece, grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
     return grads
 
 
 def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: Sequence[torch.dtype] = STORAGE) -> None:
     """Raise if ``grad`` is not what kernels take for a gradient of ``p``."""
+    if isinstance(grad, PackedGradient):
+        raise RuntimeError(
+            f"{operation}: grad of {name!r} is packed by live_gradients(storage='packed'), expected an ordinary one; "
+            "use MaskedAdamW or MaskedAdam, or storage='dense'"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{operation}: gradient of {name!r} has layout {grad.layout}, expected a dense one; "
@@ -159,6 +173,15 @@ def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: S
     if grad.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
+
+
+def check_packing(packing: FreezeMask, mask: FreezeMask, name: str, operation: str) -> None:
+    """Raise ValueError if a gradient is packed by something else than ``mask``."""
+    if packing != mask:
+        raise ValueError(
+            f"{operation}: grad of {name!r} is packed by another plan: {packing.live_count:,} of {packing.numel:,} "
+            f"elements are held, expected {mask.live_count:,}; give live_gradients the same plan"
+        )
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -11,21 +11,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
+from .packed import PackedGradient
 from .sharding import is_sharded
 
-__all__ = ["LiveGradients", "LiveLayer", "check_live_gradients", "live_gradients"]
+__all__ = ["LiveGradients", "LiveLayer", "Storage", "check_live_gradients", "live_gradients"]
+
+Storage = Literal["dense", "packed"]
 
 #: Share of a weight's elements that may be live for it to pay: above, gathering costs more than the smaller product
 #: saves. Measured on a CPU (benchmarks/NOTES.md); the same is taken for GPUs, unmeasured.
 MOST_LIVE: Final = 0.6
-_MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient
+_MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient, and the storage
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class LiveGradients:
 
     Attributes:
         layers: what became of each weight of the plan.
+        storage: of the gradients.
     """
 
-    def __init__(self, model: nn.Module, plan: FreezePlan, most_live: float) -> None:
+    def __init__(self, model: nn.Module, plan: FreezePlan, most_live: float, storage: Storage) -> None:
         operation = "live_gradients"
         if not isinstance(model, nn.Module):
             raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -58,11 +62,19 @@ class LiveGradients:
             raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
         if not 0.0 <= most_live <= 1.0:
             raise ValueError(f"{operation}: most_live is {most_live}, expected a share from 0 to 1")
+        if storage not in get_args(Storage):
+            raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
         bound = bind(plan, named_tensors(model), operation=operation)
         for entry in bound:
+            if storage == "packed" and is_sharded(entry.param):
+                raise ValueError(
+                    f"{operation}: {entry.name!r} is sharded, and packed gradients are for one device; use "
+                    "storage='dense'"
+                )
             if hasattr(entry.param, _MARK):
                 raise ValueError(f"{operation}: {entry.name!r} has live gradients already; remove those first")
         homes = _homes(model)
+        self.storage, self.most_live = storage, most_live
         self.layers: list[LiveLayer] = []
         self._undo: list[Callable[[], None]] = []
         for entry in bound:
@@ -70,7 +82,7 @@ class LiveGradients:
             live = entry.mask.live_count / entry.mask.numel if entry.mask.numel else 1.0
             self.layers.append(LiveLayer(entry.name, 1.0 if reason else live, reason))
             if module is not None:
-                self._undo.append(_install(module, entry))
+                self._undo.append(_install(module, entry, storage))
 
     def remove(self) -> None:
         """The model is as it was; gradients that are there stay."""
@@ -100,12 +112,20 @@ class LiveGradients:
         return f"LiveGradients({self.summary().splitlines()[0]})"
 
 
-def live_gradients(model: nn.Module, plan: FreezePlan, *, most_live: float = MOST_LIVE) -> LiveGradients:
+def live_gradients(
+    model: nn.Module, plan: FreezePlan, *, storage: Storage = "dense", most_live: float = MOST_LIVE
+) -> LiveGradients:
     """Have linear layers compute their weight gradients only where ``plan`` lets them learn.
 
-    ``.grad`` stays an ordinary full gradient, zero where frozen: clipping, accumulation, DDP, FSDP2 and any optimizer
-    work as before. Names, state dict and module classes stay as they are. Live values are those of plain autograd, but
-    for the order of sums inside smaller matrix products.
+    With ``storage="dense"``, ``.grad`` stays an ordinary full gradient, zero where frozen: clipping, accumulation, DDP,
+    FSDP2 and any optimizer work as before. With ``"packed"`` it is held only where the weight learns, and takes that
+    share of the memory: on one device, for `MaskedAdamW`, `MaskedAdam`, `clip_grad_norm_` and what only scales
+    gradients or takes their norm (`torch.nn.utils.clip_grad_norm_`, `torch.amp.GradScaler`). Whatever needs an ordinary
+    gradient raises RuntimeError: another optimizer, DDP, arithmetic in a hook. Under `torch.compile` such layers run
+    outside the graph.
+
+    Names, state dict and module classes stay as they are. Live values are those of plain autograd, but for the order of
+    sums inside smaller matrix products.
 
     Done for `torch.nn.Linear` and transformers' ``Conv1D`` whose mask has whole rows or columns; other weights are left
     alone, as `LiveGradients.summary` tells: single elements, weights that several modules share, those of which too
@@ -113,25 +133,31 @@ def live_gradients(model: nn.Module, plan: FreezePlan, *, most_live: float = MOS
 
     Args:
         model: its modules get a ``forward`` of their own until `LiveGradients.remove`.
-        plan: what is frozen; the optimizer must freeze at least that.
+        plan: what is frozen; the optimizer must freeze at least that, with packed gradients exactly that.
+        storage: "dense" or "packed".
         most_live: weights of which a larger share is live are left alone.
 
     Returns:
         A handle, also a context manager. Gradients do not support ``create_graph``.
 
     Raises:
-        ValueError: the plan does not fit the model; a weight has live gradients already.
+        ValueError: the plan does not fit the model; a weight has live gradients already; packed gradients of a sharded
+            model.
     """
-    return LiveGradients(model, plan, most_live)
+    return LiveGradients(model, plan, most_live, storage)
 
 
 def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
-    """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze."""
-    missing: FreezeMask | None = getattr(param, _MARK, None)
-    if missing is not None and missing != mask and (missing | mask) != mask:
+    """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
+    another mask."""
+    missing, storage = getattr(param, _MARK, (mask, "dense"))
+    if missing != mask and ((missing | mask) != mask or storage == "packed"):
         raise ValueError(
             f"{operation}: {name!r} learns where live_gradients computes no gradient; remove that and call it with the "
             "new plan"
+            if (missing | mask) != mask
+            else f"{operation}: more of {name!r} is frozen than its packed gradient leaves out; remove live_gradients "
+            "and call it with the new plan"
         )
 
 
@@ -166,7 +192,7 @@ def _suitable(
     return module, ""
 
 
-def _install(module: Any, entry: BoundMask) -> Callable[[], None]:
+def _install(module: Any, entry: BoundMask, storage: Storage) -> Callable[[], None]:
     """Give ``module`` a forward whose weight gradient is live; returns what undoes it."""
     transposed = type(module).__name__ == "Conv1D"  # its weight is (in, out)
     n_rows, n_cols = entry.mask.matrix_shape
@@ -176,9 +202,15 @@ def _install(module: Any, entry: BoundMask) -> Callable[[], None]:
     ]
     indices: dict[torch.device, list[Tensor | None]] = {}
     plain = module.forward
+    packing = entry.mask if storage == "packed" else None
 
     def forward(x: Tensor) -> Tensor:
         weight = module.weight
+        if is_sharded(weight) and packing is not None:
+            raise RuntimeError(
+                f"live_gradients: {entry.name!r} was sharded afterwards, and packed gradients are for one device; use "
+                "storage='dense'"
+            )
         if not (torch.is_grad_enabled() and weight.requires_grad) or is_sharded(weight) or is_sharded(x):
             result: Tensor = plain(x)
             return result
@@ -189,12 +221,14 @@ def _install(module: Any, entry: BoundMask) -> Callable[[], None]:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        found: Tensor = _LiveLinear.apply(x, weight, bias, live_rows, live_cols, transposed)  # type: ignore[no-untyped-call]
+        found: Tensor = _LiveLinear.apply(x, weight, bias, live_rows, live_cols, transposed, packing)  # type: ignore[no-untyped-call]
         return found
 
+    if packing is not None:  # compilers do not know such gradients
+        forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     module.forward = forward
     param = entry.param
-    setattr(param, _MARK, entry.mask)
+    setattr(param, _MARK, (entry.mask, storage))
 
     def undo() -> None:
         if vars(module).get("forward") is forward:
@@ -207,17 +241,17 @@ def _install(module: Any, entry: BoundMask) -> Callable[[], None]:
 
 class _LiveLinear(torch.autograd.Function):
     """``x @ weight.T + bias`` (``x @ weight + bias`` if ``transposed``). Index tensors: live rows and columns of
-    ``weight``; None: all."""
+    ``weight``; None: all. ``packing``: of the weight's gradient; None: it is an ordinary one."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None,
-        transposed: bool,
+        transposed: bool, packing: FreezeMask | None,
     ) -> Tensor:  # fmt: skip
         index = rows if transposed else cols
         kept = x if index is None else x.index_select(-1, index)  # what the weight's gradient needs of it
         ctx.save_for_backward(kept, weight, rows, cols)
-        ctx.transposed, ctx.has_bias = transposed, bias is not None
+        ctx.transposed, ctx.has_bias, ctx.packing = transposed, bias is not None, packing
         return nn.functional.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
@@ -234,10 +268,12 @@ class _LiveLinear(torch.autograd.Function):
             live_grad = flat if index is None else flat.index_select(1, index)
             live_x = _matrix(kept)
             product = live_x.t() @ live_grad if transposed else live_grad.t() @ live_x
-            of_weight = _placed(product, weight, rows, cols)
+            of_weight = (
+                _placed(product, weight, rows, cols) if ctx.packing is None else PackedGradient(product, ctx.packing)
+            )
         if ctx.has_bias and ctx.needs_input_grad[2]:
             of_bias = flat.sum(0)
-        return of_x, of_weight, of_bias, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .gradients import check_gradient, overlaps_itself, read_gradients, zero_listed_grads_
+from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients, zero_listed_grads_
 from .kernels import (
     SCALARS,
     STORAGE,
@@ -36,6 +36,7 @@ from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
 from .live import check_live_gradients
 from .masks import FreezeMask, FreezePlan, bare_name, bind, named_tensors
+from .packed import PackedGradient, refuse_step
 from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
 
 __all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
@@ -249,13 +250,14 @@ class MaskedAdam(Optimizer):
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
+            or any(hook is not refuse_step for hook in _global_optimizer_pre_hooks.values())
             or _global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         ):
             return _observed_step(self, closure)
         return self._step(closure)
 
+    takes_packed_gradients = True  # `packed.refuse_step` looks for it
     step.hooked = True  # type: ignore[attr-defined]  # so torch does not wrap it once more
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -292,7 +294,12 @@ class MaskedAdam(Optimizer):
     @property
     def _traceable(self) -> bool:
         """Whether `torch.compile` can take a step into its graph: the state is there, and nothing is sharded."""
-        return self._launch_key is not None and len(self._launches) > 0 and not self._sharded
+        return (
+            self._launch_key is not None
+            and len(self._launches) > 0
+            and not self._sharded
+            and not any(any(launch.operands.packed_grads) for launch in self._launches)
+        )
 
     def multiply_gradients_(self, factor: Tensor) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
@@ -313,6 +320,7 @@ class MaskedAdam(Optimizer):
             and self._whereabouts is not None
             and self._whereabouts.hold(self._local_state())
             and not any(p.grad is not None for p in self._waiting)
+            and all(launch.gradients.reads(launch.owners) for launch in self._launches)
         ):
             return self._launches
         params, names, masks = self._params(), self._names(), self._masks()
@@ -331,7 +339,9 @@ class MaskedAdam(Optimizer):
         for (_, device), members in kinds.items():
             for i in members:
                 grad = local_gradient(params[i])
-                if grad is not None:
+                if isinstance(grad, PackedGradient):
+                    check_packing(grad.mask, masks[i], names[i], type(self).__name__)
+                elif grad is not None:
                     check_gradient(pieces[i], grad, names[i], type(self).__name__, (params[i].dtype,))
             choose_backend(self._backend, device, type(self).__name__)
         launches = []
@@ -818,6 +828,7 @@ class _Launch:
         # all that a step writes to beside parameters and counts
         self.moments = [t for tensors in (*moments, remainders) for t in tensors if t is not None]
         self.gradients = GradientReader(owners)
+        self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]
         # The step counts are views of one tensor, so that counting is one operation.
         self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
         if self.on_device:
@@ -1138,6 +1149,8 @@ class Guard:
         for entry in bound:
             if id(entry.param) not in known:
                 raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
+            if entry.param.grad is not None:
+                check_gradient(local(entry.param), local_gradient(entry.param), entry.name, "guard")  # type: ignore[arg-type]
         self._names = [entry.name for entry in bound]
         self._masks = [entry.mask for entry in bound]
         self._held = [entry.held for entry in bound]

@@ -151,6 +151,7 @@ def _cases() -> Iterator[Case]:
             yield Case("norm", layout, dtype, options={"kind": "sum_of_squares"})
         yield Case("adamw_", layout, BF16, options=remainder)
         yield Case("adamw_", layout, BF16, options=stochastic)
+        yield Case("adamw_", layout, BF16, options={"packed_grads": True, "state": FP32})
         yield Case("adamw_", layout, FP32, options={"amsgrad": True, "state": BF16})
         yield Case("norm", layout, BF16, frozen=True, options={"kind": "sum_of_squares"})
         yield Case("norm", layout, FP32, options={"kind": "sum_of_absolutes"})
@@ -172,6 +173,7 @@ def _cases() -> Iterator[Case]:
             yield Case("norm", "everything", dtype, options={"kind": kind, "special": True})
         for offset in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 5, 7)):
             yield Case("adamw_", "everything", dtype, offset=offset)
+            yield Case("adamw_", "everything", dtype, offset=offset, options={"packed_grads": True})
             yield Case("gather", "everything", dtype, frozen=True, offset=offset)
             yield Case("scatter_", "everything", dtype, offset=offset)
         yield Case("zero_", "everything", dtype, offset=(0, 1, 0))
@@ -289,18 +291,25 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
     masks, ages = zip(*LAYOUTS[case.layout], strict=True)
     work = compile_frozen(masks) if case.frozen else compile_live(masks, ages)
     at_tensor, at_grad, at_packed = case.offset
+    packings = [(mask, "packed_grads" in options and i % 3 != 1) for i, mask in enumerate(masks)]  # not of all tensors
 
     def given(kind: str, shape: Sequence[int], index: int, offset: int, dtype: torch.dtype, **kwargs: Any) -> Tensor:
         return memory.holding(f"{kind} {index}", values(rng, tuple(shape), dtype, **kwargs), offset)
 
     def grads() -> list[Tensor | None]:
-        drawn = [given("gradient", mask.shape, i, at_grad, case.dtype, special=special) for i, mask in enumerate(masks)]
-        for grad, mask in zip(drawn, masks, strict=True):
+        drawn = [
+            given("gradient", shape, i, at_grad, case.dtype, special=special)
+            for i, shape in enumerate(mask.packed_shape if is_packed else mask.shape for mask, is_packed in packings)
+        ]
+        for grad, (mask, is_packed) in zip(drawn, packings, strict=True):
+            if is_packed:
+                continue
             if case.op in ("adamw_", "scale_") or (case.op == "norm" and not case.frozen):
                 grad[mask.dense().to(device)] = math.nan  # must not be read
         return [None if case.missing and i % 3 == 1 else grad for i, grad in enumerate(drawn)]
 
     if case.op == "adamw_":
+        options["packed_grads"] = [is_packed for _, is_packed in packings]
         _adamw(backend, work, masks, given, grads(), case, options, rng)
     elif case.op == "norm":
         norm = backend.norm(work, grads(), **options)
@@ -358,7 +367,7 @@ def _adamw(
         if key in options
     }
     operands = AdamWOperands(params, first, second, largest, remainders, [3 * i + 1 for i in range(len(masks))])
-    operands.grads = grads  # type: ignore[assignment]
+    operands.grads, operands.packed_grads = grads, options["packed_grads"]  # type: ignore[assignment]
     backend.adamw_(
         work, operands, scalars, np.arange(len(work.parts), dtype=np.int32) % 3, l2=l2, amsgrad=amsgrad,
         stochastic=rounding == "stochastic", seed=options.get("seed", 1234), **on_device,

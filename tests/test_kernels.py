@@ -409,19 +409,32 @@ class Step:
         self.scalars = np.array(sets, SCALARS)
         self.scalar_set = rng.integers(0, 3, len(self.work.parts)).astype(np.int32)
 
-    def run(self, backend: Any, in_place: bool = False) -> list[list[Tensor]]:
+    def run(self, backend: Any, in_place: bool = False, packed: Sequence[bool] = ()) -> list[list[Tensor]]:
+        """``packed``: of which tensors the gradients are."""
         params, state, remainders = self.params, self.state, self.remainders
         if not in_place:
             params, state = copies(params), [copies(moments) for moments in state]
             remainders = [r if r is None else r.clone() for r in remainders]
         operands = AdamWOperands(
-            params, state[0], state[1], state[2] if self.amsgrad else None, remainders, self.numbers, self.grads
-        )
+            params, state[0], state[1], state[2] if self.amsgrad else None, remainders, self.numbers, self.grads,
+            packed,
+        )  # fmt: skip
+        if packed:
+            operands.grads = [  # type: ignore[assignment]
+                grad if grad is None or not is_packed else self.pack(i)
+                for i, (grad, is_packed) in enumerate(zip(self.grads, packed, strict=True))
+            ]
         backend.adamw_(
             self.work, operands, self.scalars, self.scalar_set, l2=self.l2, amsgrad=self.amsgrad,
             stochastic=self.stochastic, seed=self.seed,
         )  # fmt: skip
         return [params, [r if r is not None else torch.zeros(0) for r in remainders], *state]
+
+    def pack(self, tensor: int) -> Tensor:
+        """A gradient's live rows and columns; NaN for single elements that are frozen."""
+        mask, grad = self.masks[tensor], self.grads[tensor].clone()
+        grad[mask.dense()] = math.nan
+        return grad.view(mask.matrix_shape)[mask.live_rows][:, mask.live_cols].reshape(mask.packed_shape)
 
     def check(self, got: list[list[Tensor]], expected: list[list[Tensor]], what: str, *, any_nan: bool) -> None:
         for key, ours, theirs in zip(
@@ -450,6 +463,18 @@ def test_the_compiled_step_is_the_specification(name: str) -> None:
     def hold(seed: int, large: bool) -> None:
         step = Step(seed, large)
         step.check(step.run(BY_NAME[name]), step.run(BY_NAME["reference"]), f"{name} against reference", any_nan=True)
+
+    hold()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_packed_gradients_make_the_same_step(name: str) -> None:
+    @examples(60)
+    def hold(seed: int, large: bool) -> None:
+        step = Step(seed, large)
+        packed = [(seed >> i) % 3 != 0 for i in range(len(step.masks))]
+        found, expected = step.run(BY_NAME[name], packed=packed), step.run(BY_NAME[name])
+        step.check(found, expected, f"{name}, packed gradients", any_nan=False)
 
     hold()
 

@@ -21,6 +21,7 @@ NAME = "safefreeze_kernels"
 FLOORS = (
     ("_C", "sharding", "calibration"),
     ("masks",),
+    ("packed",),
     ("kernels",),
     ("gradients", "live"),
     ("optim", "attribution"),

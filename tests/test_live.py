@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.live import _LiveLinear
+from safefreeze_kernels.packed import PackedGradient
 
 SHAPE: Final = (12, 8)
 MASKS: Final = {
@@ -64,22 +65,27 @@ def assert_live_alike(found: nn.Module, expected: nn.Module, plan: sf.FreezePlan
     for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
         frozen = plan[name].dense() if name in plan else torch.zeros(p.shape, dtype=torch.bool)
         assert p.grad is not None and q.grad is not None, name
-        assert_same_bits(p.grad, torch.zeros_like(p), name, where=frozen)
+        grad = p.grad.to_dense() if isinstance(p.grad, PackedGradient) else p.grad
+        assert_same_bits(grad, torch.zeros_like(p), name, where=frozen)
         torch.testing.assert_close(
-            p.grad.masked_fill(frozen, 0), q.grad.masked_fill(frozen, 0), rtol=0, atol=tolerance,
+            grad.masked_fill(frozen, 0), q.grad.masked_fill(frozen, 0), rtol=0, atol=tolerance,
             msg=lambda m, n=name: f"{n}: {m}",
         )  # fmt: skip
 
 
+STORAGE: Final = pytest.mark.parametrize("storage", ["dense", "packed"])
+
+
+@STORAGE
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_plain_autograds_where_live(mask: str, kind: str, bias: bool) -> None:
+def test_gradients_are_plain_autograds_where_live(mask: str, kind: str, bias: bool, storage: Any) -> None:
     expected = Net(kind)
     if not bias and kind == "Linear":
         expected.layer.bias = None
     found, plan = copy.deepcopy(expected), plan_of(mask)
-    handle = sf.live_gradients(found, plan, most_live=0.9)
+    handle = sf.live_gradients(found, plan, storage=storage, most_live=0.9)
     assert [(layer.name, layer.left_alone) for layer in handle.layers] == [("layer.weight", "")]
     assert handle.layers[0].live == pytest.approx(1 - MASKS[mask].frozen_fraction)
     losses = [net(batch()) for net in (expected, found)]
@@ -102,15 +108,16 @@ def test_gradcheck(mask: str, transposed: bool) -> None:
 
     def function(x: Tensor, live: Tensor, bias: Tensor) -> Tensor:
         whole = weight.index_put((rows[:, None], cols), live)
-        return _LiveLinear.apply(x, whole, bias, rows, cols, transposed)
+        return _LiveLinear.apply(x, whole, bias, rows, cols, transposed, None)
 
     assert torch.autograd.gradcheck(function, (x, live, bias))
 
 
-def test_accumulation_and_a_module_called_twice() -> None:
+@STORAGE
+def test_accumulation_and_a_module_called_twice(storage: Any) -> None:
     expected = Net()
     found, plan = copy.deepcopy(expected), plan_of("rows")
-    sf.live_gradients(found, plan)
+    sf.live_gradients(found, plan, storage=storage)
     for net in (expected, found):
         for seed in range(3):
             net(batch(seed=seed)).backward()
@@ -119,20 +126,22 @@ def test_accumulation_and_a_module_called_twice() -> None:
     assert_live_alike(found, expected, plan, 1e-5)
 
 
+@STORAGE
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations(reentrant: bool) -> None:
+def test_checkpointed_activations(reentrant: bool, storage: Any) -> None:
     expected = Net()
     found, plan = copy.deepcopy(expected), plan_of("columns")
-    sf.live_gradients(found, plan)
+    sf.live_gradients(found, plan, storage=storage)
     for net in (expected, found):
         checkpoint(net, batch().requires_grad_(), use_reentrant=reentrant).backward()
     assert_live_alike(found, expected, plan)
 
 
-def test_autocast() -> None:
+@STORAGE
+def test_autocast(storage: Any) -> None:
     expected = Net()
     found, plan = copy.deepcopy(expected), plan_of("both")
-    sf.live_gradients(found, plan, most_live=0.9)
+    sf.live_gradients(found, plan, storage=storage, most_live=0.9)
     for net in (expected, found):
         with torch.autocast("cpu", torch.bfloat16):
             loss = net(batch())
@@ -162,10 +171,11 @@ def test_saved_activations_are_the_live_columns() -> None:
     assert 6 * MASKS["columns"].live_cols.size in saved and 6 * 8 not in saved
 
 
-def test_it_is_undone() -> None:
+@STORAGE
+def test_it_is_undone(storage: Any) -> None:
     net, plan = Net(), plan_of("rows")
     state, names = copy.deepcopy(net.state_dict()), [type(m).__name__ for m in net.modules()]
-    with sf.live_gradients(net, plan) as handle:
+    with sf.live_gradients(net, plan, storage=storage) as handle:
         assert "forward" in vars(net.layer)
         assert [type(m).__name__ for m in net.modules()] == names and net.state_dict().keys() == state.keys()
         with pytest.raises(ValueError, match=r"'layer\.weight' has live gradients already"):
@@ -244,6 +254,203 @@ def test_bad_input(arguments: tuple[Any, ...], error: type[Exception], words: st
         sf.live_gradients(*arguments)
     with pytest.raises(ValueError, match=r"most_live is 1\.5"):
         sf.live_gradients(Net(), plan_of("rows"), most_live=1.5)
+    with pytest.raises(ValueError, match=r"storage is 'sparse', expected 'dense' or 'packed'"):
+        sf.live_gradients(Net(), plan_of("rows"), storage="sparse")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------- packed
+
+
+def packed_and_dense(mask: str, dtype: torch.dtype = torch.float32) -> tuple[list[Net], sf.FreezePlan]:
+    """Two equal models with live gradients: the gradients of the first are packed."""
+    nets, plan = [Net(dtype=dtype), Net(dtype=dtype)], plan_of(mask)
+    for net, storage in zip(nets, ("packed", "dense"), strict=True):
+        sf.live_gradients(net, plan, storage=storage, most_live=0.9)  # type: ignore[arg-type]
+    return nets, plan
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"amsgrad": True}, {"capturable": True}, {"backend": "reference"}, {"dtype": torch.bfloat16},
+     {"dtype": torch.bfloat16, "master": "remainder"}, {"dtype": torch.bfloat16, "rounding": "stochastic"}],
+    ids=str,
+)  # fmt: skip
+def test_training_with_packed_gradients_is_the_same(mask: str, options: dict[str, Any]) -> None:
+    """Accumulated, clipped in both ways, stepped: the same bits as with full-size gradients that are zero elsewhere."""
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    nets, plan = packed_and_dense(mask, dtype)
+    start = nets[0].layer.weight.detach().clone()
+    optimizers = [sf.MaskedAdamW(n.named_parameters(), lr=1e-2, freeze=plan, **options) for n in nets]
+    for step in range(6):
+        norms = []
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            for seed in range(2):
+                net(batch(dtype, seed=2 * step + seed)).backward()
+            clipped_inside = {"optimizer": optimizer} if step % 2 else {}
+            norms.append(sf.clip_grad_norm_(net, 0.05, plan, return_raw=True, **clipped_inside))
+            sf.zero_frozen_grads_(net, plan)  # nothing to do
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step != 3)
+        # sums of the same squares, those of zeros left out
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0)
+        assert norms[0].live == norms[0].raw
+        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7, msg=name)
+    assert_same_bits(nets[0].layer.weight.detach(), start, "frozen", where=MASKS[mask].dense())
+    held = optimizers[0].state[nets[0].layer.weight]["exp_avg"]
+    assert held.shape == MASKS[mask].packed_shape
+
+
+def test_unclipped_steps_are_the_same_bits() -> None:
+    nets, plan = packed_and_dense("both")
+    for net in nets:
+        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+        for seed in range(4):
+            net(batch(seed=seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach(), name)
+
+
+def test_a_packed_gradient_takes_the_live_share() -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("both"), storage="packed", most_live=0.9)
+    net(batch()).backward()
+    grad = net.layer.weight.grad
+    assert grad.shape == SHAPE and grad.packed.shape == MASKS["both"].packed_shape
+    assert grad.packed.untyped_storage().nbytes() == 4 * MASKS["both"].live_count
+    assert "35 of 96 elements held" in repr(grad)
+    net.zero_grad()
+    assert net.layer.weight.grad is None
+
+
+def test_storage_may_change_between_steps() -> None:
+    """What is there is read: packed, dense, packed again; the optimizer and clipping notice."""
+    nets, plan = [Net(), Net()], plan_of("rows")
+    optimizers = [sf.MaskedAdamW(n.named_parameters(), lr=1e-2, freeze=plan) for n in nets]
+    for step in range(6):
+        storage: Any = "packed" if step % 2 else "dense"
+        with sf.live_gradients(nets[0], plan, storage=storage), sf.live_gradients(nets[1], plan):
+            losses = [net(batch(seed=step)) for net in nets]
+            for net, optimizer, loss in zip(nets, optimizers, losses, strict=True):
+                loss.backward()
+                assert (type(net.layer.weight.grad) is PackedGradient) == (net is nets[0] and storage == "packed")
+                sf.clip_grad_norm_(net, 1e6, plan)
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach(), name)
+
+
+def test_torchs_own_clipping_and_scaler_take_packed_gradients() -> None:
+    nets, plan = packed_and_dense("rows")
+    norms = []
+    for net in nets:
+        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(net(batch())).backward()
+        scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05, foreach=net is nets[0]))
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(norms[0], norms[1])
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_compiled_model_runs_packed_layers_outside_the_graph() -> None:
+    expected = Net()
+    found, plan = copy.deepcopy(expected), plan_of("rows")
+    sf.live_gradients(found, plan, storage="packed")
+    torch._dynamo.reset()
+    torch.compile(found, backend="aot_eager")(batch()).backward()
+    expected(batch()).backward()
+    assert isinstance(found.layer.weight.grad, PackedGradient)
+    assert_live_alike(found, expected, plan)
+
+
+def guarded_before(net: Net, grad: Tensor) -> torch.optim.Optimizer:
+    net.layer.weight.grad = None
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sf.guard(optimizer, plan_of("rows"), net)
+    net.layer.weight.grad = grad
+    return optimizer
+
+
+NEEDS_ORDINARY: Final[dict[str, Any]] = {
+    "SGD": lambda net, g: torch.optim.SGD(net.parameters(), lr=0.1).step(),
+    "AdamW": lambda net, g: torch.optim.AdamW(net.parameters(), lr=0.1).step(),
+    "Adagrad": lambda net, g: torch.optim.Adagrad(net.parameters(), lr=0.1).step(),
+    "fused AdamW": lambda net, g: torch.optim.AdamW(net.parameters(), lr=0.1, fused=True).step(),
+    "guard": lambda net, g: sf.guard(torch.optim.SGD(net.parameters(), lr=0.1), plan_of("rows"), net),
+    "guard made before": lambda net, g: guarded_before(net, g).step(),
+    "a sum with numbers": lambda net, g: g + 1.0,
+    "a sum with an ordinary one": lambda net, g: g.add_(torch.zeros(SHAPE)),
+    "an ordinary one's": lambda net, g: torch.zeros(SHAPE).add_(g),
+    "a product with a mask": lambda net, g: g.mul_(torch.ones(SHAPE)),
+    "a product into a buffer": lambda net, g: torch.mul(g, torch.tensor(0.5), out=torch.zeros(SHAPE)),
+    "a norm per row": lambda net, g: torch.linalg.vector_norm(g, dim=1),
+    "the smallest": lambda net, g: torch.linalg.vector_norm(g, -float("inf")),
+    "indexing": lambda net, g: g[0],
+    "other places": lambda net, g: g.add_(PackedGradient(torch.zeros(7, 8), sf.FreezeMask(SHAPE, rows=range(5)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NEEDS_ORDINARY)
+def test_what_needs_an_ordinary_gradient_is_refused(what: str) -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net(batch()).backward()
+    before = net.layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"storage='dense'"):
+        NEEDS_ORDINARY[what](net, net.layer.weight.grad)
+    assert_same_bits(net.layer.weight.detach(), before, "weight")
+
+
+def test_packed_by_another_plan() -> None:
+    """More, less or something else frozen than was packed."""
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net(batch()).backward()
+    for other in (sf.FreezeMask(SHAPE, rows=[0, 2]), MASKS["all"], MASKS["columns"]):
+        plan = sf.FreezePlan({"layer.weight": other})
+        start = {name: p.detach().clone() for name, p in net.named_parameters()}
+        with pytest.raises(ValueError, match=r"'layer\.weight'.*(with the new plan)"):
+            sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan).step()
+        if other is not MASKS["all"]:
+            continue
+        with pytest.raises(ValueError, match=r"packed by another plan: 32 of 96 elements are held, expected 0"):
+            sf.clip_grad_norm_(net, 1.0, plan)
+        for name, p in net.named_parameters():
+            assert_same_bits(p.detach(), start[name], name)
+
+
+def packed_on_ranks(rank: int, way: str) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    net, plan = Net(), plan_of("rows")
+    if way == "FSDP2":
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        sf.live_gradients(net, plan, storage="packed")
+        if way == "FSDP2 afterwards":
+            fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        model = DistributedDataParallel(net) if way == "DDP" else net  # backward needs it to stay
+        model(batch()).backward()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2", "FSDP2 afterwards"])
+def test_packed_gradients_are_for_one_device(way: str) -> None:
+    for message in run_ranks(2, packed_on_ranks, way):
+        assert "use storage='dense'" in message or "or storage='dense'" in message, message
 
 
 def on_ranks(rank: int, way: str) -> dict[str, Tensor]:

@@ -30,8 +30,9 @@ from .tensors import GradientList
 from .worklist import Ages, Part, WorkList, compile_frozen, compile_live
 
 __all__ = [
-    "SCALARS", "STORAGE", "AdamWOperands", "Ages", "Backend", "BackendUnavailableError", "NormKind", "Part", "WorkList",
-    "adamw_scalars", "backend_state", "backend_states", "choose_backend", "compile_frozen", "compile_live",
+    "ADAMW_TENSOR", "SCALARS", "STORAGE", "AdamWOperands", "Ages", "Backend", "BackendUnavailableError", "NormKind",
+    "Part", "WorkList", "adamw_scalars", "backend_state", "backend_states", "choose_backend", "compile_frozen",
+    "compile_live",
 ]  # fmt: skip
 
 BACKENDS: Final = ("reference", "cpu", "cuda", "triton")
@@ -44,6 +45,11 @@ SCALARS: Final = np.dtype([
     for name in ("grad_multiplier", "weight_decay", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
                  "step_size", "bias2_sqrt", "eps")
 ] + [("step", "u4")])  # fmt: skip
+# Mirror of struct AdamWTensor in csrc/work.h.
+ADAMW_TENSOR: Final = np.dtype([
+    (name, "i8")
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "number", "packed_grad")
+])  # fmt: skip
 
 
 def adamw_scalars(
@@ -91,7 +97,19 @@ class AdamWOperands:
     remainders: list[Tensor | None] | None = None  # int16, packed as state is: what bf16 parameters lack of fp32
     numbers: Sequence[int] = ()  # tell tensors apart in the noise of stochastic rounding; () = their places here
     grads: GradientList = field(default_factory=GradientList)
+    packed_grads: Sequence[bool] = ()  # of which tensors the gradient is packed, as state is; () = of none
     native: Any = None  # address and dtype tables, kept by the compiled backend that ran last
+
+    def table(self) -> np.ndarray:
+        """Rows of `ADAMW_TENSOR`, one per tensor: int64 [tensors, 7]."""
+        table = np.zeros((len(self.params), ADAMW_TENSOR.itemsize // 8), np.int64)
+        columns = (self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.remainders)
+        for column, tensors in enumerate(columns):
+            if tensors is not None:
+                table[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        table[:, 5] = self.numbers or range(len(table))
+        table[:, 6] = self.packed_grads or 0
+        return table
 
 
 def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:

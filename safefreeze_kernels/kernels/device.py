@@ -102,7 +102,7 @@ class AdamWTables:
 
     Attributes:
         list: the work list on the operands' device.
-        tensors: rows of struct AdamWTensor, int64 [tensors, 6], on the device.
+        tensors: rows of `ADAMW_TENSOR`, int64 [tensors, 7], on the device.
         launches: one per kind of tensor.
     """
 
@@ -117,15 +117,7 @@ class AdamWTables:
     def __init__(self, work: WorkList, operands: AdamWOperands) -> None:
         device, n = operands.params[0].device, len(operands.params)
         self.list = DeviceList.of(work, device)
-        columns = (
-            operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs, operands.remainders
-        )  # fmt: skip
-        table = np.zeros((n, len(columns) + 1), np.int64)
-        for column, tensors in enumerate(columns):
-            if tensors is not None:
-                table[:, column] = np.frombuffer(addresses(tensors), np.int64)
-        table[:, -1] = operands.numbers or range(n)
-        self.tensors = torch.from_numpy(table).to(device)
+        self.tensors = torch.from_numpy(operands.table()).to(device)
         remainders = operands.remainders or [None] * n
         kinds = [
             (p.dtype, m.dtype, remainder is not None)

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import SCALARS, AdamWOperands, NormKind, WorkList, host_scalars
+from . import ADAMW_TENSOR, SCALARS, AdamWOperands, NormKind, WorkList, host_scalars
 from .worklist import PIECE, RUN, SEGMENT
 
 _CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
-_COLUMNS: Final = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "number")
-_ADAMW_TENSOR: Final = np.dtype([(n, "i8") for n in _COLUMNS])
-
-_mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": _ADAMW_TENSOR, "Scalars": SCALARS}
+_mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": ADAMW_TENSOR, "Scalars": SCALARS}
 if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
     raise ImportError("the extension was built from other sources than this package; reinstall safefreeze-kernels")
 
@@ -75,17 +72,6 @@ def _native(work: WorkList) -> _C.Work:
     return native
 
 
-def adamw_table(operands: AdamWOperands) -> np.ndarray:
-    """Rows of struct AdamWTensor, one per tensor: int64 [tensors, 6]."""
-    table = np.zeros((len(operands.params), len(_COLUMNS)), np.int64)
-    columns = (operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs, operands.remainders)
-    for column, tensors in enumerate(columns):
-        if tensors is not None:
-            table[:, column] = _addresses(tensors)
-    table[:, -1] = operands.numbers or range(len(table))
-    return table
-
-
 class CpuBackend:
     name = "cpu"
 
@@ -101,7 +87,7 @@ class CpuBackend:
             return
         scalars = host_scalars(scalars, multiplier)
         if operands.native is None:
-            table = adamw_table(operands)
+            table = operands.table()
             codes = _codes(operands.params), _codes(operands.exp_avgs)
             # the addresses are of what stands behind them in this tuple
             operands.native = table.ctypes.data, _address(codes[0]), _address(codes[1]), table, codes

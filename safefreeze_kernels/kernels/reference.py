@@ -121,7 +121,9 @@ class ReferenceBackend:
             if amsgrad:
                 assert operands.max_exp_avg_sqs is not None
                 state.append(operands.max_exp_avg_sqs[part.tensor])
-            old_p, old_g = _matrix(param, part)[here], _matrix(grad, part)[here]
+            old_p = _matrix(param, part)[here]
+            packed_grad = operands.packed_grads and operands.packed_grads[part.tensor]
+            old_g = _packed_matrix(grad, part)[there] if packed_grad else _matrix(grad, part)[here]
             old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
             moments = [tensor.float() for tensor in old_state]
             remainder = operands.remainders[part.tensor] if operands.remainders is not None else None

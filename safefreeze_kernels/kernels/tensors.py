@@ -12,6 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..masks import FreezeMask
+from ..packed import PackedGradient, packing
 from ..sharding import LocalGradients, is_sharded, local
 
 __all__ = ["GradientList", "GradientReader", "whereabouts"]
@@ -80,24 +82,39 @@ class _Holder:
 
 
 class GradientReader:
-    """Reads the gradients of parameters that look like ``params``, of sharded ones the piece this rank holds; holds no
-    reference to them."""
+    """Reads the gradients of parameters that look like ``params``: of sharded ones the piece this rank holds, of packed
+    ones what they hold. Keeps no reference to them.
+
+    Attributes:
+        packings: what each gradient is packed by, as `reads` wants it to stay; None: it is an ordinary one.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._sharded = LocalGradients(params) if any(map(is_sharded, params)) else None
-        self._holders = [_Holder() for _ in params] if self._sharded else []
-        pieces = list(map(local, params))
+        self.packings: list[FreezeMask | None] = [packing(p.grad) for p in params]
+        plain = not any(map(is_sharded, params)) and not any(self.packings)
+        self._inner = None if plain else LocalGradients(params)
+        self._holders = [_Holder() for _ in params] if self._inner else []
+        pieces = [
+            local(p) if mask is None else p.new_empty((1,)).expand(mask.packed_shape)
+            for p, mask in zip(params, self.packings, strict=True)
+        ]
         self._one_device = len({p.device for p in pieces}) == 1
         self._native = None if _C is None else _C.Gradients(Tensor, pieces)
         self._looks = [] if self._native else list(map(_look, pieces))
 
+    def reads(self, params: Sequence[Tensor]) -> bool:
+        """Whether the gradients of ``params`` are packed, or not, as they were."""
+        return not PackedGradient.seen or all(
+            p.grad is None or packing(p.grad) == mask for p, mask in zip(params, self.packings, strict=True)
+        )
+
     def read(self, params: list[Tensor]) -> GradientList:
         """The gradients of ``params``, which are as many as the reader was made for."""
         owners: list[Any] = params
-        if self._sharded is not None:
+        if self._inner is not None:
             owners = self._holders
-            for holder, grad in zip(owners, self._sharded.read(params), strict=True):
-                holder.grad = grad
+            for holder, grad in zip(owners, self._inner.read(params), strict=True):
+                holder.grad = grad.packed if isinstance(grad, PackedGradient) else grad
         if self._native is None:
             grads = GradientList(p.grad for p in owners)
             grads.plain = self._one_device and all(

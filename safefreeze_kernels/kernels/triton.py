@@ -41,7 +41,7 @@ OPTIONS: Final[dict[str, Any]] = (
 # Words of the tables' rows. Addresses and offsets have 64 bits; what counts elements of one tile has 32.
 _TILE_WORDS = tl.constexpr(TILE.itemsize // 8)
 _PART_WORDS = tl.constexpr(TILE_PART.itemsize // 8)
-_TENSOR_WORDS = tl.constexpr(6)  # struct AdamWTensor in csrc/work.h
+_TENSOR_WORDS = tl.constexpr(7)  # struct AdamWTensor in csrc/work.h
 _SCALAR_WORDS = tl.constexpr(SCALARS.itemsize // 4)
 _STEP = tl.constexpr(SCALARS.names.index("step") if SCALARS.names else 0)
 
@@ -311,7 +311,8 @@ def adamw_kernel(
         run = run & (tl.load(skip) == 0)
     count = tl.where(run, count, 0)
     p_at = tl.load(row) + start * _size(PARAM)
-    g_at = grad + start * _size(PARAM)
+    packed_grad = tl.load(row + 6) != 0
+    g_at = grad + tl.where(packed_grad, packed, start) * _size(PARAM)
     m_at = tl.load(row + 1) + packed * _size(STATE)
     v_at = tl.load(row + 2) + packed * _size(STATE)
     v_max_at = v_at
@@ -339,7 +340,8 @@ def adamw_kernel(
             m_ptr = _pointer(m_at, STATE, WIDE) + there
             v_ptr = _pointer(v_at, STATE, WIDE) + there
             old_p = tl.load(p_ptr, mask=inside, other=0)
-            g = tl.load(_pointer(g_at, PARAM, WIDE) + here, mask=inside, other=0)
+            of_grad = here if WIDE else tl.where(packed_grad, there, here)
+            g = tl.load(_pointer(g_at, PARAM, WIDE) + of_grad, mask=inside, other=0)
             old_m = tl.load(m_ptr, mask=inside, other=0)
             old_v = tl.load(v_ptr, mask=inside, other=0)
             old_v_max = old_v
