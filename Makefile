@@ -21,6 +21,8 @@ torture: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(PY) -m benchmarks
+	$(PY) -m benchmarks.live
+	$(PY) -m benchmarks.finetune
 
 # On a machine with a GPU: build, test, sanitize, measure, write benchmarks/results; under 9 minutes. Takes the python that
 # has the GPU's torch, and installs nothing.

@@ -345,13 +345,15 @@ def steps() -> Iterator[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     build = {"SAFEFREEZE_CUDA": "1", "SAFEFREEZE_REQUIRE_NATIVE": "1", "SAFEFREEZE_CUDA_ARCHS": arch}
     yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 60, build)
-    yield Step("tests, CUDA", [*pytest, "tests/test_gpu.py", "tests/test_cuda.py", "-k", "gpu"], 120, {})
+    yield Step("tests, CUDA", [*pytest, "tests/test_gpu.py", "tests/test_cuda.py", "-k", "gpu"], 110, {})
     # every combination of what kernels are specialised for would be compiled first: the interpreter's part in the suite
     few = "freeze_rows or MaskedAdamW or guard or zero_frozen_grads_ or clip_grad_norm_"
-    yield Step("tests, Triton", [*pytest, "tests/test_triton.py", "-k", few], 80, {})
+    yield Step("tests, Triton", [*pytest, "tests/test_triton.py", "-k", few], 60, {})
     yield Step("memcheck", [*sanitizer, "memcheck", *small], 40, {})
     yield Step("racecheck", [*sanitizer, "racecheck", *small], 30, {})
     yield Step("machine code", [python, "-m", "benchmarks.sass", "--quick", "--arch", arch], 30, {})
+    live = ["--device", "cuda", "--widths", "2048", "--shares", "0.8", "--rounds", "8"]
+    yield Step("live gradients", [python, "-m", "benchmarks.live", *live], 30, {})
 
 
 def small_case() -> None:

@@ -3,12 +3,14 @@
 For each width two decoder layers, 512 tokens: forward, backward and optimizer of
 
     live    `live_gradients` + `MaskedAdamW`
+    packed  `live_gradients(storage="packed")` + `MaskedAdamW`
     masked  plain autograd + `MaskedAdamW`
     stock   plain autograd + torch's fused AdamW, nothing frozen
     LoRA    peft, r = 32 on all linear layers, torch's fused AdamW
 
 in turns, in an order that changes. Beforehand live gradients are compared with those of plain autograd:
-within float32 rounding where live, zero where frozen. Ratios are medians over rounds. Writes results/live-*.json.
+within float32 rounding where live, zero where frozen. Ratios are medians over rounds. And the crossover: one linear
+layer with more and more of its rows or columns live, against plain autograd. Writes results/live-*.json.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ TOKENS: Final = (2, 256)
 RESULTS: Final = Path(__file__).parent / "results"
 
 
-def build(width: int, share: float) -> tuple[torch.nn.Module, sf.FreezePlan]:
+def build(width: int, share: float, device: str) -> tuple[torch.nn.Module, sf.FreezePlan]:
     """Decoder layers, and a plan that freezes ``share`` of their heads and channels."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +52,7 @@ def build(width: int, share: float) -> tuple[torch.nn.Module, sf.FreezePlan]:
             hidden_size=width, intermediate_size=d_ff, num_hidden_layers=LAYERS, num_attention_heads=n_heads,
             num_key_value_heads=n_kv, vocab_size=512, tie_word_embeddings=False,
         )
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     pick = torch.Generator().manual_seed(1)
     heads, channels = (
         {layer: torch.randperm(n, generator=pick)[: round(share * n)].tolist() for layer in range(LAYERS)}
@@ -78,33 +80,37 @@ def check(model: torch.nn.Module, plan: sf.FreezePlan, tokens: torch.Tensor) -> 
         torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
 
-def measure(width: int, share: float, rounds: int) -> dict[str, Any]:
+def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any]:
     """Milliseconds per phase and contender, and ratios."""
-    model, plan = build(width, share)
-    tokens = torch.randint(0, 512, TOKENS, generator=torch.Generator().manual_seed(2))
+    model, plan = build(width, share, device)
+    tokens = torch.randint(0, 512, TOKENS, generator=torch.Generator().manual_seed(2)).to(device)
     check(model, plan, tokens)
     masked = sf.MaskedAdamW(model.named_parameters(), lr=1e-6, freeze=plan)
-    adapted = _with_lora(width, share)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizers = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "live": masked,
         "masked": masked,
+        "packed": sf.MaskedAdamW(model.named_parameters(), lr=1e-6, freeze=plan),
         "stock": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-        "LoRA": torch.optim.AdamW(trained, lr=1e-6, fused=True),
     }
+    adapted = _with_lora(width, share, device)
+    if adapted is not None:
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        optimizers["LoRA"] = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in optimizers}
     for number in range(rounds + 2):
         order = list(optimizers)
-        for name in order[number % 4 :] + order[: number % 4]:
-            network = adapted if name == "LoRA" else model
-            handle = sf.live_gradients(model, plan) if name == "live" else None
-            marks = [time.perf_counter()]
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
+            network = adapted if name == "LoRA" and adapted is not None else model
+            storage: Any = "packed" if name == "packed" else "dense"
+            handle = sf.live_gradients(model, plan, storage=storage) if name in ("live", "packed") else None
+            marks = [_now(device)]
             loss = network(input_ids=tokens, labels=tokens).loss
-            marks.append(time.perf_counter())
+            marks.append(_now(device))
             loss.backward()
-            marks.append(time.perf_counter())
+            marks.append(_now(device))
             optimizers[name].step()
-            marks.append(time.perf_counter())
+            marks.append(_now(device))
             network.zero_grad()
             if handle is not None:
                 handle.remove()
@@ -122,19 +128,60 @@ def measure(width: int, share: float, rounds: int) -> dict[str, Any]:
     }
     for label, one, other, phases in (
         ("backward, live / plain", "live", "masked", slice(1, 2)),
+        ("backward, packed / plain", "packed", "masked", slice(1, 2)),
         ("whole step, live / stock", "live", "stock", slice(0, 3)),
+        ("whole step, packed / stock", "packed", "stock", slice(0, 3)),
         ("whole step, masked / stock", "masked", "stock", slice(0, 3)),
         ("whole step, live / LoRA", "live", "LoRA", slice(0, 3)),
+        ("whole step, packed / LoRA", "packed", "LoRA", slice(0, 3)),
     ):
+        if one not in times or other not in times:
+            continue
         pairs = zip(times[one], times[other], strict=True)
         found[label] = _spread([sum(a[phases]) / sum(b[phases]) for a, b in pairs])
     return found
 
 
-def _with_lora(width: int, share: float) -> torch.nn.Module:
-    import peft
+def _now(device: str) -> float:
+    """Seconds, once the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    model, _ = build(width, share)
+
+def crossover(width: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Forward and backward of a linear layer with live gradients, as a share of plain autograd's time: "rows" and
+    "columns", by how much of them is live."""
+    plain = torch.nn.Linear(width, width, bias=False, device=device)
+    x = torch.randn(TOKENS[0] * TOKENS[1], width, requires_grad=True, device=device)
+    grad = torch.randn(TOKENS[0] * TOKENS[1], width, device=device)
+
+    def seconds(layer: torch.nn.Module) -> float:
+        layer.zero_grad()
+        x.grad = None
+        start = _now(device)
+        layer(x).backward(grad)
+        return _now(device) - start
+
+    found: dict[str, dict[str, float]] = {}
+    for axis in ("rows", "columns"):
+        for live in (0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9):
+            frozen = torch.randperm(width)[: round((1 - live) * width)]
+            mask = sf.FreezeMask((width, width), **{"rows" if axis == "rows" else "cols": frozen})
+            layer = torch.nn.Linear(width, width, bias=False, device=device)
+            sf.live_gradients(layer, sf.FreezePlan({"weight": mask}), most_live=1.0)
+            pairs = [(seconds(layer), seconds(plain)) for _ in range(rounds + 2)][2:]
+            found.setdefault(axis, {})[f"{live:.0%}"] = round(statistics.median(a / b for a, b in pairs), 3)
+    return found
+
+
+def _with_lora(width: int, share: float, device: str) -> torch.nn.Module | None:
+    """None where peft is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    model, _ = build(width, share, device)
     adapted: torch.nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules="all-linear"))
     return adapted
 
@@ -149,21 +196,30 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 2048])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.075])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args()
     machine = describe_machine(torch.get_num_threads())
     found = {}
+    crossovers = {f"width {width}": crossover(width, 3 * given.rounds, given.device) for width in given.widths}
+    for label, axes in crossovers.items():
+        for axis, shares in axes.items():
+            print(f"{label}, {axis} live:", *(f"{live} {ratio:.2f}" for live, ratio in shares.items()))
     for width in given.widths:
         for share in given.shares:
-            case = found[f"width {width}, {share:.1%} of units frozen"] = measure(width, share, given.rounds)
+            case = found[f"width {width}, {share:.1%} of units frozen"] = measure(
+                width, share, given.rounds, given.device
+            )
             print(f"width {width}, {share:.1%} of units frozen")
             for label, at in case.items():
                 if "/" in label:
                     print(f"  {label:28} {at['median']:.3f}  ({at['quartile_1']:.3f} to {at['quartile_3']:.3f})")
+    device = torch.cuda.get_device_name().replace(" ", "-").lower() if given.device == "cuda" else machine.slug
     report = {
-        "cpu": machine.cpu, "cores": machine.cores, "threads": machine.threads, "torch": torch.__version__,
-        "layers": LAYERS, "tokens": TOKENS, "rounds": given.rounds, "cases": found,
+        "device": device, "cpu": machine.cpu, "cores": machine.cores, "threads": machine.threads,
+        "torch": torch.__version__,
+        "layers": LAYERS, "tokens": TOKENS, "rounds": given.rounds, "cases": found, "crossover": crossovers,
     }  # fmt: skip
-    (RESULTS / f"live-{machine.slug}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"live-{device}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

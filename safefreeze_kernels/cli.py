@@ -525,6 +525,9 @@ def plan_memory(
     state_dtype: Annotated[str, typer.Option(help="Of the moments: float32 or bfloat16.")] = "float32",
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="Keep a third moment.")] = False,
     masters: Annotated[bool, typer.Option("--masters", help="Exact float32 masters of bfloat16 weights.")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Gradients of linear layers only where they learn (live_gradients).")
+    ] = False,
     activations: Annotated[float, typer.Option(help="GB to add for activations.")] = 0.0,
     capacity: Annotated[float | None, typer.Option(help="GB of the device: does it fit? Exit code 1 if not.")] = None,
 ) -> None:
@@ -540,7 +543,8 @@ def plan_memory(
         predicted = memory_plan(
             load_skeleton(model), found if isinstance(found, FreezePlan) else None, dtype=getattr(torch, dtype),
             state_dtype=cast(Any, getattr(torch, state_dtype, state_dtype)), amsgrad=amsgrad,
-            master="remainder" if masters else None, activation_bytes=round(activations * 1e9),
+            master="remainder" if masters else None, storage="packed" if packed else "dense",
+            activation_bytes=round(activations * 1e9),
             capacity=None if capacity is None else round(capacity * 1e9),
         )  # fmt: skip
         console = _console()

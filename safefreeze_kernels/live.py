@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, get_args
@@ -21,13 +21,15 @@ from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
 from .packed import PackedGradient
 from .sharding import is_sharded
 
-__all__ = ["LiveGradients", "LiveLayer", "Storage", "check_live_gradients", "live_gradients"]
+__all__ = ["LiveGradients", "LiveLayer", "Storage", "check_live_gradients", "live_gradients", "suited"]
 
 Storage = Literal["dense", "packed"]
 
 #: Share of a weight's elements that may be live for it to pay: above, gathering costs more than the smaller product
 #: saves. Measured on a CPU (benchmarks/NOTES.md); the same is taken for GPUs, unmeasured.
-MOST_LIVE: Final = 0.6
+MOST_LIVE: Final = 0.75
+#: Modules beside `torch.nn.Linear` that compute the same: transformers' GPT-2 and Falcon layers, and `fully_shard`'s.
+_LINEAR: Final = ("Conv1D", "FalconLinear", "FSDPLinear", "FSDPFalconLinear", "FSDPConv1D")
 _MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient, and the storage
 
 
@@ -73,12 +75,10 @@ class LiveGradients:
                 )
             if hasattr(entry.param, _MARK):
                 raise ValueError(f"{operation}: {entry.name!r} has live gradients already; remove those first")
-        homes = _homes(model)
         self.storage, self.most_live = storage, most_live
         self.layers: list[LiveLayer] = []
         self._undo: list[Callable[[], None]] = []
-        for entry in bound:
-            module, reason = _suitable(entry, homes, most_live)
+        for entry, module, reason in suited(model, bound, most_live):
             live = entry.mask.live_count / entry.mask.numel if entry.mask.numel else 1.0
             self.layers.append(LiveLayer(entry.name, 1.0 if reason else live, reason))
             if module is not None:
@@ -93,7 +93,10 @@ class LiveGradients:
         """A table: weights by what is done with them, and why."""
         done = [layer for layer in self.layers if not layer.left_alone]
         live = sum(layer.live for layer in done) / len(done) if done else 1.0
-        lines = [f"{len(done)} of {len(self.layers)} weights have live gradients only; {live:.1%} of them on average"]
+        found = (
+            f"{len(done)} of {len(self.layers)} weights have live gradients only ({self.storage}); {live:.1%} of them"
+        )
+        lines = [f"{found} on average; it pays up to {self.most_live:.0%}"]
         lines += [
             f"{count} left alone: {reason}"
             for reason, count in Counter(layer.left_alone for layer in self.layers if layer.left_alone).items()
@@ -161,6 +164,15 @@ def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: 
         )
 
 
+def suited(
+    model: nn.Module, bound: Sequence[BoundMask], most_live: float = MOST_LIVE
+) -> Iterator[tuple[BoundMask, nn.Module | None, str]]:
+    """Each weight of a plan with the module that can have live gradients of it; or with None, and why not."""
+    homes = _homes(model)
+    for entry in bound:
+        yield entry, *_suitable(entry, homes, most_live)
+
+
 def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Parameter -> the modules that hold it, and under which name."""
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -179,7 +191,7 @@ def _suitable(
     if len(found) != 1:
         return None, "several modules share the weight"
     module, name = found[0]
-    if name != "weight" or (type(module) is not nn.Linear and type(module).__name__ not in ("Conv1D", "FSDPLinear")):
+    if name != "weight" or (type(module) is not nn.Linear and type(module).__name__ not in _LINEAR):
         return None, f"{type(module).__name__}.{name} is no linear layer's weight"
     if entry.mask.bits is not None:
         return None, "single elements are frozen"
@@ -194,7 +206,8 @@ def _suitable(
 
 def _install(module: Any, entry: BoundMask, storage: Storage) -> Callable[[], None]:
     """Give ``module`` a forward whose weight gradient is live; returns what undoes it."""
-    transposed = type(module).__name__ == "Conv1D"  # its weight is (in, out)
+    transposed = type(module).__name__.endswith("Conv1D")  # its weight is (in, out)
+    apart = type(module).__name__.endswith("FalconLinear")  # its bias is added to a rounded product
     n_rows, n_cols = entry.mask.matrix_shape
     rows, cols = entry.mask.live_rows, entry.mask.live_cols
     places = [
@@ -221,11 +234,10 @@ def _install(module: Any, entry: BoundMask, storage: Storage) -> Callable[[], No
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        found: Tensor = _LiveLinear.apply(x, weight, bias, live_rows, live_cols, transposed, packing)  # type: ignore[no-untyped-call]
-        return found
+        apply = _LiveLinear.apply if packing is None or not torch.compiler.is_compiling() else _outside_the_graph
+        found: Tensor = apply(x, weight, None if apart else bias, live_rows, live_cols, transposed, packing)
+        return found + bias if apart and bias is not None else found
 
-    if packing is not None:  # compilers do not know such gradients
-        forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     module.forward = forward
     param = entry.param
     setattr(param, _MARK, (entry.mask, storage))
@@ -274,6 +286,14 @@ class _LiveLinear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             of_bias = flat.sum(0)
         return of_x, of_weight, of_bias, None, None, None, None
+
+
+def _outside_the_graph(*arguments: Any) -> Any:
+    """Compilers do not know packed gradients."""
+    return torch.compiler.disable(_LiveLinear.apply)(*arguments)  # type: ignore[no-untyped-call]
+
+
+_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 import torch
 
 from .kernels import STORAGE
+from .live import Storage, suited
 from .masks import FreezeMask, FreezePlan, bind, named_tensors
 from .sharding import held, local
 
@@ -106,6 +107,7 @@ def memory_plan(
     state_dtype: torch.dtype = torch.float32,
     amsgrad: bool = False,
     master: str | None = None,
+    storage: Storage = "dense",
     activation_bytes: int = 0,
     capacity: int | None = None,
 ) -> MemoryPlan:
@@ -120,6 +122,8 @@ def memory_plan(
         plan: what is frozen; None: nothing.
         dtype: of the weights and gradients, if not those the parameters have.
         state_dtype, amsgrad, master: as `MaskedAdamW` will have them.
+        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where a linear layer's weight
+            learns.
         activation_bytes: to be added on every device.
         capacity: bytes of a device; `MemoryPlan.fits` then tells whether it is enough.
 
@@ -141,7 +145,13 @@ def memory_plan(
     for word, number in (("activation_bytes", activation_bytes), ("capacity", capacity)):
         if number is not None and number < 0:
             raise ValueError(f"{operation}: {word} is {number}, expected a number of bytes >= 0")
-    masks = {id(e.param): e.mask for e in bind(plan or FreezePlan(), named_tensors(model), operation=operation)}
+    if storage not in get_args(Storage):
+        raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
+    bound = bind(plan or FreezePlan(), named_tensors(model), operation=operation)
+    masks = {id(entry.param): entry.mask for entry in bound}
+    packed = {
+        id(entry.param) for entry, module, _ in suited(model, bound) if module is not None and storage == "packed"
+    }
     moments = 3 if amsgrad else 2
     masked: dict[str, Holding] = {}
     stock: dict[str, Holding] = {}
@@ -161,7 +171,8 @@ def memory_plan(
         live = math.prod(mask.packed_shape)
         step = torch.float32.itemsize  # torch's count of the parameter's steps
         add(
-            masked, device, parameters=own, gradients=own, state=moments * live * state_dtype.itemsize + step,
+            masked, device, parameters=own, gradients=live * kept.itemsize if id(p) in packed else own,
+            state=moments * live * state_dtype.itemsize + step,
             masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
         )  # fmt: skip
         add(stock, device, parameters=own, gradients=own, state=moments * own + step)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import assert_same_bits
 from ranks import run_ranks
+from test_units import NAMED, model_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.attribution import find_units, units_from
 from safefreeze_kernels.live import _LiveLinear
 from safefreeze_kernels.packed import PackedGradient
 
@@ -204,11 +206,14 @@ def test_what_is_left_alone_says_why() -> None:
     )
     handle = sf.live_gradients(net, plan)
     reasons = {layer.name: layer.left_alone for layer in handle.layers}
-    assert reasons["first.weight"] == "" and "more than 60% of it is live" in reasons["layer.weight"]
+    assert reasons["first.weight"] == "" and "more than 75% of it is live" in reasons["layer.weight"]
     assert "Linear.bias is no linear layer's weight" in reasons["layer.bias"]
     assert "single elements" in reasons["last.weight"] and "several modules share" in reasons["tied.weight"]
     text = handle.summary()
-    assert text.startswith("1 of 5 weights have live gradients only; 25.0%") and text.count("left alone") == 4
+    assert (
+        text.startswith("1 of 5 weights have live gradients only (dense); 25.0% of them on average; it pays up to 75%")
+        and text.count("left alone") == 4
+    )
     assert sum(layer.live for layer in handle.layers) == 4.25
 
 
@@ -490,3 +495,41 @@ def test_on_several_ranks(way: str) -> None:
         for name, p in net.named_parameters():
             torch.testing.assert_close(found[name], p.detach(), rtol=0, atol=3e-2 * 2**-8)
         assert_same_bits(found["layer.weight"], start["layer.weight"], "frozen", where=MASKS["rows"].dense())
+
+
+# ---------------------------------------------------------------------------------------------------- families
+
+
+@STORAGE
+@pytest.mark.parametrize("case", NAMED)
+def test_every_family_of_the_mask_builder(case: str, storage: Any) -> None:
+    """Most heads and channels frozen: what is live has plain autograd's gradient, in every family."""
+    model = copy.deepcopy(model_of(case))
+    layout = find_units(model)
+    frozen = {
+        "heads": {layer: range(layout.n_heads - 1) for layer in range(layout.n_layers)},
+        "channels": {layer: range(layout.d_ff - layout.d_ff // 5) for layer in range(layout.n_layers)},
+    }
+    plan = units_from(layout, **frozen).build(model)
+    tokens = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        output = model(input_ids=tokens).logits
+        output.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    handle = sf.live_gradients(model, plan, storage=storage)
+    assert any(not layer.left_alone for layer in handle.layers), handle.summary()
+    found = gradients()
+    assert found.keys() == expected.keys()
+    packed = {name for name, grad in found.items() if isinstance(grad, PackedGradient)}
+    assert packed == ({layer.name for layer in handle.layers if not layer.left_alone} if storage == "packed" else set())
+    for name, right in expected.items():
+        grad = found[name].to_dense() if name in packed else found[name]
+        if name in {layer.name for layer in handle.layers if not layer.left_alone}:
+            right = right.masked_fill(plan[name].dense(), 0.0)
+            assert_same_bits(grad, torch.zeros_like(grad), name, where=plan[name].dense())
+        # sums of 18 products in another order, in each of the layers that gradients come through
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)

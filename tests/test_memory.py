@@ -19,6 +19,8 @@ OPTIONS: Final[list[dict[str, Any]]] = [
     {"state_dtype": torch.bfloat16},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},
+    {"storage": "packed"},
+    {"storage": "packed", "dtype": torch.bfloat16, "master": "remainder"},
 ]
 
 
@@ -33,17 +35,32 @@ def test_it_is_what_training_holds(options: dict[str, Any], freeze: sf.FreezePla
     dtype = options.get("dtype", torch.float32)
     net = model().to(dtype)
     net.model.embed_tokens.weight.data = net.model.embed_tokens.weight.data.clone()
-    rest = {key: value for key, value in options.items() if key != "dtype"}
+    rest = {key: value for key, value in options.items() if key not in ("dtype", "storage")}
+    if options.get("storage") and freeze is not None:
+        sf.live_gradients(net, freeze, storage="packed")
     optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, **rest)
     tokens = torch.randint(0, VOCABULARY, (2, 8))
     net(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     held = [(key, value) for entry in optimizer.state.values() for key, value in entry.items()]
-    assert predicted.gradients == size(p.grad for p in net.parameters())
+    grads = [getattr(p.grad, "packed", p.grad) for p in net.parameters()]
+    assert predicted.gradients == size(grads)
+    packed = any(grad.shape != p.shape for grad, p in zip(grads, net.parameters(), strict=True))
+    assert packed == ("storage" in options and freeze is not None)
     assert predicted.state == size(value for key, value in held if key != "master_remainder")
     assert predicted.masters == size(value for key, value in held if key == "master_remainder")
     buffers = size(b for b in model().buffers())  # rotary frequencies stay float32
     assert predicted.parameters == size(net.parameters()) + buffers
+
+
+def test_a_fifth_of_the_bytes_at_80_percent() -> None:
+    """Gradient, state and masters of packed gradients, against AdamW with float32 state (and masters)."""
+    net = nn.Linear(40, 100, bias=False)
+    freeze = sf.FreezePlan({"weight": sf.FreezeMask((100, 40), rows=range(80))})
+    step = 4
+    for dtype, master, stock_bytes in ((torch.float32, None, 4 + 8), (torch.bfloat16, "remainder", 2 + 8 + 4)):
+        held = sf.memory_plan(net, freeze, dtype=dtype, master=master, storage="packed").masked["cpu"]
+        assert held.gradients + held.state + held.masters - step <= 0.2 * stock_bytes * 4000
 
 
 def test_stock_is_what_torch_holds() -> None:
@@ -81,6 +98,7 @@ def test_fits() -> None:
         ((nn.Linear(2, 2),), {"dtype": torch.int8}, ValueError, "dtype is torch.int8"),
         ((nn.Linear(2, 2),), {"state_dtype": torch.float16}, ValueError, "state_dtype is torch.float16"),
         ((nn.Linear(2, 2),), {"master": "yes"}, ValueError, "master is 'yes'"),
+        ((nn.Linear(2, 2),), {"storage": "sparse"}, ValueError, "storage is 'sparse'"),
         ((nn.Linear(2, 2),), {"capacity": -1}, ValueError, "capacity is -1"),
     ],
 )

@@ -1,0 +1,202 @@
+"""``python -m benchmarks.finetune``: SmolLM2-135M fine-tuned with 80% of its units frozen, start to end.
+
+    packed  `live_gradients(storage="packed")` + `MaskedAdamW`
+    live    `live_gradients` + `MaskedAdamW`
+    masked  plain autograd + `MaskedAdamW`: the run the others are compared with
+    stock   plain autograd + torch's fused AdamW, nothing frozen
+    LoRA    peft, r = 32 on all linear layers, torch's fused AdamW
+
+The same batches of the shipped everyday pairs; forward, backward, clip and step. Times are taken in turns in one
+process, each from a model of its own; peak memory in a process for each. A run whose losses stray from the masked
+run's, or that moves a frozen byte, ends without a result. Writes results/finetune-*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import safefreeze_kernels as sf
+
+from .measure import describe_machine
+
+WAYS: Final = ("packed", "live", "masked", "stock", "LoRA")
+SHARE: Final = 0.8
+BATCH: Final = 4
+RESULTS: Final = Path(__file__).parent / "results"
+#: Live gradients are the same sums in another order; over a few dozen steps that moves a loss by less than this.
+CLOSE: Final = 2e-3
+
+
+def plan_for(model: torch.nn.Module) -> sf.FreezePlan:
+    """80% of the heads and channels of every layer, drawn once: SCU and all CU of the paper are as many."""
+    from safefreeze_kernels.attribution import find_units, units_from
+
+    layout = find_units(model)
+    pick = torch.Generator().manual_seed(1)
+
+    def drawn(n: int) -> dict[int, list[int]]:
+        return {i: torch.randperm(n, generator=pick)[: round(SHARE * n)].tolist() for i in range(layout.n_layers)}
+
+    return units_from(layout, heads=drawn(layout.n_heads), channels=drawn(layout.d_ff)).build(model)
+
+
+def batches(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
+    from safefreeze_kernels.attribution import encode_pairs
+    from safefreeze_kernels.calibration import load_pairs
+
+    pairs = load_pairs("utility")
+    pairs = (pairs * (count * BATCH // len(pairs) + 1))[: count * BATCH]
+    return encode_pairs(tokenizer, pairs, max_length=256, batch_size=BATCH)
+
+
+def trainer(way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float) -> Callable[[dict[str, Any]], float]:
+    """What makes one training step of a batch and returns its loss."""
+    if way == "LoRA":
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules="all-linear"))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer: Any = (
+        torch.optim.AdamW((p for _, p in trained), lr=lr, fused=True)
+        if way in ("stock", "LoRA")
+        else sf.MaskedAdamW(trained, lr=lr, freeze=plan)
+    )
+    if way in ("live", "packed"):
+        sf.live_gradients(model, plan, storage="packed" if way == "packed" else "dense")
+    model.train()
+
+    def train(batch: dict[str, Any]) -> float:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        if way in ("stock", "LoRA"):
+            torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
+        else:
+            sf.clip_grad_norm_(model, 1.0, plan, optimizer=optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return train
+
+
+def measure_times(steps: int, lr: float) -> dict[str, Any]:
+    """Seconds per step and losses, by way."""
+    from safefreeze_kernels.integrations.transformers import load_model
+
+    _, model, tokenizer = load_model("smollm2")
+    plan = plan_for(model)
+    models = {way: model if way == WAYS[-1] else copy.deepcopy(model) for way in WAYS}
+    proof = sf.snapshot(model, plan)
+    trainers = {way: trainer(way, models[way], plan, lr) for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    losses: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number, batch in enumerate(batches(tokenizer, steps)):
+        turn = number % len(WAYS)
+        for way in WAYS[turn:] + WAYS[:turn]:
+            start = time.perf_counter()
+            losses[way].append(trainers[way](batch))
+            times[way].append(time.perf_counter() - start)
+    for way in ("packed", "live", "masked"):
+        proof.verify(models[way])
+        apart = max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True))
+        if apart > CLOSE:
+            raise SystemExit(f"{way}: a loss is {apart:.2g} away from the masked run's, expected {CLOSE} at most")
+    warm = {way: seconds[2:] for way, seconds in times.items()}
+    ratios = {
+        f"{way} / {other}": _spread([a / b for a, b in zip(warm[way], warm[other], strict=True)])
+        for way, other in (("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"),
+                           ("packed", "LoRA"))
+    }  # fmt: skip
+    frozen = sum(mask.frozen_count for _, mask in plan.items())
+    return {
+        "parameters": sum(p.numel() for p in models["stock"].parameters()), "frozen": frozen,
+        "seconds_per_step": {way: _spread(seconds) for way, seconds in warm.items()}, "ratios": ratios,
+        "losses": {way: [round(loss, 5) for loss in found] for way, found in losses.items()},
+        "largest_loss_difference_to_masked": {
+            way: max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True))
+            for way in ("packed", "live")
+        },
+    }  # fmt: skip
+
+
+def measure_memory(way: str, lr: float) -> None:
+    """In a process of its own: prints bytes of its peak, and what it had before the model was loaded."""
+    from safefreeze_kernels.integrations.transformers import load_model
+
+    _, model, tokenizer = load_model("smollm2")
+    work = batches(tokenizer, 3)
+    train = trainer(way, model, plan_for(model), lr)
+    # loading makes a peak of its own
+    Path("/proc/self/clear_refs").write_text("5")
+    for batch in work:
+        train(batch)
+    print(json.dumps(resource_peak()))
+
+
+def resource_peak() -> int:
+    """Peak resident bytes of this process since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.memory_of:
+        measure_memory(given.memory_of, given.lr)
+        return
+    peaks = {}
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.finetune", "--memory-of", way, "--threads", str(given.threads)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks[way] = int(printed.splitlines()[-1])
+    found = measure_times(given.steps, given.lr)
+    machine = describe_machine(given.threads)
+    report = {
+        "cpu": machine.cpu, "cores": machine.cores, "threads": given.threads, "torch": torch.__version__,
+        "model": "SmolLM2-135M, float32", "frozen_share_of_units": SHARE, "batch": BATCH, "steps": given.steps,
+        "lr": given.lr, **found, "peak_resident_bytes": peaks,
+    }  # fmt: skip
+    path = (given.output or RESULTS) / f"finetune-{machine.slug}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    for label, at in found["ratios"].items():
+        print(f"step time, {label:15} {at['median']:.3f}  ({at['quartile_1']:.3f} to {at['quartile_3']:.3f})")
+    for way in WAYS:
+        print(
+            f"{way:7} {found['seconds_per_step'][way]['median']:.2f} s a step, peak {peaks[way] / 1e9:.2f} GB, loss "
+            f"{found['losses'][way][0]:.3f} to {found['losses'][way][-1]:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
