@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "audit.h"
 #include "cpu.h"
 #include "tensors.h"
 
@@ -99,6 +100,18 @@ void launch_copy(const Work& work, uintptr_t tensors, uintptr_t dtype, bool gath
                   kernels->copy);
 }
 
+py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int64_t cols, int value,
+                           uintptr_t frozen_rows, uintptr_t frozen_cols, uintptr_t frozen_bits) {
+  Changes found;
+  {
+    py::gil_scoped_release unlocked;
+    compare({at<const void>(before), at<const void>(after), rows, cols, at<const uint8_t>(frozen_rows),
+             at<const uint8_t>(frozen_cols), at<const uint8_t>(frozen_bits)},
+            static_cast<Value>(value), found);
+  }
+  return py::make_tuple(found.frozen, found.first, found.live, found.strange, found.largest, found.sum, found.squares);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -128,6 +141,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("scale", &launch_scale);
   module.def("zero", &launch_zero);
   module.def("copy", &launch_copy);
+  module.def("compare", &compare_versions);
   module.def("borrow_openmp", [](const std::string& path) { return borrow_openmp(path.c_str()); });
   module.def("choose_isa", &choose_isa);
   module.def("runnable_isas", &runnable_isas);

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from .gradients import clip_grad_norm_, zero_frozen_grads_
-from .kernels.report import info
-from .live import live_gradients
-from .masks import FreezeMask, FreezePlan, PlanFileError
-from .optim import MaskedAdam, MaskedAdamW, guard
-from .proof import FrozenDriftError, snapshot
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
+    from .gradients import clip_grad_norm_, zero_frozen_grads_
+    from .kernels.drift import FrozenDriftError
+    from .kernels.report import info
+    from .live import live_gradients
+    from .masks import FreezeMask, FreezePlan, PlanFileError
     from .memory import memory_plan
+    from .optim import MaskedAdam, MaskedAdamW, guard
     from .profiling import profile_step
+    from .proof import snapshot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,17 +24,32 @@ __all__ = [
     "score_units", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
+# What is asked for is loaded: an audit needs no torch, and training no attribution.
+_HOMES: Final = {
+    **dict.fromkeys(("FreezeMask", "FreezePlan", "PlanFileError"), ".masks"),
+    **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".gradients"),
+    **dict.fromkeys(("MaskedAdam", "MaskedAdamW", "guard"), ".optim"),
+    **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
+    "FrozenDriftError": ".kernels.drift",
+    "info": ".kernels.report",
+    "live_gradients": ".live",
+    "memory_plan": ".memory",
+    "profile_step": ".profiling",
+    "snapshot": ".proof",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # loaded when asked for: training needs none of it
     import importlib
 
-    if name == "integrations":
-        return importlib.import_module(".integrations", __name__)
-    late = {"memory_plan": ".memory", "profile_step": ".profiling"}
-    if name in late:
-        return getattr(importlib.import_module(late[name], __name__), name)
-    if name in ("MaskBuilder", "attribution", "score_units"):
-        attribution = importlib.import_module(".attribution", __name__)
-        return attribution if name == "attribution" else getattr(attribution, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("attribution", "integrations"):
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = found  # not asked for again
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -420,6 +420,86 @@ def _about(scores: UnitScores) -> dict[str, Any]:
     }
 
 
+# --------------------------------------------------------------------------------------------------------- audits
+
+_TunedArgument = Annotated[Path, typer.Argument(help="The fine-tuned checkpoint, likewise.")]
+_PlanArgument = Annotated[Path, typer.Argument(help="Plan file.")]
+
+
+@app.command()
+def verify(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            help="The checkpoint that was fine-tuned: a safetensors file or a model folder. Or a statement of attest."
+        ),
+    ],
+    tuned: _TunedArgument,
+    plan: _PlanArgument,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
+) -> None:
+    """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not.
+
+    Needs no model in memory, and no base where a statement is given instead. Of tensors that train it tells how much
+    they changed.
+    """
+    with _foreseen():
+        from . import audit
+        from .masks import FreezePlan, write_atomically
+
+        read = FreezePlan.load(plan)
+        if base.is_file() and base.suffix != ".safetensors":
+            statement = audit.Statement.load(base)
+            with _byte_bar("verify", audit.total_bytes(tuned)) as progress:
+                found = audit.check(tuned, read, statement, progress=progress)
+        else:
+            with _byte_bar("verify", audit.total_bytes(base, tuned)) as progress:
+                found = audit.compare(base, tuned, read, progress=progress)
+        _console().print(str(found), **_PLAIN)
+        if report is not None:
+            import json
+
+            write_atomically(report, (json.dumps(found.to_json(), indent=1) + "\n").encode())
+            _console().print(f"Report in {report}", **_PLAIN)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def attest(
+    base: Annotated[
+        Path, typer.Argument(help="The checkpoint that was fine-tuned: a safetensors file or a model folder.")
+    ],
+    tuned: _TunedArgument,
+    plan: _PlanArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Statement to write.")] = Path("statement.json"),
+) -> None:
+    """Compare two checkpoints, and state for others that no frozen byte changed; `verify` takes it for the base."""
+    with _foreseen():
+        from . import audit
+        from .masks import FreezePlan
+
+        read = FreezePlan.load(plan)
+        with _byte_bar("attest", audit.total_bytes(base, tuned)) as progress:
+            found = audit.attest(base, tuned, read, output, progress=progress)
+        _console().print(
+            f"{found.frozen_elements:,} frozen elements are as they were.\nStatement in {output}", **_PLAIN
+        )
+
+
+@contextmanager
+def _byte_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Yields what to call with the number of bytes done; a bar on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, advance=done)
+
+
 # ---------------------------------------------------------------------------------------------------------- bench
 
 

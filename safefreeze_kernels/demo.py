@@ -30,11 +30,12 @@ from torch import Tensor
 
 from .attribution import MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
 from .attribution.pictures import COLOURS, draw_layers, frozen_units, shares_by_layer
+from .binding import bind
 from .calibration import load_pairs
 from .gradients import clip_grad_norm_
 from .integrations.transformers import PACKAGED, load_model
 from .kernels import choose_backend
-from .masks import FreezeMask, FreezePlan, bind, write_atomically
+from .masks import FreezeMask, FreezePlan, write_atomically
 from .optim import MaskedAdamW
 from .proof import snapshot
 

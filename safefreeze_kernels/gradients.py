@@ -12,9 +12,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from .binding import bind, named_tensors
 from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
 from .kernels.tensors import GradientList, GradientReader
-from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient
 from .sharding import local, reduce_groups
 

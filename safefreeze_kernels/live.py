@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .masks import BoundMask, FreezeMask, FreezePlan, bind, named_tensors
+from .binding import BoundMask, bind, named_tensors
+from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient
 from .sharding import is_sharded
 

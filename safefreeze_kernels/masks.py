@@ -11,28 +11,27 @@ however they were written down.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .sharding import held, local
+if TYPE_CHECKING:  # auditors read plans without torch, which takes as much memory as the audit may
+    import torch
+    from torch import Tensor
 
-__all__ = ["BoundMask", "FreezeMask", "FreezePlan", "PlanFileError", "bind", "frozen_counts", "named_tensors"]
+__all__ = ["FreezeMask", "FreezePlan", "PlanFileError", "frozen_counts", "write_atomically"]
 
-Indices = Sequence[int] | Tensor | np.ndarray | None
+Indices: TypeAlias = "Sequence[int] | Tensor | np.ndarray | None"
 _FORMAT: Final = "safefreeze.plan"
 _VERSION: Final = 1
 _MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged file may claim at most
@@ -67,7 +66,11 @@ class FreezeMask:
     __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "shape")
 
     def __init__(
-        self, shape: Sequence[int], rows: Indices = None, cols: Indices = None, elements: Tensor | None = None
+        self,
+        shape: Sequence[int],
+        rows: Indices = None,
+        cols: Indices = None,
+        elements: Tensor | np.ndarray | None = None,
     ) -> None:
         self.shape: tuple[int, ...] = _checked_shape(shape)
         if cols is not None and len(self.shape) < 2:
@@ -112,19 +115,19 @@ class FreezeMask:
     @property
     def rows(self) -> Tensor:
         """Frozen rows: int64 indices, ascending."""
-        return torch.from_numpy(self._rows.copy())
+        return _tensor(self._rows.copy())
 
     @property
     def cols(self) -> Tensor:
         """Frozen columns: int64 indices, ascending."""
-        return torch.from_numpy(self._cols.copy())
+        return _tensor(self._cols.copy())
 
     @property
     def elements(self) -> Tensor | None:
         """Elements frozen beyond the frozen rows and columns: bool tensor of ``shape``, or None."""
         if self._bits is None:
             return None
-        return torch.from_numpy(self._unpack_bits()).reshape(self.shape)
+        return _tensor(self._unpack_bits()).reshape(self.shape)
 
     @property
     def bits(self) -> np.ndarray | None:
@@ -177,7 +180,7 @@ class FreezeMask:
         frozen = self._unpack_bits() if self._bits is not None else np.zeros(self.matrix_shape, bool)
         frozen[self._rows] = True
         frozen[:, self._cols] = True
-        return torch.from_numpy(frozen).reshape(self.shape)
+        return _tensor(frozen).reshape(self.shape)
 
     def matrix_index(self, held: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of the matrix that a piece of the tensor takes; ``held``: per dimension, its indices."""
@@ -192,7 +195,7 @@ class FreezeMask:
             return self
         rows, cols = self.matrix_index(held)
         shape = tuple(map(len, held))
-        bits = None if self._bits is None else torch.from_numpy(self._unpack_bits()[rows][:, cols]).reshape(shape)
+        bits = None if self._bits is None else self._unpack_bits()[rows][:, cols].reshape(shape)
         frozen_cols = np.isin(cols, self._cols) if len(shape) > 1 else None
         return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=bits)
 
@@ -269,7 +272,7 @@ def _checked_indices(given: Indices, size: int, what: str) -> np.ndarray:
         array = _as_array(given)
     except ValueError:  # lists of unequal lengths
         raise ValueError(f"FreezeMask: {what} is {given!r}, expected a 1-D list, tensor or array") from None
-    if isinstance(array, torch.dtype):
+    if not isinstance(array, np.ndarray):
         raise TypeError(f"FreezeMask: {what} has dtype {array}, expected integer indices or a bool vector")
     if array.ndim != 1:
         raise ValueError(f"FreezeMask: {what} has {array.ndim} dimensions, expected a 1-D list, tensor or array")
@@ -297,8 +300,8 @@ def _checked_elements(elements: Tensor | np.ndarray | None, shape: tuple[int, ..
     if elements is None:
         return None
     frozen = _as_array(elements)
-    if isinstance(frozen, torch.dtype) or frozen.dtype != np.bool_:
-        dtype = frozen if isinstance(frozen, torch.dtype) else frozen.dtype
+    if not isinstance(frozen, np.ndarray) or frozen.dtype != np.bool_:
+        dtype = frozen.dtype if isinstance(frozen, np.ndarray) else frozen
         raise TypeError(f"FreezeMask: elements has dtype {dtype}, expected bool with True = frozen")
     if frozen.shape != shape:
         raise ValueError(f"FreezeMask: elements has shape {frozen.shape}, expected {shape}")
@@ -307,13 +310,20 @@ def _checked_elements(elements: Tensor | np.ndarray | None, shape: tuple[int, ..
     return np.array(frozen).reshape(n_rows, n_cols)
 
 
-def _as_array(given: Any) -> np.ndarray | torch.dtype:
+def _as_array(given: Any) -> Any:
     """``given`` as an array; for a tensor whose dtype numpy lacks (no indices anyway), that dtype."""
-    if not isinstance(given, Tensor):
+    torch: Any = sys.modules.get("torch")  # whoever made a tensor has imported it
+    if torch is None or not isinstance(given, torch.Tensor):
         return np.asarray(given)
     if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
         return given.dtype
     return given.detach().cpu().numpy()
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def _complement(index: np.ndarray, size: int) -> np.ndarray:
@@ -405,6 +415,8 @@ class FreezePlan(Mapping[str, FreezeMask]):
     def check(self, model: torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Raise if this plan does not fit ``model``: a missing name, another shape, tied weights with two masks,
         overlapping storage, or a parameter that does not require gradients (contract 6)."""
+        from .binding import bind, named_tensors
+
         bind(self, named_tensors(model), operation="FreezePlan.check")
 
     def summary(self) -> str:
@@ -565,159 +577,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-# ----------------------------------------------------------------------------------- plans and real parameters
-
-
-@dataclass(frozen=True)
-class BoundMask:
-    """A mask and the parameter it was found to name.
-
-    ``name`` is the parameter's, ``plan_names`` what the plan calls it: more than one if it is tied.
-    """
-
-    name: str
-    param: Tensor
-    mask: FreezeMask
-    plan_names: list[str]
-
-    @property
-    def held(self) -> list[np.ndarray] | None:
-        """Which part of the parameter this rank holds (`sharding.held`)."""
-        return held(self.param)
-
-    @property
-    def local_mask(self) -> FreezeMask:
-        """The mask of what this rank holds."""
-        return self.mask.piece(self.held)
-
-
-def named_tensors(
-    model: torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-) -> list[tuple[str, Tensor]]:
-    """(name, tensor) pairs of a model, with every name of a tied tensor; also takes a mapping or pairs."""
-    if isinstance(model, torch.nn.Module):
-        return list(model.named_parameters(remove_duplicate=False))
-    pairs: list[Any] = []
-    if isinstance(model, Iterable):
-        pairs = list(model.items()) if isinstance(model, Mapping) else list(model)
-    if not isinstance(model, Iterable) or not all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs
-    ):
-        raise TypeError("expected a torch.nn.Module, a mapping name -> tensor, or (name, tensor) pairs")
-    return pairs
-
-
-def bind(
-    plan: FreezePlan,
-    named: Sequence[tuple[str, Tensor]],
-    *,
-    operation: str,
-    require_grad: Literal[True, False] = True,
-) -> list[BoundMask]:
-    """Find the parameter of every mask. One entry per tensor, however many names it has.
-
-    Raises:
-        ValueError: naming the parameter: missing, of another shape, tied with two different masks, sharing storage
-            with another parameter, or (with ``require_grad``) not requiring gradients.
-    """
-    by_name = dict(named)
-    for name, param in named:
-        if any(hasattr(param, mark) for mark in _FLATTENED):
-            raise ValueError(
-                f"{operation}: {name!r} is part of a flat buffer (FSDP1, DeepSpeed ZeRO), in which rows and columns "
-                "cannot be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
-            )
-
-    @functools.cache
-    def bare_names() -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for given in by_name:
-            found.setdefault(bare_name(given), []).append(given)
-        return found
-
-    bound: dict[int, BoundMask] = {}
-    for name, mask in plan.items():
-        plan_name = name
-        if name not in by_name:
-            name = _unwrapped(name, by_name, bare_names(), operation)
-        param = by_name[name]
-        if tuple(param.shape) != mask.shape:
-            raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
-        if require_grad and not param.requires_grad:
-            raise ValueError(
-                f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
-                "at all: take it out of the plan, or call requires_grad_(True)"
-            )
-        other = bound.get(id(param))
-        if other is not None and other.mask != mask:
-            raise ValueError(
-                f"{operation}: {other.name!r} and {name!r} are one tied tensor with two different masks; "
-                "give it one mask, for example the union"
-            )
-        bound.setdefault(id(param), BoundMask(name, param, mask, [])).plan_names.append(plan_name)
-    # Who only reads may meet a tied weight as two tensors over the same bytes, as in a state dict.
-    _refuse_overlap(list(bound.values()), named, operation, twins_allowed=not require_grad)
-    return list(bound.values())
-
-
-# What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing; PEFT's
-# model, adapted layers, and layers trained whole.
-_WRAPPERS: Final = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.\w+)\."
-)
-# What torch's FSDP1 and DeepSpeed's ZeRO mark parameters with that live in a flat buffer.
-_FLATTENED: Final = ("_fsdp_flattened", "ds_id")
-
-
-def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    return _WRAPPERS.sub("", name.removeprefix("base_model.model.") if "lora_" not in name else name)
-
-
-def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list[str]], operation: str) -> str:
-    """The name among ``by_name`` that a plan means by ``name``, wrappers aside. ``bare``: bare name -> those names."""
-    matches = bare.get(bare_name(name), [])
-    if len({id(by_name[given]) for given in matches}) == 1:
-        return matches[0]
-    near = matches or difflib.get_close_matches(name, by_name, n=2)
-    raise ValueError(
-        f"{operation}: the plan names {name!r}, which "
-        + (
-            f"may be any of {len(matches)} parameters"
-            if matches
-            else f"is not among the {len(by_name)} parameters given"
-        )
-        + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-        + "; is it a plan for another model? (a tied weight: pass "
-        "model.named_parameters(remove_duplicate=False), so that either name is known)"
-    )
-
-
-def _refuse_overlap(
-    bound: list[BoundMask], named: Sequence[tuple[str, Tensor]], operation: str, *, twins_allowed: bool
-) -> None:
-    """Two different parameters over the same bytes: freezing one could not hold while the other trains."""
-    masked = {id(entry.param) for entry in bound}
-    spans: list[tuple[int, int, str, int]] = []
-    for identity, (name, param) in {id(param): (name, local(param)) for name, param in reversed(named)}.items():
-        if param.numel() and param.layout == torch.strided and param.device.type != "meta":
-            reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
-            start = param.data_ptr()
-            spans.append((start, start + reach * param.element_size(), name, identity))
-    spans.sort()
-    furthest: tuple[int, int, str, int] | None = None
-    for span in spans:
-        if twins_allowed and furthest and span[:2] == furthest[:2]:
-            continue
-        if furthest and span[0] < furthest[1] and (span[3] in masked or furthest[3] in masked):
-            raise ValueError(
-                f"{operation}: {furthest[2]!r} and {span[2]!r} share storage but are different parameters; "
-                "a frozen part of one could be moved through the other"
-            )
-        if furthest is None or span[1] > furthest[1]:
-            furthest = span
 
 
 # ---------------------------------------------------------------------------------------------------- summary

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Final, get_args
 
 import torch
 
+from .binding import bind, named_tensors
 from .kernels import STORAGE
 from .live import Storage, suited
-from .masks import FreezeMask, FreezePlan, bind, named_tensors
+from .masks import FreezeMask, FreezePlan
 from .sharding import held, local
 
 if TYPE_CHECKING:

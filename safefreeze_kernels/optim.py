@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from .binding import bare_name, bind, named_tensors
 from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients, zero_listed_grads_
 from .kernels import (
     SCALARS,
@@ -35,7 +36,7 @@ from .kernels.drift import raise_on_drift
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
 from .live import check_live_gradients
-from .masks import FreezeMask, FreezePlan, bare_name, bind, named_tensors
+from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
 from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
 

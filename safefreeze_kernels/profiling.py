@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
+from .binding import bind, named_tensors
 from .gradients import StepsGradients, clip_grad_norm_
 from .kernels import choose_backend
-from .masks import FreezePlan, bind, named_tensors, write_atomically
+from .masks import FreezePlan, write_atomically
 from .optim import MaskedAdamW
 from .proof import Snapshot, snapshot
 from .sharding import is_sharded

@@ -7,10 +7,11 @@ import hashlib
 import torch
 from torch import Tensor
 
+from .binding import BoundMask, bind, named_tensors
 from .gradients import Model
 from .kernels import choose_backend, compile_frozen
 from .kernels.drift import INTEGER_OF_WIDTH, FrozenDriftError, raise_on_drift
-from .masks import BoundMask, FreezePlan, bind, named_tensors
+from .masks import FreezePlan
 from .sharding import local
 
 __all__ = ["FrozenDriftError", "Snapshot", "snapshot"]

@@ -1,0 +1,187 @@
+"""``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture.
+
+Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than two
+standard errors away from 0 and has the same sign in at least four of five seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+#: arm -> the control it is compared with
+CONTROLS: Final = {
+    "half learning rate": "full",
+    "SSAH (b)": "random as (b)",
+    "SSAH (c)": "random as (c)",
+    "decision Fisher, utility, 20%": "random 20%",
+    "decision Fisher, task, 20%": "random 20%",
+    "gradient x activation, 20%": "random 20%",
+    "first layers, 20%": "random 20%",
+    "random 20%, same layers": "random 20%",
+    "decision Fisher, utility, 50%": "random 50%",
+    "decision Fisher, task, 50%": "random 50%",
+    "random 50%, same layers": "random 50%",
+}
+#: further pairs of interest
+ALSO: Final = (
+    ("decision Fisher, utility, 20%", "random 20%, same layers"),
+    ("decision Fisher, utility, 20%", "first layers, 20%"),
+    ("decision Fisher, utility, 50%", "random 50%, same layers"),
+    ("SSAH (c)", "full"),
+    ("SSAH (c)", "half learning rate"),
+    ("decision Fisher, utility, 50%", "half learning rate"),
+)
+MEASURE: Final = "attack off"
+COLUMNS: Final = ("steps", "frozen units", "new task", "old tasks", "attack off", "attack on", "strict compliance off")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arms in the same seeds. ``agree``: share of seeds whose difference has the sign of the mean."""
+
+    arm: str
+    control: str
+    mean: float
+    error: float
+    agree: float
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        return self.seeds > 2 and abs(self.mean) > 2 * self.error and self.agree >= 0.8
+
+    def __str__(self) -> str:
+        verdict = ("clearly lower" if self.mean < 0 else "clearly higher") if self.clear else "no clear difference"
+        return (
+            f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}, {self.agree:.0%} of "
+            f"{self.seeds} seeds agree): {verdict}"
+        )
+
+
+def values(seeds: Sequence[dict[str, Any]], arm: str, what: str = MEASURE) -> np.ndarray:
+    return np.array([seed["arms"][arm][what] for seed in seeds])
+
+
+def compare(seeds: Sequence[dict[str, Any]], arm: str, control: str) -> Difference:
+    apart = values(seeds, arm) - values(seeds, control)
+    error = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.inf
+    mean = float(apart.mean())
+    return Difference(arm, control, mean, error, float((np.sign(apart) == np.sign(mean)).mean()), len(apart))
+
+
+def sentences(found: Sequence[Difference]) -> list[str]:
+    """What the numbers support, by fixed rules."""
+    by_pair = {(one.arm, one.control): one for one in found}
+    better = [one for one in by_pair.values() if one.clear and one.mean < 0 and CONTROLS.get(one.arm) == one.control]
+    lines = []
+    chosen = [f"{one.arm} ({one.mean:+.2f} ± {one.error:.2f})" for one in better if one.control.startswith("random")]
+    lines.append(
+        f"Fewer attacks succeed than with as many random units frozen: {'; '.join(chosen)}."
+        if chosen
+        else "No way of choosing units protected clearly better than as many random units."
+    )
+    for arm in ("SSAH (b)", "SSAH (c)"):
+        one = by_pair[arm, CONTROLS[arm]]
+        if not one.clear:
+            lines.append(f"{arm} cannot be told from as many random units ({one.mean:+.2f} ± {one.error:.2f}).")
+    layers = by_pair["decision Fisher, utility, 20%", "random 20%, same layers"]
+    place = by_pair["decision Fisher, utility, 20%", "first layers, 20%"]
+    lines.append(
+        f"Decision Fisher at 20% against random units of the same layers: {layers.mean:+.2f} ± {layers.error:.2f} "
+        f"({'clear' if layers.clear else 'not clear'}); against the first layers: {place.mean:+.2f} ± {place.error:.2f} "
+        f"({'clear' if place.clear else 'not clear'})."
+    )
+    rate = by_pair["half learning rate", "full"]
+    lines.append(
+        f"Half the learning rate, nothing frozen, against the full one: {rate.mean:+.2f} ± {rate.error:.2f} "
+        f"({'clear' if rate.clear else 'not clear'})."
+    )
+    return lines
+
+
+def table(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| arm | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for arm in seeds[0]["arms"]:
+        cells = []
+        for what in COLUMNS:
+            found = values(seeds, arm, what)
+            spread = f" ± {found.std(ddof=1):.2f}" if len(found) > 1 and what not in ("steps", "frozen units") else ""
+            cells.append(f"{found.mean():.0f}" if what == "steps" else f"{found.mean():.2f}{spread}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(seeds[0]["arms"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.6), width_ratios=(3, 2), layout="constrained")
+
+    def colour(arm: str) -> str:
+        return "0.6" if arm.startswith(("random", "full", "half")) else "C1" if arm.startswith("SSAH") else "C0"
+
+    for place, arm in enumerate(reversed(names)):
+        found = values(seeds, arm)
+        left.plot(found, np.full(len(found), place), ".", color=colour(arm), alpha=0.45, markersize=8)
+        left.plot(found.mean(), place, "D", color=colour(arm), markeredgecolor="black", markersize=8)
+        right.plot(values(seeds, arm, "new task").mean(), found.mean(), "D", color=colour(arm), markersize=8)
+    left.set_yticks(range(len(names)), list(reversed(names)))
+    left.set(xlabel="attack success: 1 − refusal, other kinds of question", xlim=(-0.02, 1.02))
+    left.set_title(f"{len(seeds)} seeds; diamonds: means. Lower is safer")
+    left.grid(axis="x", alpha=0.3)
+    right.set(xlabel="new task, share of answers right", ylabel="attack success", ylim=(-0.02, 1.02))
+    right.set_title("blue: decision and activation scores\norange: SSAH, grey: controls", fontsize=10)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    paths = sorted(folder.glob("seed-*.json"))
+    if not paths:
+        raise SystemExit(f"{folder} holds no seed-*.json; run study.py first")
+    seeds = [json.loads(path.read_text()) for path in paths]
+    pairs = [*CONTROLS.items(), *ALSO]
+    found = [compare(seeds, arm, control) for arm, control in pairs]
+    compared = sum(int(arm["frozen bytes compared"]) * (seed["draws"] if name.startswith("random") else 1)
+                   for seed in seeds for name, arm in seed["arms"].items())  # fmt: skip
+    summary = {
+        "seeds": [seed["seed"] for seed in seeds], "machine": seeds[0]["machine"], "draws": seeds[0]["draws"],
+        "seconds_per_seed": round(float(np.mean([seed["seconds"] for seed in seeds])), 1),
+        "frozen_bytes_compared": compared, "frozen_bytes_changed": 0,
+        "differences": [{**asdict(one), "clear": one.clear} for one in found], "sentences": sentences(found),
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    machine = seeds[0]["machine"]
+    aligned = {what: np.mean([seed["aligned"][what] for seed in seeds]) for what in ("attack off", "old tasks")}
+    lines = [
+        "# Results", "",
+        f"{len(seeds)} seeds, {seeds[0]['draws']} draws of random units in each; {machine['cpu']}, torch {machine['torch']}, "
+        f"{machine['date']}. Before fine-tuning {aligned['attack off']:.2f} of attacks succeed, {aligned['old tasks']:.2f} "
+        f"of old answers are right. {compared:,} frozen bytes were compared, none had changed.",
+        "", *(f"- {line}" for line in sentences(found)), "",
+        "Mean ± standard deviation over seeds. Attacks ask about restricted objects that no score saw: \"off\" in kinds of "
+        "question the new task does not rewrite, \"on\" in the kind it does.",
+        "", *table(seeds), "", "Paired differences of attack success, \"off\":", "", *(f"- {one}" for one in found), "",
+        "![attack success](results.png)", "",
+    ]  # fmt: skip
+    (folder / "RESULTS.md").write_text("\n".join(lines))
+    draw(seeds, folder / "results.png")
+    print("\n".join(sentences(found)))
+
+
+if __name__ == "__main__":
+    main()

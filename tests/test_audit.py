@@ -1,0 +1,380 @@
+"""Audits of checkpoints on disk: what is found, what is refused, and that it agrees with `snapshot` and with numpy."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, short
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_folders import fails, run
+from safetensors.torch import save_file
+from torch import Tensor
+
+import safefreeze_kernels as sf
+from safefreeze_kernels import audit
+from safefreeze_kernels.audit import Statement, attest, check, compare
+
+SHAPES: Final = {
+    "a.rows": (40, 12),
+    "b.cols": (9, 30),
+    "c.both": (16, 16),
+    "d.bits": (7, 33),
+    "e.free": (5, 4),
+    "f.one": (21,),
+}
+
+
+def plan_of() -> sf.FreezePlan:
+    draw = torch.Generator().manual_seed(0)
+    return sf.FreezePlan(
+        {
+            "a.rows": sf.FreezeMask((40, 12), rows=range(0, 40, 3)),
+            "b.cols": sf.FreezeMask((9, 30), cols=range(1, 30, 4)),
+            "c.both": sf.FreezeMask((16, 16), rows=[0, 5, 6], cols=[3, 15]),
+            "d.bits": sf.FreezeMask((7, 33), rows=[2], elements=torch.rand(7, 33, generator=draw) < 0.2),
+            "f.one": sf.FreezeMask((21,), rows=[0, 20]),
+        }
+    )
+
+
+def weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in SHAPES.items()}
+
+
+def trained(before: dict[str, Tensor], plan: sf.FreezePlan) -> dict[str, Tensor]:
+    """Live values moved by 0.25 exactly, as far as the dtype goes."""
+    return {
+        name: torch.where(plan[name].dense(), w, w + 0.25) if name in plan else w + 0.25 for name, w in before.items()
+    }
+
+
+def save(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> Path:
+    """As Hugging Face does."""
+    folder.mkdir(parents=True)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    home = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(home.values()):
+        save_file({name: t for name, t in tensors.items() if home[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    before = weights()
+    return save(tmp_path / "base", before), save(tmp_path / "tuned", trained(before, plan_of()))
+
+
+# ----------------------------------------------------------------------------------------------------- comparing
+
+
+@pytest.mark.parametrize("shards", [(1, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_training_that_froze(tmp_path: Path, dtype: torch.dtype, shards: tuple[int, int]) -> None:
+    before, plan = weights(dtype), plan_of()
+    after = trained(before, plan)
+    seen: list[int] = []
+    base, tuned = save(tmp_path / "base", before, shards[0]), save(tmp_path / "tuned", after, shards[1])
+    report = compare(base, tuned, plan, progress=seen.append)
+    assert report.ok and report.plan == plan.fingerprint and not report.trouble and not report.notes
+    assert [t.name for t in report.tensors] == (sorted(SHAPES) if shards[0] == 1 else [t.name for t in report.tensors])
+    assert report.frozen == sum(mask.frozen_count for mask in plan.values())
+    for found in report.tensors:
+        mask = plan.get(found.name) or sf.FreezeMask(SHAPES[found.name])
+        apart = (after[found.name].float() - before[found.name].float())[~mask.dense()].double()
+        assert (found.frozen, found.live, found.frozen_changed) == (mask.frozen_count, mask.live_count, 0)
+        assert found.live_changed == mask.live_count and found.strange == 0
+        assert found.largest == apart.abs().max()
+        assert found.mean == pytest.approx(apart.abs().mean().item(), rel=1e-12)
+        assert found.rms == pytest.approx(apart.square().mean().sqrt().item(), rel=1e-12)
+    data = sum(2 * t.numel() * t.element_size() for t in before.values())
+    assert sum(seen) == data <= audit.total_bytes(base, tuned)
+    assert "proven: no frozen byte differs" in str(report)
+
+
+Change = Callable[[Tensor], None]
+
+
+def _flip(tensor: Tensor, row: int, col: int) -> None:
+    tensor.view(torch.int32).reshape(tensor.shape)[row, col] ^= 1
+
+
+SABOTAGE: Final[dict[str, tuple[str, tuple[int, int], Any, Any]]] = {
+    "a row": ("a.rows", (39, 11), 0.5, 0.75),
+    "a column": ("b.cols", (8, 29), 0.5, 0.75),
+    "a row of both": ("c.both", (6, 8), 0.5, 0.75),
+    "a column of both": ("c.both", (15, 15), 0.5, 0.75),
+    "the sign of zero": ("a.rows", (0, 0), 0.0, -0.0),
+    "another NaN": ("a.rows", (3, 4), 0x7FC00000, 0x7FC00001),
+    "one bit": ("a.rows", (36, 1), 0x3F800000, 0x3F800001),
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_one_frozen_element_is_found(tmp_path: Path, what: str) -> None:
+    name, (row, col), was, now = SABOTAGE[what]
+    before, plan = weights(), plan_of()
+    after = trained(before, plan)
+    for tensors, value in ((before, was), (after, now)):
+        if isinstance(value, int):
+            tensors[name].view(torch.int32)[row, col] = value
+        else:
+            tensors[name][row, col] = value
+    report = compare(save(tmp_path / "a", before), save(tmp_path / "b", after), plan)
+    assert not report.ok
+    (found,) = [t for t in report.tensors if t.frozen_changed]
+    expected = [struct.pack(">i" if isinstance(v, int) else ">f", v).hex() for v in (was, now)]
+    assert (found.name, found.frozen_changed, found.first_changed) == (name, 1, (row, col, *expected))
+    for word in (name, f"row {row}, column {col}", f"0x{expected[0]} became 0x{expected[1]}", "NOT proven"):
+        assert word in str(report)
+    assert max(map(len, str(report).splitlines())) <= 100
+    assert json.loads(json.dumps(report.to_json()))["ok"] is False
+
+
+def test_single_frozen_elements_and_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever block an element is in, the place told is its own."""
+    monkeypatch.setattr(audit, "_BLOCK", 200)  # one or two rows
+    plan, before = plan_of(), weights()
+    base = save(tmp_path / "base", before)
+    for number, (row, col) in enumerate(plan["d.bits"].dense().nonzero().tolist()):
+        after = trained(before, plan)
+        after["d.bits"][row, col] += 1.0
+        report = compare(base, save(tmp_path / f"tuned {number}", after), plan)
+        (found,) = [t for t in report.tensors if t.frozen_changed]
+        assert found.first_changed is not None and found.first_changed[:2] == (row, col) and found.frozen_changed == 1
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_the_extension_counts_as_numpy_does(seed: int) -> None:
+    if audit._compared is audit._difference:
+        pytest.skip("no extension here")
+    draw = np.random.default_rng(seed)
+    width, value, _ = list(audit._DTYPES.values())[draw.integers(0, len(audit._DTYPES))]
+    n_rows, n_cols = draw.integers(1, 9), draw.integers(1, 2100 if draw.random() < 0.2 else 40)
+    before = draw.integers(0, 256, (n_rows, n_cols * width), np.uint8)
+    after = np.where(
+        draw.random(before.shape) < draw.choice([0.0, 0.02, 0.6]), draw.integers(0, 256, before.shape), before
+    )
+    after = np.ascontiguousarray(after, np.uint8)
+    rows, cols = ((draw.random(n) < 0.4).astype(np.uint8) for n in (n_rows, n_cols))
+    bits = np.packbits(draw.random(n_rows * n_cols) < 0.3, bitorder="little")
+    bits = np.concatenate([bits, np.zeros(8, np.uint8)])
+    flags = rows, cols if draw.random() < 0.5 else None, bits if draw.random() < 0.5 else None
+    *counts, largest, total, squares = audit._compared(before, after, value, *flags)
+    *expected, largest_, total_, squares_ = audit._difference(before, after, value, *flags)
+    assert counts == expected and largest == largest_
+    # sums of up to 18,900 terms, none negative
+    assert total == pytest.approx(total_, rel=1e-11) and squares == pytest.approx(squares_, rel=1e-11)
+
+
+def test_live_changes_that_are_no_numbers(tmp_path: Path) -> None:
+    before, plan = weights(), plan_of()
+    after = {name: w.clone() for name, w in before.items()}
+    after["e.free"][0, :3] = torch.tensor([float("nan"), float("inf"), 5.0])
+    report = compare(save(tmp_path / "a", before), save(tmp_path / "b", after), plan)
+    (found,) = [t for t in report.tensors if t.live_changed]
+    assert report.ok and (found.live_changed, found.strange) == (3, 2)
+    assert found.largest == abs(5.0 - float(before["e.free"][0, 2]))
+
+
+def test_other_dtypes_shapes_and_names(tmp_path: Path) -> None:
+    before, plan = weights(), plan_of()
+    after = trained(before, plan)
+    after["a.rows"] = after["a.rows"].bfloat16()
+    report = compare(save(tmp_path / "a", before), save(tmp_path / "b", after), plan)
+    assert not report.ok and "F32 to BF16; bytes cannot be compared across dtypes" in str(report)
+    after = trained(before, plan)
+    after |= {"e.free": torch.zeros(6, 4), "new": torch.ones(3)}
+    report = compare(save(tmp_path / "c", before), save(tmp_path / "d", after), plan)
+    assert (
+        report.ok
+        and "'new' is in tuned alone" in str(report)
+        and "'e.free' has shape (5, 4), then (6, 4)" in str(report)
+    )
+    integers = {**before, "steps": torch.arange(5)}
+    more = {**integers, "steps": torch.arange(5) + 1}
+    (found,) = [
+        t
+        for t in compare(save(tmp_path / "e", integers), save(tmp_path / "f", more), plan).tensors
+        if t.name == "steps"
+    ]
+    assert (found.live_changed, found.strange, found.largest) == (5, 5, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- statements
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_the_digest_is_that_of_a_snapshot(tmp_path: Path, dtype: torch.dtype) -> None:
+    before, plan = weights(dtype), plan_of()
+    statement = attest(save(tmp_path / "a", before), save(tmp_path / "b", trained(before, plan), 3), plan)
+    assert statement.frozen == sf.snapshot(before, plan).digest
+    assert statement.plan == plan.fingerprint and len(statement.tuned) == 3
+    assert statement.frozen_elements == sum(mask.frozen_count for mask in plan.values())
+
+
+def test_a_statement_stands_for_the_base(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    plan, path = plan_of(), tmp_path / "statement.json"
+    statement = attest(*pair, plan, path)
+    assert Statement.load(path) == statement and path.stat().st_size < 2000
+    again = check(pair[1], plan, statement)
+    assert again.ok and not again.notes
+    further = trained(weights(), plan)
+    further["a.rows"][1] += 1.0
+    found = check(save(tmp_path / "further", further), plan, statement)
+    assert found.ok and "others than those attested" in str(found)
+    further["a.rows"][0, 0] += 1.0
+    found = check(save(tmp_path / "moved", further), plan, statement)
+    assert not found.ok and "not those attested" in str(found) and "NOT proven" in str(found)
+    other = sf.FreezePlan({"a.rows": plan["a.rows"]})
+    assert "the statement is of another plan" in str(check(pair[1], other, statement))
+
+
+def test_nothing_is_attested_of_changed_bytes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    moved = trained(weights(), plan_of())
+    moved["f.one"][20] += 1.0
+    with pytest.raises(ValueError, match="nothing was attested") as caught:
+        attest(pair[0], save(tmp_path / "moved", moved), plan_of(), tmp_path / "statement.json")
+    assert not caught.value.report.ok and not (tmp_path / "statement.json").exists()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "{", "null", '{"format": "safefreeze.statement", "version": 2}', "[" * 100_000,
+     '{"format": "x", "version": 1}', '{"format": "safefreeze.statement", "version": 1, "plan": 3}'],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_damaged_statements(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "statement.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"Statement.load: .*statement.json"):
+        Statement.load(path)
+
+
+def test_a_huge_statement_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "statement.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"has 1,099,511,627,776 bytes"):
+        Statement.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def _header(entries: dict[str, Any], data: int = 64, size: int | None = None) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + bytes(data)
+
+
+def _entry(shape: list[int], *offsets: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": list(offsets)}
+
+
+DAMAGED: Final[dict[str, bytes]] = {
+    "empty": b"",
+    "short": b"\x05\0\0",
+    "no JSON": struct.pack("<Q", 8) + b"notjson!",
+    "a header longer than the file": _header({"a": _entry([4, 4], 0, 64)}, size=1 << 40),
+    "offsets beyond the file": _header({"a": _entry([4, 8], 0, 128)}),
+    "overlapping": _header({"a": _entry([4, 2], 0, 32), "b": _entry([4, 2], 16, 48)}),
+    "a shape that offsets contradict": _header({"a": _entry([4, 4], 0, 32), "b": _entry([4, 2], 32, 64)}),
+    "backwards": _header({"a": _entry([4, 4], 64, 0)}),
+    "a huge shape": _header({"a": _entry([1 << 40, 1 << 40], 0, 64)}),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_files(tmp_path: Path, pair: tuple[Path, Path], what: str) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(DAMAGED[what])
+    for arguments in ((path, pair[1]), (pair[0], path)):
+        with pytest.raises(ValueError, match=r"bad.safetensors' is truncated or no safetensors file"):
+            compare(*arguments, plan_of())
+
+
+def test_a_truncated_checkpoint(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    whole = (pair[1] / "model.safetensors").read_bytes()
+    for length in range(0, len(whole), 97):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="truncated"):
+            compare(pair[0], tmp_path / "cut.safetensors", plan_of())
+
+
+def test_what_does_not_fit(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match=r"names 'x', which is not among the 6 tensors of base"):
+        compare(*pair, sf.FreezePlan({"x": sf.FreezeMask((3,))}))
+    with pytest.raises(ValueError, match=r"'a.rows' of base has shape \(40, 12\), the plan expects \(4, 4\)"):
+        compare(*pair, sf.FreezePlan({"a.rows": sf.FreezeMask((4, 4))}))
+    with pytest.raises(TypeError, match="plan is a dict"):
+        compare(*pair, {})  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"base is .*nowhere', expected a .safetensors file"):
+        compare(tmp_path / "nowhere", pair[1], plan_of())
+    index = pair[0] / "model.safetensors.index.json"
+    for content, words in (("{", "cannot be read"), ('{"weight_map": {"a": "../x"}}', "outside its folder")):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            compare(*pair, plan_of())
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}))
+    (pair[0] / "copy.safetensors").write_bytes((pair[0] / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is in two files"):
+        compare(*pair, plan_of())
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def test_commands(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    plan, statement, report = tmp_path / "plan.safetensors", tmp_path / "s.json", tmp_path / "report.json"
+    plan_of().save(plan)
+    done = run("verify", *pair, plan, "--json", report)
+    assert done.exit_code == 0 and "proven: no frozen byte differs" in done.output, done.output
+    assert json.loads(report.read_text())["ok"] is True
+    done = run("attest", *pair, plan, "-o", statement)
+    assert done.exit_code == 0 and "frozen elements are as they were" in done.output
+    assert run("verify", statement, pair[1], plan).exit_code == 0
+    moved = trained(weights(), plan_of())
+    moved["c.both"][5, 5] += 1.0
+    folder = save(tmp_path / "moved", moved)
+    for base in (pair[0], statement):
+        done = run("verify", base, folder, plan)
+        assert done.exit_code == 1 and "NOT proven" in done.output and "Traceback" not in done.output
+        assert max(map(len, done.output.splitlines())) <= 80
+    fails(run("attest", pair[0], folder, plan, "-o", tmp_path / "no.json"), "nothing was attested")
+    fails(run("verify", tmp_path / "nowhere", pair[1], plan), "expected a .safetensors file")
+    fails(run("verify", *pair, statement), "not a plan file")
+
+
+def test_it_needs_no_torch_and_little_memory(tmp_path: Path) -> None:
+    """64 MB of weights, without torch, below 100 MB. (A process's own count of its peak begins with its parent's.)"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("nothing here tells the peak of a process")
+    wide = {"w": torch.zeros(4096, 4096)}
+    mask = sf.FreezeMask((4096, 4096), rows=range(0, 4096, 2))
+    sf.FreezePlan({"w": mask}).save(tmp_path / "plan")
+    base, tuned = save(tmp_path / "a", wide), save(tmp_path / "b", {"w": torch.where(mask.dense(), 0.0, 1.0)})
+    code = (
+        "import sys\n"
+        "from safefreeze_kernels import audit, FreezePlan\n"
+        "report = audit.compare(*sys.argv[1:3], FreezePlan.load(sys.argv[3]))\n"
+        "assert report.ok and report.tensors[0].live_changed == 2048 * 4096\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    command = [sys.executable, "-c", code, base, tuned, tmp_path / "plan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 << 10, f"{int(done.stdout) >> 10} MB"
