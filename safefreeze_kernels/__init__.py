@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .optim import MaskedAdam, MaskedAdamW, guard
     from .profiling import profile_step
     from .proof import snapshot
+    from .watch import RefusalWatch
 
 __version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "memory_plan", "profile_step",
-    "score_units", "snapshot", "zero_frozen_grads_",
+    "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "memory_plan",
+    "profile_step", "score_units", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -36,6 +37,7 @@ _HOMES: Final = {
     "memory_plan": ".memory",
     "profile_step": ".profiling",
     "snapshot": ".proof",
+    "RefusalWatch": ".watch",
 }
 
 

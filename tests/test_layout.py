@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
     ("gradients", "live"),
     ("optim", "attribution"),
-    ("proof", "audit"),
+    ("proof", "audit", "watch"),
     ("memory", "profiling"),
     ("integrations",),
     ("demo",),
@@ -37,6 +37,7 @@ ONLY = {"attribution": {"masks"}}  # of all that lies below
 LATE_FROM_ABOVE = {
     ("kernels/report.py", NAME),  # the version number, for a bug report
     ("cli.py", NAME),  # the command line is a user of the package
+    ("audit.py", NAME),  # the version number, for a statement
     ("masks.py", "binding"),  # FreezePlan.check
 }
 
@@ -145,6 +146,7 @@ PUBLIC = {
     "zero_frozen_grads_": (),
     "clip_grad_norm_": (),
     "snapshot": (),
+    "RefusalWatch": ("look", "due", "save_picture"),
     "FrozenDriftError": (),
     "attribution": ("read_labels",),
     "score_units": (),

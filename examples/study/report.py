@@ -1,7 +1,7 @@
 """``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture.
 
-Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than two
-standard errors away from 0 and has the same sign in at least four of five seeds.
+Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than
+two standard errors away from 0, and has the same sign in at least four of five seeds.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Difference:
     def __str__(self) -> str:
         verdict = ("clearly lower" if self.mean < 0 else "clearly higher") if self.clear else "no clear difference"
         return (
-            f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}, {self.agree:.0%} of "
-            f"{self.seeds} seeds agree): {verdict}"
+            f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}, {self.agree:.0%} "
+            f"of {self.seeds} seeds agree): {verdict}"
         )
 
 
@@ -96,15 +96,18 @@ def sentences(found: Sequence[Difference]) -> list[str]:
     place = by_pair["decision Fisher, utility, 20%", "first layers, 20%"]
     lines.append(
         f"Decision Fisher at 20% against random units of the same layers: {layers.mean:+.2f} ± {layers.error:.2f} "
-        f"({'clear' if layers.clear else 'not clear'}); against the first layers: {place.mean:+.2f} ± {place.error:.2f} "
-        f"({'clear' if place.clear else 'not clear'})."
+        f"({_word(layers)}); against the first layers: {place.mean:+.2f} ± {place.error:.2f} ({_word(place)})."
     )
     rate = by_pair["half learning rate", "full"]
     lines.append(
         f"Half the learning rate, nothing frozen, against the full one: {rate.mean:+.2f} ± {rate.error:.2f} "
-        f"({'clear' if rate.clear else 'not clear'})."
+        f"({_word(rate)})."
     )
     return lines
+
+
+def _word(one: Difference) -> str:
+    return "clear" if one.clear else "not clear"
 
 
 def table(seeds: Sequence[dict[str, Any]]) -> list[str]:
@@ -167,15 +170,19 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
     machine = seeds[0]["machine"]
     aligned = {what: np.mean([seed["aligned"][what] for seed in seeds]) for what in ("attack off", "old tasks")}
+    about = (
+        f"{len(seeds)} seeds, {seeds[0]['draws']} draws of random units in each; {machine['cpu']}, torch "
+        f"{machine['torch']}, {machine['date']}. Before fine-tuning {aligned['attack off']:.2f} of attacks succeed, "
+        f"{aligned['old tasks']:.2f} of old answers are right. {compared:,} frozen bytes were compared, none had "
+        "changed."
+    )
+    legend = (
+        'Mean ± standard deviation over seeds. Attacks ask about restricted objects that no score saw: "off" in kinds '
+        'of question the new task does not rewrite, "on" in the kind it does.'
+    )
     lines = [
-        "# Results", "",
-        f"{len(seeds)} seeds, {seeds[0]['draws']} draws of random units in each; {machine['cpu']}, torch {machine['torch']}, "
-        f"{machine['date']}. Before fine-tuning {aligned['attack off']:.2f} of attacks succeed, {aligned['old tasks']:.2f} "
-        f"of old answers are right. {compared:,} frozen bytes were compared, none had changed.",
-        "", *(f"- {line}" for line in sentences(found)), "",
-        "Mean ± standard deviation over seeds. Attacks ask about restricted objects that no score saw: \"off\" in kinds of "
-        "question the new task does not rewrite, \"on\" in the kind it does.",
-        "", *table(seeds), "", "Paired differences of attack success, \"off\":", "", *(f"- {one}" for one in found), "",
+        "# Results", "", about, "", *(f"- {line}" for line in sentences(found)), "", legend, "", *table(seeds), "",
+        'Paired differences of attack success, "off":', "", *(f"- {one}" for one in found), "",
         "![attack success](results.png)", "",
     ]  # fmt: skip
     (folder / "RESULTS.md").write_text("\n".join(lines))

@@ -2,7 +2,7 @@
 
 from .batches import encode_pairs
 from .builder import MaskBuilder
-from .scores import METHODS, SetScores, UnitScores, score_units
+from .scores import METHODS, SetScores, UnitScores, refusal_margins, score_units
 from .selections import LABELS, Stability, UnitLabels, UnitRanking, UnitSelection, stability
 from .sources import (
     plan_from_neurons,
@@ -34,6 +34,7 @@ __all__ = [
     "plan_from_neurons",
     "plan_from_weights",
     "read_labels",
+    "refusal_margins",
     "register_family",
     "score_units",
     "scores_from",

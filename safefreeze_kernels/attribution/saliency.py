@@ -88,6 +88,10 @@ class Margin:
         never = float("-inf")
         return found.masked_fill(~refuse, never).logsumexp(1) - found.masked_fill(~comply, never).logsumexp(1)
 
+    def of(self, model: torch.nn.Module, one: Pass) -> Tensor:
+        """The margins of a pass, float32 ``[rows]``."""
+        return self(one, partial(_logits, model, _aliases(model), one))
+
     @staticmethod
     def _among(logits: Tensor, word: str, tokens: Sequence[int]) -> Tensor:
         if max(tokens) >= logits.shape[1]:

