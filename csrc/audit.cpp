@@ -19,42 +19,74 @@ float unknown(T) {
   return 0.0f;
 }
 
-// Elements next to each other, `flags` (may be null) set where frozen. Several running sums, so that they overlap.
+// Elements next to each other, `flags` (may be null) set where frozen: exactly, one at a time.
 template <typename T, float (*number)(T), bool numbers>
 void stretch(const T* before, const T* after, int64_t n, const uint8_t* flags, int64_t place, Changes& found) {
-  constexpr int lanes = 8;
-  double largest[lanes] = {}, sum[lanes] = {}, squares[lanes] = {};
-  int64_t frozen = 0, live = 0, strange = 0;
-  for (int64_t start = 0; start < n; start += lanes) {
-    const int width = n - start < lanes ? static_cast<int>(n - start) : lanes;
-    for (int lane = 0; lane < width; ++lane) {
-      const int64_t i = start + lane;
-      const bool differs = before[i] != after[i], still = flags && flags[i];
-      frozen += differs && still;
-      live += differs && !still;
-      if (!numbers) continue;
-      const float apart = number(after[i]) - number(before[i]);
-      const bool finite = apart - apart == 0.0f, counts = differs && !still;
-      strange += counts && !finite;
-      const double change = counts && finite ? (apart < 0 ? -apart : apart) : 0.0;
-      largest[lane] = change > largest[lane] ? change : largest[lane];
-      sum[lane] += change;
-      squares[lane] += change * change;
+  for (int64_t i = 0; i < n; ++i) {
+    if (before[i] == after[i]) continue;
+    if (flags && flags[i]) {
+      if (found.first < 0) found.first = place + i;
+      ++found.frozen;
+      continue;
     }
-  }
-  for (int lane = 0; lane < lanes; ++lane) {
-    found.largest = largest[lane] > found.largest ? largest[lane] : found.largest;
-    found.sum += sum[lane];
-    found.squares += squares[lane];
-  }
-  found.live += live;
-  found.strange += numbers ? strange : live;
-  if (frozen && found.first < 0) {
-    for (int64_t i = 0; found.first < 0; ++i) {
-      if (flags[i] && before[i] != after[i]) found.first = place + i;
+    ++found.live;
+    const double apart = numbers ? static_cast<double>(number(after[i]) - number(before[i])) : 0.0;
+    if (!numbers || !(apart - apart == 0.0)) {
+      ++found.strange;
+      continue;
     }
+    const double change = apart < 0 ? -apart : apart;
+    found.largest = change > found.largest ? change : found.largest;
+    found.sum += change;
+    found.squares += change * change;
   }
-  found.frozen += frozen;
+}
+
+// The same for numbers, in lanes and in float32 over a few elements at a time. What float32 cannot hold, and whatever
+// holds a frozen change, is left to `stretch`.
+template <typename T, float (*number)(T), bool flagged>
+void quick_stretch(const T* before, const T* after, int64_t n, const uint8_t* flags, int64_t place, Changes& found) {
+  constexpr int lanes = 16;
+  constexpr int64_t few = 256;
+  for (int64_t start = 0; start < n; start += few) {
+    const int64_t count = n - start < few ? n - start : few, whole = count / lanes * lanes;
+    const T *old = before + start, *now = after + start;
+    const uint8_t* const still = flagged ? flags + start : nullptr;
+    float largest[lanes] = {}, sum[lanes] = {}, squares[lanes] = {};
+    T live[lanes] = {}, frozen[lanes] = {};
+    for (int64_t i = 0; i < whole; i += lanes) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const T differs = now[i + lane] != old[i + lane], free = flagged ? still[i + lane] == 0 : 1;
+        const float apart = (number(now[i + lane]) - number(old[i + lane])) * static_cast<float>(free);
+        const float change = apart < 0 ? -apart : apart;
+        largest[lane] = change > largest[lane] ? change : largest[lane];
+        sum[lane] += change;
+        squares[lane] += change * change;
+        live[lane] = static_cast<T>(live[lane] + (differs & free));
+        if (flagged) frozen[lane] = static_cast<T>(frozen[lane] + (differs & (free ^ 1)));
+      }
+    }
+    double top = 0, total = 0, square = 0;
+    int64_t moved = 0, drifted = 0;
+    for (int lane = 0; lane < lanes; ++lane) {
+      top = largest[lane] > top ? static_cast<double>(largest[lane]) : top;
+      total += static_cast<double>(sum[lane]);
+      square += static_cast<double>(squares[lane]);
+      moved += live[lane];
+      drifted += frozen[lane];
+    }
+    // too large, not finite, or small enough for squares to have been lost
+    if (drifted || !(square < 1e30) || !(total < 1e30) || (square < 1e-25 && moved)) {
+      stretch<T, number, true>(old, now, whole, still, place + start, found);
+    } else {
+      found.largest = top > found.largest ? top : found.largest;
+      found.sum += total;
+      found.squares += square;
+      found.live += moved;
+    }
+    stretch<T, number, true>(old + whole, now + whole, count - whole, flagged ? still + whole : nullptr,
+                             place + start + whole, found);
+  }
 }
 
 template <typename T, float (*number)(T), bool numbers>
@@ -81,7 +113,13 @@ void compare_rows(const Versions& v, Changes& found) {
       } else if (v.frozen_cols) {
         chosen = v.frozen_cols + col;
       }
-      stretch<T, number, numbers>(before + place, after + place, n, chosen, place, found);
+      if (!numbers || whole) {
+        stretch<T, number, numbers>(before + place, after + place, n, chosen, place, found);
+      } else if (chosen) {
+        quick_stretch<T, number, true>(before + place, after + place, n, chosen, place, found);
+      } else {
+        quick_stretch<T, number, false>(before + place, after + place, n, nullptr, place, found);
+      }
     }
   }
 }

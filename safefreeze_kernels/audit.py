@@ -30,6 +30,7 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 _BLOCK: Final = 1 << 20  # bytes of one tensor that are looked at together: two of them stay in a processor's cache
 _THREADS: Final = 4
 _LARGEST_STATEMENT: Final = 16 << 20
+_LARGEST_JSON: Final = 256 << 20
 _FORMAT: Final = "safefreeze.statement"
 _VERSION: Final = 1
 
@@ -57,9 +58,10 @@ class TensorChanges:
         frozen_changed: frozen elements whose bytes differ.
         first_changed: (row, column) of the first of them, and the bytes before and after, as hex.
         live_changed: live elements whose bytes differ.
-        strange: of those, how many changed by something that is no finite number, or are not floating point.
+        strange: of those, how many changed by something that is no finite number, or have no known one (integers,
+            float64).
         largest, mean, rms: of |after - before| over live elements that changed by a finite number (mean and root mean
-            square are over all live elements).
+            square are over all live elements; sums are float32 over 256 elements, then float64).
         trouble: why the bytes could not be compared; "": they were.
     """
 
@@ -80,19 +82,21 @@ class TensorChanges:
 
 @dataclass
 class AuditReport:
-    """What `compare` and `check` found. ``str()`` is a table of 80 columns.
+    """What `compare` and `check` found. ``str()`` tells it in lines of 80 columns, but for long names.
 
     Attributes:
         plan: fingerprint of the plan.
         tensors: of every tensor of the checkpoints (of `check`: of the plan).
         trouble: what else is wrong; the report is then not `ok`.
         notes: what is worth knowing.
+        attested: the frozen bytes were compared as a whole, with a statement's digest.
     """
 
     plan: str
     tensors: list[TensorChanges] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    attested: bool = False
 
     @property
     def ok(self) -> bool:
@@ -121,10 +125,11 @@ class AuditReport:
             what = one.trouble
             if one.first_changed is not None:
                 row, col, before, after = one.first_changed
-                what = (
-                    f"{one.frozen_changed:,} of {one.frozen:,} frozen elements changed, first at row {row}, column "
-                    f"{col}: 0x{before} became 0x{after}"
-                )
+                what = f"{one.frozen_changed:,} of {one.frozen:,} frozen elements changed, first at"
+                lines += [f"  {one.name}", f"    {what}"]
+                what = f"row {row}, column {col}: 0x{before} became 0x{after}"
+                lines.append(f"    {what}")
+                continue
             lines += [f"  {one.name}", f"    {what}"]
         if len(shown) > 20:
             lines.append(f"  … and {len(shown) - 20} more")
@@ -135,9 +140,10 @@ class AuditReport:
             largest = max(self.tensors, key=lambda t: t.largest)
             lines.append(f"live: {changed:,} of {live:,} elements changed, by {largest.largest:.3g} at most")
             lines.append(f"  (in {largest.name})")
-        lines.append(
-            f"frozen: {frozen_changed:,} of {self.frozen:,} elements changed ({self.frozen_bytes:,} bytes compared)"
+        told = (
+            f"{self.frozen:,} elements" if self.attested else f"{frozen_changed:,} of {self.frozen:,} elements changed"
         )
+        lines.append(f"frozen: {told} ({self.frozen_bytes:,} bytes compared)")
         lines.append("proven: no frozen byte differs" if self.ok else "NOT proven")
         return "\n".join(lines)
 
@@ -159,55 +165,95 @@ class _Stored:
         return math.prod(self.shape) * _DTYPES[self.dtype][0]
 
 
-def _files(path: PathLike, operation: str, word: str) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The files of a checkpoint and every tensor in them."""
+
+    files: list[Path]
+    tensors: dict[str, _Stored]
+    stamps: list[tuple[int, int]]
+
+    def unchanged(self, operation: str) -> None:
+        """Raise ValueError if a file was written to since it was opened."""
+        if _stamps(self.files) != self.stamps:
+            raise ValueError(f"{operation}: {os.fspath(self.files[0].parent)!r} was written to meanwhile; start anew")
+
+
+def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
+    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _located(path: PathLike, operation: str, word: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a checkpoint; and, if it is sharded, tensor -> name of its file."""
     given = Path(path)
     if given.is_file():
-        return [given]
-    index = given / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} cannot be read ({error!r})") from error
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} names files outside its folder")
-        return [given / name for name in names]
-    if (given / "model.safetensors").is_file():
-        return [given / "model.safetensors"]
-    raise FileNotFoundError(
-        f"{operation}: {word} is {os.fspath(path)!r}, expected a .safetensors file, or a folder with model.safetensors "
-        "or model.safetensors.index.json"
-    )
+        return [given], None
+    whole, index = given / "model.safetensors", given / "model.safetensors.index.json"
+    if whole.is_file() and index.is_file():
+        raise ValueError(
+            f"{operation}: {word} {os.fspath(path)!r} holds {whole.name} and {index.name}, of which loaders take one "
+            "or the other; remove what is not the model"
+        )
+    if whole.is_file():
+        return [whole], None
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{operation}: {word} is {os.fspath(path)!r}, expected a .safetensors file, or a folder with {whole.name} "
+            f"or {index.name}"
+        )
+    try:
+        if index.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has {index.stat().st_size:,} bytes")
+        homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(homes.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} cannot be read ({error!r})") from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} names files outside its folder")
+    files = [given / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{operation}: {word}: {os.fspath(index)!r} names {file.name!r}, which is not there"
+            )
+    return files, homes
 
 
-def _stored(files: Sequence[Path], operation: str, word: str) -> dict[str, _Stored]:
-    """Every tensor of some files. safetensors checks their headers: sizes, offsets, overlaps."""
+def _opened(path: PathLike, operation: str, word: str) -> _Checkpoint:
+    """A checkpoint's files and tensors. safetensors checks the headers: sizes, offsets, overlaps."""
     from safetensors import SafetensorError, safe_open
 
+    files, homes = _located(path, operation, word)
     found: dict[str, _Stored] = {}
-    for path in files:
+    for file in files:
         try:
-            with safe_open(os.fspath(path), framework="np"):
+            with safe_open(os.fspath(file), framework="np"):
                 pass
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-        except (SafetensorError, OSError, ValueError) as error:
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{operation}: {word}: {os.fspath(path)!r} is truncated or no safetensors file ({error})"
+                f"{operation}: {word}: {os.fspath(file)!r} is truncated or no safetensors file ({error})"
             ) from error
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             if name in found:
                 raise ValueError(
-                    f"{operation}: {word}: {name!r} is in two files, {found[name].file.name} and {path.name}"
+                    f"{operation}: {word}: {name!r} is in two files, {found[name].file.name} and {file.name}"
                 )
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{operation}: {word}: {name!r} has dtype {entry['dtype']}, which is not known here")
-            found[name] = _Stored(path, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-    return found
+            found[name] = _Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+    if homes is not None and homes != {name: stored.file.name for name, stored in found.items()}:
+        other = {name: stored.file.name for name, stored in found.items()}
+        name = min(name for name in {*homes, *other} if homes.get(name) != other.get(name))
+        raise ValueError(
+            f"{operation}: {word}: the index places {name!r} in {homes.get(name)!r}, it is in {other.get(name)!r}; "
+            "save the model anew"
+        )
+    return _Checkpoint(files, found, _stamps(files))
 
 
 class _Reader:
@@ -356,6 +402,8 @@ def _nothing(_: int) -> None:
 def _checked(plan: FreezePlan, stored: Mapping[str, _Stored], operation: str, word: str) -> None:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
+    if not any(mask.frozen_count for mask in plan.values()):
+        raise ValueError(f"{operation}: the plan freezes nothing, so there is nothing to prove; is it the right one?")
     for name, mask in plan.items():
         if name not in stored:
             raise ValueError(
@@ -380,11 +428,18 @@ def compare(base: PathLike, tuned: PathLike, plan: FreezePlan, *, progress: Prog
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged file, or checkpoints that the plan does not fit.
+        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints that the plan does not fit, a
+            plan that freezes nothing.
         TypeError: ``plan`` is something else.
     """
     operation = "audit.compare"
-    stored = [_stored(_files(p, operation, word), operation, word) for p, word in ((base, "base"), (tuned, "tuned"))]
+    return _compare(_opened(base, operation, "base"), _opened(tuned, operation, "tuned"), plan, operation, progress)
+
+
+def _compare(
+    base: _Checkpoint, tuned: _Checkpoint, plan: FreezePlan, operation: str, progress: Progress | None
+) -> AuditReport:
+    stored = base.tensors, tuned.tensors
     for one, word in zip(stored, ("base", "tuned"), strict=True):
         _checked(plan, one, operation, word)
     report = AuditReport(plan.fingerprint)
@@ -411,6 +466,8 @@ def compare(base: PathLike, tuned: PathLike, plan: FreezePlan, *, progress: Prog
             )
         )  # fmt: skip
     report.tensors = [found[name] for name in both]
+    base.unchanged(operation)
+    tuned.unchanged(operation)
     return report
 
 
@@ -420,7 +477,7 @@ def total_bytes(*checkpoints: PathLike) -> int:
     Raises:
         FileNotFoundError: one is not there.
     """
-    return sum(file.stat().st_size for path in checkpoints for file in _files(path, "audit", "checkpoint"))
+    return sum(file.stat().st_size for path in checkpoints for file in _located(path, "audit", "checkpoint")[0])
 
 
 # -------------------------------------------------------------------------------------------------------- statements
@@ -497,8 +554,12 @@ class Statement:
 
     def save(self, path: PathLike) -> None:
         """Write as JSON; a crash leaves an older file as it was."""
-        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        content = {"format": _FORMAT, "version": _VERSION, "checksum": self._checksum(), **asdict(self)}
         write_atomically(Path(path), (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+    def _checksum(self) -> str:
+        """Finds accidents. Forgery it does not."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def load(cls, path: PathLike) -> Statement:
@@ -515,7 +576,7 @@ class Statement:
             raise ValueError(f"{what}: {os.fspath(path)!r} has {source.stat().st_size:,} bytes: no statement")
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
-            kind, version = content.pop("format"), content.pop("version")
+            kind, version, checksum = (content.pop(key) for key in ("format", "version", "checksum"))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}: {os.fspath(path)!r} is no statement ({error!r})") from error
         if kind != _FORMAT or version != _VERSION:
@@ -526,7 +587,10 @@ class Statement:
         expected = {"plan": str, "frozen": str, "frozen_elements": int, "base": dict, "tuned": dict, "package": str}
         if content.keys() != expected.keys() or any(type(content[key]) is not kind for key, kind in expected.items()):
             raise ValueError(f"{what}: {os.fspath(path)!r} does not hold {', '.join(expected)}; it is damaged")
-        return cls(**content)
+        found = cls(**content)
+        if found._checksum() != checksum:
+            raise ValueError(f"{what}: {os.fspath(path)!r} was altered: it does not match its checksum")
+        return found
 
 
 def attest(
@@ -544,15 +608,17 @@ def attest(
     """
     from . import __version__
 
-    report = compare(base, tuned, plan, progress=progress)
+    operation = "audit.attest"
+    one, other = _opened(base, operation, "base"), _opened(tuned, operation, "tuned")
+    report = _compare(one, other, plan, operation, progress)
     if not report.ok:
         raise FrozenBytesChangedError(report)
-    operation = "audit.attest"
-    files = [_files(p, operation, word) for p, word in ((base, "base"), (tuned, "tuned"))]
-    digest = _frozen_digest(_stored(files[1], operation, "tuned"), plan, _nothing)
+    digest = _frozen_digest(other.tensors, plan, _nothing)
     found = Statement(
-        plan.fingerprint, digest, report.frozen, _file_digests(files[0]), _file_digests(files[1]), __version__
+        plan.fingerprint, digest, report.frozen, _file_digests(one.files), _file_digests(other.files), __version__
     )
+    one.unchanged(operation)
+    other.unchanged(operation)
     if path is not None:
         found.save(path)
     return found
@@ -579,10 +645,10 @@ def check(tuned: PathLike, plan: FreezePlan, statement: Statement, *, progress: 
         FileNotFoundError, ValueError, TypeError: as `compare`.
     """
     operation = "audit.check"
-    files = _files(tuned, operation, "tuned")
-    stored = _stored(files, operation, "tuned")
+    opened = _opened(tuned, operation, "tuned")
+    stored = opened.tensors
     _checked(plan, stored, operation, "tuned")
-    report = AuditReport(plan.fingerprint)
+    report = AuditReport(plan.fingerprint, attested=True)
     report.tensors = [
         TensorChanges(name, mask.shape, stored[name].dtype, mask.frozen_count, mask.live_count)
         for name, mask in plan.items()
@@ -591,6 +657,7 @@ def check(tuned: PathLike, plan: FreezePlan, statement: Statement, *, progress: 
         report.trouble.append(f"the statement is of another plan, {statement.plan[:12]}")
     elif _frozen_digest(stored, plan, progress or _nothing) != statement.frozen:
         report.trouble.append("frozen bytes are not those attested (which ones, a comparison with the base would tell)")
-    if _file_digests(files) != statement.tuned:
+    if sorted(_file_digests(opened.files).values()) != sorted(statement.tuned.values()):
         report.notes.append("the files are others than those attested: trained further, or saved anew")
+    opened.unchanged(operation)
     return report

@@ -438,15 +438,17 @@ def verify(
     plan: _PlanArgument,
     report: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
 ) -> None:
-    """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not.
+    """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not; 2: bad input.
 
     Needs no model in memory, and no base where a statement is given instead. Of tensors that train it tells how much
     they changed.
     """
-    with _foreseen():
+    with _foreseen(2):
         from . import audit
         from .masks import FreezePlan, write_atomically
 
+        if report is not None:
+            _check_writable(report)
         read = FreezePlan.load(plan)
         if base.is_file() and base.suffix != ".safetensors":
             statement = audit.Statement.load(base)
@@ -479,6 +481,7 @@ def attest(
         from . import audit
         from .masks import FreezePlan
 
+        _check_writable(output)
         read = FreezePlan.load(plan)
         with _byte_bar("attest", audit.total_bytes(base, tuned)) as progress:
             found = audit.attest(base, tuned, read, output, progress=progress)
@@ -729,17 +732,17 @@ def _console() -> Console:
 
 
 @contextmanager
-def _foreseen() -> Iterator[None]:
+def _foreseen(code: int = 1) -> Iterator[None]:
     """What a user can act on ends as one line; programming errors keep their traceback."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        _fail(error)
+        _fail(error, code)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, code: int = 1) -> NoReturn:
     typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def main() -> None:
