@@ -7,7 +7,7 @@ CSRC := $(wildcard csrc/*)
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture sanitize bench sass gpu wheel docs lint format clean
+.PHONY: demo test torture sanitize bench study sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -23,6 +23,12 @@ bench: $(VENV)/.built
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.live
 	$(PY) -m benchmarks.finetune
+
+# Does freezing keep a small model refusing? One seed, about two minutes; SEEDS=0-19 for all, each kept in build/study.
+SEEDS ?= 0
+study: $(VENV)/.built
+	$(PY) examples/study/study.py --seeds $(SEEDS) --output build/study
+	$(PY) examples/study/report.py build/study
 
 # On a machine with a GPU: build, test, sanitize, measure, write benchmarks/results; under 9 minutes. Takes the python that
 # has the GPU's torch, and installs nothing.

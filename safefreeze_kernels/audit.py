@@ -428,7 +428,7 @@ def compare(base: PathLike, tuned: PathLike, plan: FreezePlan, *, progress: Prog
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints that the plan does not fit, a
+        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints the plan does not fit, a
             plan that freezes nothing.
         TypeError: ``plan`` is something else.
     """

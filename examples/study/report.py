@@ -132,7 +132,9 @@ def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.6), width_ratios=(3, 2), layout="constrained")
 
     def colour(arm: str) -> str:
-        return "0.6" if arm.startswith(("random", "full", "half")) else "C1" if arm.startswith("SSAH") else "C0"
+        return (
+            "0.6" if arm.startswith(("random", "full", "half", "first")) else "C1" if arm.startswith("SSAH") else "C0"
+        )
 
     for place, arm in enumerate(reversed(names)):
         found = values(seeds, arm)
@@ -145,6 +147,7 @@ def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     left.grid(axis="x", alpha=0.3)
     right.set(xlabel="new task, share of answers right", ylabel="attack success", ylim=(-0.02, 1.02))
     right.set_title("blue: decision and activation scores\norange: SSAH, grey: controls", fontsize=10)
+    right.locator_params(axis="x", nbins=4)
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

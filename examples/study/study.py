@@ -30,6 +30,13 @@ def seeds_of(text: str) -> list[int]:
     return found
 
 
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=seeds_of, default=[0], help='"0-9" or "0,3" (default: 0)')
@@ -51,7 +58,7 @@ def main() -> None:
 
             result = run_seed(seed, given.draws, tell)
         result["machine"] = {
-            "cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "package": sf.__version__,
+            "cpu": f"{_cpu()}, 1 thread", "torch": torch.__version__, "package": sf.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
         partial = path.with_suffix(".partial")

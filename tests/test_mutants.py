@@ -1,0 +1,241 @@
+"""The suite, tested: plausible bugs, put into a copy of the package one at a time, must each make a test fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+CONTRACT, MACHINE = "test_contract.py", "test_machine.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, which is in ``file`` once, becomes ``new``; ``tests`` are the files of which one must fail."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = (MACHINE,)
+
+
+MUTANTS: Final = (
+    Mutant(
+        "decay is applied to frozen weights",
+        "kernels/reference.py",
+        "            old_p = _matrix(param, part)[here]\n",
+        "            param.detach().mul_(float(rows[which].decay))\n            old_p = _matrix(param, part)[here]\n",
+    ),
+    Mutant(
+        "the clip norm counts frozen gradients",
+        "gradients.py",
+        "self.masks = [entry.local_mask for entry in entries]",
+        "self.masks = [FreezeMask(entry.local_mask.shape) for entry in entries]",
+    ),
+    Mutant(
+        "polarity is flipped for rows",
+        "masks.py",
+        "return _complement(self._rows, self.matrix_shape[0])",
+        "return self._rows",
+    ),
+    Mutant(
+        "rows are off by one",
+        "kernels/worklist.py",
+        "start, packed = rows * n_cols,",
+        "start, packed = np.maximum(rows - 1, 0) * n_cols,",
+    ),
+    Mutant(
+        "single frozen elements are forgotten",
+        "kernels/worklist.py",
+        "None if all_cols else cols, frozen_bits=mask.bits)",
+        "None if all_cols else cols)",
+    ),
+    Mutant(
+        "a thawed row is as old as the tensor",
+        "optim.py",
+        'ages[name] = age.after(old, new, int(state["step"].item()))',
+        "ages[name] = age",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "a thawed row keeps what lay in its place",
+        "optim.py",
+        "packed = torch.zeros(new.packed_shape, dtype=moment.dtype",
+        "packed = torch.ones(new.packed_shape, dtype=moment.dtype",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "a plan that changed is not compiled",
+        "optim.py",
+        "        self._plan = plan\n        self._launch_key = None\n",
+        "        self._plan = plan\n",
+    ),
+    Mutant("ages are lost on resume", "optim.py", 'self._ages = loaded["ages"]', "self._ages = {}", (CONTRACT,)),
+    Mutant("the plan is lost when an optimizer is copied", "optim.py", '            "_plan",\n', ""),
+    Mutant(
+        "a plan of another checkpoint is taken",
+        "optim.py",
+        "if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):",
+        "if False:",
+        ("test_optimizer.py", "test_bad_input.py"),
+    ),
+    Mutant(
+        "found_inf is not looked at",
+        "optim.py",
+        "if not captured and found_inf is not None and found_inf.item() != 0:",
+        "if False:",
+    ),
+    Mutant(
+        "the loss scale is not divided out",
+        "optim.py",
+        "unscale = 1.0 / grad_scale.detach().float().reshape(())",
+        "unscale = torch.ones(())",
+        ("test_optimizer.py", "test_loops.py"),
+    ),
+    Mutant(
+        "the clip factor is dropped",
+        "optim.py",
+        "        self._clip = factor\n",
+        "        pass\n",
+        ("test_fused_clipping.py",),
+    ),
+    Mutant(
+        "frozen gradients are left as they are", "gradients.py", "    chosen.zero_(work, ready.tensors)\n", "    pass\n"
+    ),
+    Mutant(
+        "guard does not put frozen values back",
+        "optim.py",
+        "self._backend(params).scatter_(self._work, targets, self._copy)",
+        "pass",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "-0.0 counts as 0.0 in a proof",
+        "kernels/drift.py",
+        "differs = old.view(width) != new.view(width)",
+        "differs = (old != new) & ~(old.isnan() & new.isnan())",
+        ("test_proof.py",),
+    ),
+    Mutant(
+        "columns are not part of a fingerprint",
+        "masks.py",
+        '(b"cols", self._cols), ',
+        "",
+        ("test_masks.py", "test_plan_file.py"),
+    ),
+    Mutant(
+        "a union keeps the second plan alone",
+        "masks.py",
+        "rows = np.union1d(self._rows, other._rows)",
+        "rows = other._rows",
+        ("test_masks.py",),
+    ),
+    Mutant(
+        "a plan file is written in place",
+        "masks.py",
+        "temporary.replace(path)",
+        "path.write_bytes(data[: len(data) // 2]); path.write_bytes(data)",
+        ("test_plan_file.py",),
+    ),
+    Mutant(
+        "a plan's checksum is not compared",
+        "masks.py",
+        'if header.get("checksum") != _checksum(header):',
+        "if False:",
+        ("test_plan_file.py",),
+    ),
+    Mutant(
+        "live gradients of the wrong rows",
+        "live.py",
+        "rows, cols = entry.mask.live_rows, entry.mask.live_cols",
+        "rows, cols = (entry.mask.live_rows + 1) % n_rows, entry.mask.live_cols",
+        ("test_live.py",),
+    ),
+    Mutant(
+        "a packed gradient is taken for an ordinary one",
+        "optim.py",
+        "self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]",
+        "pass",
+        ("test_live.py",),
+    ),
+    Mutant(
+        "a packed gradient by another plan is taken",
+        "gradients.py",
+        "    if packing != mask:\n",
+        "    if False:\n",
+        ("test_live.py",),
+    ),
+    Mutant(
+        "an audit does not look at columns",
+        "audit.py",
+        "return cls(rows, cols if cols.any() else None, mask.bits)",
+        "return cls(rows, None, mask.bits)",
+        ("test_audit.py",),
+    ),
+    Mutant(
+        "an audit tells the place within its block",
+        "audit.py",
+        "found.first_changed = (row + first // one.cols,",
+        "found.first_changed = (first // one.cols,",
+        ("test_audit.py",),
+    ),
+    Mutant(
+        "ranks with different plans are not told",
+        "sharding.py",
+        "if self._plan not in theirs and len(theirs)",
+        "if False and len(theirs)",
+        ("test_distributed.py",),
+    ),
+)
+
+
+def copied(folder: Path) -> Path:
+    """The package, extension included, as the tests find it through PYTHONPATH."""
+    shutil.copytree(
+        ROOT / "safefreeze_kernels", folder / "safefreeze_kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return folder
+
+
+def suite(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Those tests on the copy; they stop at the first failure."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    files = [str(ROOT / "tests" / name) for name in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_a_mutant_is_one_change(mutant: Mutant) -> None:
+    """So that the slow test below, which few run, does not rot."""
+    text = (ROOT / "safefreeze_kernels" / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} of {mutant.old!r}"
+    compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    assert all((ROOT / "tests" / name).is_file() for name in mutant.tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_every_mutant_is_caught(tmp_path: Path, mutant: Mutant) -> None:
+    file = copied(tmp_path) / "safefreeze_kernels" / mutant.file
+    file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+    found = suite(tmp_path, mutant.tests)
+    assert found.returncode not in (0, 5), f"{mutant.bug}: all of {', '.join(mutant.tests)} pass"
+    # a test that failed, or an interpreter that died: not a suite that did not start
+    assert "FAILED" in found.stdout or found.returncode < 0, found.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_copy_itself_passes(tmp_path: Path) -> None:
+    """Without a mutant the tests pass, so it is the mutant they fail by."""
+    tests = tuple(sorted({name for mutant in MUTANTS for name in mutant.tests}))
+    found = suite(copied(tmp_path), tests)
+    assert found.returncode == 0, found.stdout[-3000:]

@@ -1,0 +1,119 @@
+"""The study's world, arms and rules, on a few steps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import safefreeze_kernels as sf
+from safefreeze_kernels.attribution import find_units
+
+FOLDER = Path(__file__).parents[1] / "examples" / "study"
+sys.path.insert(0, str(FOLDER))
+
+import experiment  # noqa: E402
+import report  # noqa: E402
+import world as worlds  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world() -> worlds.World:
+    return worlds.World(3)
+
+
+def test_what_is_kept_apart(world: worlds.World) -> None:
+    assert len(set(world.restricted)) == 24 and not set(world.restricted) & set(world.benign)
+    assert set(world.tuned) <= set(world.benign) and not set(world.seen_by_scores) & set(world.unseen_by_scores)
+    assert not set(world.known) & set(world.unknown)
+    exam = experiment.Exam(world)
+
+    def asked(rows: list[worlds.Row]) -> set[tuple[str, ...]]:
+        return {tuple(word for word in row.prompt if word.startswith(("verb", "object"))) for row in rows}
+
+    assert not asked(exam.stop) & asked(exam.new)
+    for name, rows in exam.restricted.items():
+        things = world.unseen_by_scores if "unseen" in name else world.seen_by_scores
+        assert {word for row in rows for word in row.prompt if word.startswith("object")} <= set(things), name
+    trained = world.lessons(3000, aligned=True, seed=0) + world.new_task(1000, seed=1)
+    prompts = {tuple(row.prompt) for row in trained}
+    on = [row for name, rows in exam.restricted.items() if name.startswith("on") for row in rows]
+    assert not prompts & {tuple(row.prompt) for row in [*exam.stop, *exam.new, *on]}
+    refused = [row for row in trained if row.answer == worlds.REFUSAL]
+    assert refused and all(set(row.prompt) & set(world.restricted) for row in refused)
+    assert worlds.World(3).lessons(50, aligned=True, seed=0) == world.lessons(50, aligned=True, seed=0)
+
+
+def test_batches_mark_the_answer(world: worlds.World) -> None:
+    rows = world.lessons(8, aligned=True, seed=4)
+    batch, words = world.batch(rows), {i: word for word, i in world.vocabulary.items()}
+    for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        assert [words[i] for i in ids if i] == ["<bos>", *row.prompt, "<asst>", *row.answer, "<eos>"]
+        assert [words[i] for i in labels if i != -100] == [*row.answer, "<eos>"]
+
+
+def test_arms_and_a_run(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of the controls match, and a fine-tune of a few steps proves its freeze."""
+    monkeypatch.setattr(experiment, "MOST_STEPS", 4)
+    model = experiment.make_model(world)
+    experiment.teach(model, world, world.lessons(200, aligned=True, seed=1), 6, 1e-3, 0)
+    arms = experiment.arms(model, world, 2)
+    sizes = {name: {(int(s.heads.sum()), int(s.channels.sum())) for s in arm if s} for name, arm in arms.items()}
+    assert all(len(found) <= 1 for found in sizes.values())
+    for name, control in report.CONTROLS.items():
+        if control != "full":
+            assert sizes[name] == sizes[control], name
+    one, two = arms["random 20%"]
+    assert (one.channels != two.channels).any() and one.jaccard(two) < 0.5
+    found = experiment.fine_tune(model, world, experiment.Exam(world), arms["decision Fisher, utility, 20%"][0], 1e-3)
+    assert found["steps"] == 4 and 0.1 < found["frozen parameters"] < 0.3 and found["frozen bytes compared"] > 100_000
+    assert find_units(model).n_layers == 4 and torch.isfinite(torch.tensor(found["attack off"]))
+
+
+def seeds(effect: float, noise: float, count: int = 10) -> list[dict[str, Any]]:
+    draw = np.random.default_rng(0)
+    names = {*report.CONTROLS, *report.CONTROLS.values()}
+    cells = dict.fromkeys((*report.COLUMNS, "attack off"), 0.5)
+    made = []
+    for _ in range(count):
+        arms = {name: {**cells, "attack off": 0.9 + noise * draw.standard_normal()} for name in sorted(names)}
+        arms["decision Fisher, utility, 20%"]["attack off"] = arms["random 20%"]["attack off"] + effect
+        made.append({"arms": arms})
+    return made
+
+
+def test_what_counts_as_clear() -> None:
+    pair = "decision Fisher, utility, 20%", "random 20%"
+    strong = report.compare(seeds(-0.3, 0.0), *pair)
+    assert strong.clear and strong.mean == pytest.approx(-0.3) and "clearly lower" in str(strong)
+    assert not report.compare(seeds(-0.3, 0.0, count=1), *pair).clear
+    assert not report.compare(seeds(0.0, 0.1), *pair).clear
+    disagreeing = seeds(-0.3, 0.0)
+    for seed in disagreeing[:3]:
+        seed["arms"][pair[0]]["attack off"] = 0.91
+    assert not report.compare(disagreeing, *pair).clear
+    every = [report.compare(seeds(-0.3, 0.0), *both) for both in [*report.CONTROLS.items(), *report.ALSO]]
+    assert report.sentences(every)[0].endswith("decision Fisher, utility, 20% (-0.30 ± 0.00).")
+    none = [report.compare(seeds(0.0, 0.0), *both) for both in [*report.CONTROLS.items(), *report.ALSO]]
+    assert report.sentences(none)[0].startswith("No way of choosing units protected clearly better")
+
+
+def test_committed_results_are_what_the_seeds_say() -> None:
+    """RESULTS.md and results.json are made from the committed seeds."""
+    folder = FOLDER / "results"
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+    summary = json.loads((folder / "results.json").read_text())
+    assert summary["seeds"] == [seed["seed"] for seed in found] and len(found) >= 10
+    every = [report.compare(found, *both) for both in [*report.CONTROLS.items(), *report.ALSO]]
+    assert summary["sentences"] == report.sentences(every)
+    text = (folder / "RESULTS.md").read_text()
+    for line in [*report.sentences(every), *report.table(found)]:
+        assert line in text
+    assert sf.__version__
