@@ -35,6 +35,9 @@ Indices: TypeAlias = "Sequence[int] | Tensor | np.ndarray | None"
 _FORMAT: Final = "safefreeze.plan"
 _VERSION: Final = 1
 _MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged file may claim at most
+#: Elements of a tensor whose frozen ones a plan file may list: a mask takes a bit for each, however few are listed, and
+#: a small file must not make a reader allocate much.
+_MOST_LISTED: Final = 1 << 29
 _NONE: Final = np.empty(0, np.int64)
 
 
@@ -508,7 +511,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
         for name, entry in json.loads(header["masks"]).items():
             mask = FreezeMask(entry["shape"])
             n_rows, n_cols = mask.matrix_shape
-            if mask.numel > _MOST_ELEMENTS:
+            if mask.numel > _MOST_ELEMENTS or (entry.get("elements") == "index" and mask.numel > _MOST_LISTED):
                 raise PlanFileError(f"was altered: {name!r} has shape {mask.shape}, more than any tensor holds")
             parts: dict[str, Any] = {}
             for part, size in (("rows", n_rows), ("cols", n_cols), ("elements", mask.numel)):
@@ -531,7 +534,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
 
 def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
     dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32 if size <= 1 << 32 else np.uint64)
-    if index.size * dtype.itemsize < (size + 7) // 8:
+    if size <= _MOST_LISTED and index.size * dtype.itemsize < (size + 7) // 8:
         return "index", index.astype(dtype)
     flags = np.zeros(size, bool)
     flags[index] = True

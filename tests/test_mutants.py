@@ -73,12 +73,19 @@ MUTANTS: Final = (
         (CONTRACT,),
     ),
     Mutant(
-        "a plan that changed is not compiled",
+        "state keeps its places when as much is frozen as before",
         "optim.py",
-        "        self._plan = plan\n        self._launch_key = None\n",
-        "        self._plan = plan\n",
+        "if not state or old == new:",
+        "if not state or old.frozen_count == new.frozen_count:",
+        (CONTRACT,),
     ),
-    Mutant("ages are lost on resume", "optim.py", 'self._ages = loaded["ages"]', "self._ages = {}", (CONTRACT,)),
+    Mutant(
+        "ages are lost on resume",
+        "optim.py",
+        'self._ages = loaded["ages"]',
+        "self._ages = {}",
+        ("test_optimizer.py",),
+    ),
     Mutant("the plan is lost when an optimizer is copied", "optim.py", '            "_plan",\n', ""),
     Mutant(
         "a plan of another checkpoint is taken",

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from safefreeze_kernels import FreezeMask, FreezePlan, PlanFileError
+from safefreeze_kernels import masks as masks_module
 
 quickly = settings(
     max_examples=80,
@@ -758,3 +759,38 @@ def test_a_process_killed_at_any_of_many_moments_leaves_a_whole_file(tmp_path: P
 @needs_fork
 def test_a_file_that_may_not_grow_leaves_the_older_one_and_nothing_else(crashed: dict[str, Any]) -> None:
     assert crashed["limited"] == [42, "older", ["plan.safetensors"]]
+
+
+def crafted(path: Path, shape: list[int], part: str, coding: str, stored: np.ndarray) -> None:
+    """A file with a right checksum and a wrong fingerprint: everything but the contents is as it should be."""
+    header = {
+        "format": "safefreeze.plan", "version": "1", "fingerprint": "0" * 64, "metadata": "{}",
+        "masks": json.dumps({"w": {"shape": shape, part: coding}}),
+    }  # fmt: skip
+    header["checksum"] = masks_module._checksum(header)
+    path.write_bytes(safetensors.numpy.save({f"w:{part}": stored}, header))
+
+
+@pytest.mark.parametrize("shape", [[1 << 20, 1 << 12], [1 << 30], [1 << 40], [1 << 50, 1 << 50], [3, 1 << 62]])
+@pytest.mark.parametrize("part", ["rows", "cols", "elements"])
+def test_a_small_file_does_not_make_much_memory(path: Path, shape: list[int], part: str) -> None:
+    """What a mask of 2**29 elements takes at most, whatever a crafted file claims; much less for rows and columns."""
+    crafted(path, shape, part, "index", np.array([1], np.uint64))
+    tracemalloc.start()
+    try:
+        with pytest.raises(PlanFileError):
+            FreezePlan.load(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20, f"{peak:,} bytes for a file of {path.stat().st_size}"
+
+
+def test_elements_of_a_large_tensor_are_not_listed(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """So that a plan that was saved loads."""
+    monkeypatch.setattr(masks_module, "_MOST_LISTED", 100)
+    elements = torch.zeros(20, 20, dtype=torch.bool)
+    elements[3, 4] = True
+    plan = FreezePlan({"w": FreezeMask((20, 20), elements=elements)})
+    plan.save(path)
+    assert FreezePlan.load(path) == plan and FreezePlan.load(path).fingerprint == plan.fingerprint
