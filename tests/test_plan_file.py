@@ -751,8 +751,8 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file(crashed: dict[str, A
 @pytest.mark.slow
 @needs_fork
 def test_a_process_killed_at_any_of_many_moments_leaves_a_whole_file(tmp_path: Path) -> None:
-    endings = crashes(tmp_path, trials=400)["at random"]
-    assert_whole(endings, 400)
+    endings = crashes(tmp_path, trials=1000)["at random"]
+    assert_whole(endings, 1000)
     assert len({age for _, age in endings}) > 1, "no kill fell between two saves: the test tests nothing"
 
 

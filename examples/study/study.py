@@ -30,7 +30,7 @@ def seeds_of(text: str) -> list[int]:
     return found
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -58,7 +58,7 @@ def main() -> None:
 
             result = run_seed(seed, given.draws, tell)
         result["machine"] = {
-            "cpu": f"{_cpu()}, 1 thread", "torch": torch.__version__, "package": sf.__version__,
+            "cpu": f"{cpu_name()}, 1 thread", "torch": torch.__version__, "package": sf.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
         partial = path.with_suffix(".partial")
