@@ -63,7 +63,7 @@ sanitize: $(VENV)/.built
 	cd $(SANITIZED)/lib && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
-	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py gradients.py guard.py proof.py low_precision.py capturable.py fused_clipping.py)
+	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py machine.py gradients.py guard.py proof.py audit.py low_precision.py capturable.py fused_clipping.py)
 
 # One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
 # them. The older one comes with gigabytes of CUDA.

@@ -69,8 +69,8 @@ struct Tiles {
 // One row of addresses per tensor. A tensor whose gradient is at 0 is left alone.
 struct AdamWTensor {
   int64_t param, exp_avg, exp_avg_sq, max_exp_avg_sq;
-  int64_t remainder;  // packed: the lower halves of float32 masters whose upper halves are the (bf16) parameter; or 0
-  int64_t number;     // tells tensors apart in the noise of stochastic rounding
+  int64_t remainder;    // packed: the lower halves of float32 masters whose upper halves are the (bf16) parameter; or 0
+  int64_t number;       // tells tensors apart in the noise of stochastic rounding
   int64_t packed_grad;  // whether the gradient is packed, as the state is
 };
 struct DenseTensor {

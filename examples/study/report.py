@@ -1,7 +1,8 @@
 """``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture.
 
 Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than
-two standard errors away from 0, and has the same sign in at least four of five seeds.
+two standard errors away from 0, and has the same sign in at least four of five seeds in which the arms differ (where
+all attacks succeed under both they do not).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ COLUMNS: Final = ("steps", "frozen units", "new task", "old tasks", "attack off"
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two arms in the same seeds. ``agree``: share of seeds whose difference has the sign of the mean."""
+    """Of two arms in the same seeds. ``agree``: of the ``differing`` seeds, the share that has the mean's sign."""
 
     arm: str
     control: str
@@ -53,6 +54,7 @@ class Difference:
     error: float
     agree: float
     seeds: int
+    differing: int
 
     @property
     def clear(self) -> bool:
@@ -61,8 +63,8 @@ class Difference:
     def __str__(self) -> str:
         verdict = ("clearly lower" if self.mean < 0 else "clearly higher") if self.clear else "no clear difference"
         return (
-            f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}, {self.agree:.0%} "
-            f"of {self.seeds} seeds agree): {verdict}"
+            f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}; the arms differ in "
+            f"{self.differing} of {self.seeds} seeds, {self.agree:.0%} of these agree): {verdict}"
         )
 
 
@@ -74,7 +76,9 @@ def compare(seeds: Sequence[dict[str, Any]], arm: str, control: str) -> Differen
     apart = values(seeds, arm) - values(seeds, control)
     error = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.inf
     mean = float(apart.mean())
-    return Difference(arm, control, mean, error, float((np.sign(apart) == np.sign(mean)).mean()), len(apart))
+    differing = apart[apart != 0]
+    agree = float((np.sign(differing) == np.sign(mean)).mean()) if differing.size else 0.0
+    return Difference(arm, control, mean, error, agree, len(apart), len(differing))
 
 
 def sentences(found: Sequence[Difference]) -> list[str]:
