@@ -87,6 +87,11 @@ struct Whole {
   __device__ __forceinline__ Values<T, n> load(const T* tile) const {
     return *reinterpret_cast<const Values<T, n>*>(tile + here);
   }
+  // From a tensor, or from a packed twin: the places are the same.
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool) const {
+    return load(tile);
+  }
   // Values that are not chosen must be what was loaded.
   template <typename T>
   __device__ __forceinline__ void store(T* tile, const Values<T, n>& values) const {
@@ -136,6 +141,13 @@ struct Apart {
   template <typename T>
   __device__ __forceinline__ Values<T, n> load_packed(const T* tile) const {
     return load_at(tile, there);
+  }
+  template <typename T>
+  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool packed) const {
+    Values<T, n> values;
+#pragma unroll
+    for (int i = 0; i < n; ++i) values.of[i] = tile[packed ? there[i] : here[i]];
+    return values;
   }
   template <typename T>
   __device__ __forceinline__ void store_packed(T* tile, const Values<T, n>& values) const {
@@ -249,8 +261,10 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
   walk<n, slots>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
     constexpr int size = std::remove_reference_t<decltype(places)>::size;
     Values<Param, size> p = places.load(at<Param>(task.tensor.param));
+    // Of what is packed the flag is read anew: one more register to work with.
     const Param* const grad = at<const Param>(task.grad);
-    Values<Param, size> g = task.tensor.packed_grad ? places.load_packed(grad) : places.load(grad);
+    Values<Param, size> g =
+        places.load_either(grad, *const_cast<const volatile int64_t*>(&task.tensor.packed_grad) != 0);
     Values<State, size> m = places.load_packed(at<State>(task.tensor.exp_avg));
     Values<State, size> v = places.load_packed(at<State>(task.tensor.exp_avg_sq)), v_max;
     Values<uint16_t, size> r;
