@@ -8,7 +8,7 @@ the CUDA kernels are built too, their runtime linked statically: the result impo
     SAFEFREEZE_CUDA=0 | 1         leave the CUDA kernels out | it is an error if they cannot be built
     SAFEFREEZE_CUDA_ARCHS         compute capabilities to build for, "80 86 89 90 100 120" unless said otherwise; code
                                   for the first is also kept in a form that drivers translate for all later ones
-    SAFEFREEZE_SANITIZE=1         AddressSanitizer and UBSan, without CUDA
+    SAFEFREEZE_SANITIZE=1         AddressSanitizer and UBSan, without CUDA; =thread: ThreadSanitizer
 """
 
 import os
@@ -23,11 +23,11 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-SANITIZE = os.environ.get("SAFEFREEZE_SANITIZE") == "1"
+SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("SAFEFREEZE_SANITIZE", ""))
 # No contraction into fused multiply-add, no value-changing shortcuts: every backend must produce the same bits.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
          "-Wall", "-Wextra"]  # fmt: skip
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 # csrc/cpu.cpp is compiled once for each; the processor decides at run time.
 ISAS = {"baseline": []}
 if X86:

@@ -47,7 +47,8 @@ void work_in(void* data) {
 }  // namespace
 
 bool borrow_openmp(const char* path) {
-#if !defined(_WIN32)
+  // ThreadSanitizer knows how std::thread orders memory, and nothing of an OpenMP runtime built without it.
+#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__)
   if (void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)) {
     if (auto parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"))) {
       openmp_parallel = parallel;  // the handle stays open: the runtime must outlive us
