@@ -7,7 +7,7 @@ CSRC := $(wildcard csrc/*)
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test torture sanitize bench study sass gpu wheel docs lint format clean
+.PHONY: demo test torture sanitize races bench study sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -64,6 +64,17 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
 	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py machine.py gradients.py guard.py proof.py audit.py low_precision.py capturable.py fused_clipping.py)
+
+# Threads that share memory, on an extension built with ThreadSanitizer; a race ends the run with an error. Addresses are
+# not randomised meanwhile: older versions of the sanitizer cannot place their own.
+RACES := build/races
+races: $(VENV)/.built
+	rm -rf $(RACES)
+	SAFEFREEZE_SANITIZE=thread SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) setup.py -q build --build-base $(RACES)/base --build-lib $(RACES)/lib
+	cd $(RACES)/lib && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66 setarch -R \
+	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
+	-k "undo_each_other or noise_does_not_depend" $(addprefix $(CURDIR)/tests/test_,kernels.py low_precision.py)
 
 # One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
 # them. The older one comes with gigabytes of CUDA.

@@ -212,25 +212,36 @@ void store_f16(const float* values, int64_t n, uint16_t* data) {
 
 using Stage = float[block + slack];
 
+// `others`: flags of elements that another thread may be writing; 0 is read for them. May be null.
 template <typename T>
-void copy_or_pick(const T* data, Place place, int64_t n, T* __restrict out) {
-  if (place.cols) {
+void copy_or_pick(const T* data, Place place, int64_t n, T* __restrict out, const uint8_t* others = nullptr) {
+  if (others) {
+    const int64_t width = place.cols ? place.picks : n;
+    for (int64_t done = 0, row = 0; done < n; done += width, ++row) {
+      const T* here = data + (place.cols ? place.row_start(row) : place.start);
+      for (int64_t i = 0; i < width; ++i) {
+        out[done + i] = others[done + i] ? T(0) : here[place.cols ? place.cols[i] : i];
+      }
+    }
+  } else if (place.cols) {
     pick(data, place, n, out);
   } else {
     memcpy(out, data + place.start, static_cast<size_t>(n) * sizeof(T));
   }
 }
 
-void load(DType dtype, int64_t address, Place place, int64_t n, float* __restrict out) {
+void load(DType dtype, int64_t address, Place place, int64_t n, float* __restrict out,
+          const uint8_t* others = nullptr) {
   if (dtype == DType::f32) {
     // Bits, not floats: the same code picks every storage type.
-    copy_or_pick(at<const uint32_t>(address), place, n, reinterpret_cast<uint32_t*>(out));
+    copy_or_pick(at<const uint32_t>(address), place, n, reinterpret_cast<uint32_t*>(out), others);
     return;
   }
   const uint16_t* data = at<const uint16_t>(address);
   uint16_t picked[block + slack];
-  if (place.cols) pick(data, place, n, picked);
-  const uint16_t* stored = place.cols ? picked : data + place.start;
+  const bool staged = place.cols || others;
+  if (staged) copy_or_pick(data, place, n, picked, others);
+  const uint16_t* stored = staged ? picked : data + place.start;
   if (dtype == DType::bf16) {
     for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(stored[i]);
   } else {
@@ -463,17 +474,17 @@ struct Operand {
   bool bf16, staged;
 };
 
-Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage, bool in_place = true) {
-  in_place = in_place && !place.cols;
+Operand operand(DType dtype, int64_t address, Place place, int64_t n, float* stage, const uint8_t* others) {
+  const bool in_place = !others && !place.cols;
   if (dtype == DType::bf16) {
     uint16_t* data = at<uint16_t>(address);
     if (in_place) return {data + place.start, true, false};
     uint16_t* staged = reinterpret_cast<uint16_t*>(stage);
-    copy_or_pick(data, place, n, staged);
+    copy_or_pick(data, place, n, staged, others);
     return {staged, true, true};
   }
   if (in_place && dtype == DType::f32) return {at<float>(address) + place.start, false, false};
-  load(dtype, address, place, n, stage);
+  load(dtype, address, place, n, stage, others);
   return {stage, false, true};
 }
 
@@ -525,18 +536,18 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
       expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
       frozen = flag_stage;
     }
-    const bool in_place = !(frozen && b.place.shared);
-    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0], in_place);
-    const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1], in_place);
-    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2], in_place);
-    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], in_place);
-    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], in_place)
+    const uint8_t* const others = frozen && b.place.shared ? frozen : nullptr;
+    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0], others);
+    const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1], others);
+    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2], others);
+    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3], others);
+    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4], others)
                                      : Operand{nullptr, false, false};
     Operand extra{nullptr, true, false};
     Rounding rounding = Rounding::nearest;
     if (tensor.remainder) {
       rounding = Rounding::remainder;
-      extra = operand(DType::bf16, tensor.remainder, b.packed, b.n, stage[5], in_place);
+      extra = operand(DType::bf16, tensor.remainder, b.packed, b.n, stage[5], others);
     } else if (launch.stochastic && dtype != DType::f32) {
       rounding = Rounding::stochastic;
       extra.data = stage[5];
