@@ -55,26 +55,25 @@ format: $(VENV)/.built
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*
 
-# The same tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
-SANITIZED := build/sanitized
-sanitize: $(VENV)/.built
-	rm -rf $(SANITIZED)
-	SAFEFREEZE_SANITIZE=1 SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) setup.py -q build --build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
-	cd $(SANITIZED)/lib && \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -m "not slow" \
-	$(addprefix $(CURDIR)/tests/test_,kernels.py tensors.py contract.py machine.py gradients.py guard.py proof.py audit.py low_precision.py capturable.py fused_clipping.py)
-
-# Threads that share memory, on an extension built with ThreadSanitizer; a race ends the run with an error. Addresses are
-# not randomised meanwhile: older versions of the sanitizer cannot place their own.
-RACES := build/races
-races: $(VENV)/.built
-	rm -rf $(RACES)
-	SAFEFREEZE_SANITIZE=thread SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) setup.py -q build --build-base $(RACES)/base --build-lib $(RACES)/lib
-	cd $(RACES)/lib && \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66 setarch -R \
+# Tests on an extension built with a sanitizer, in a copy of the package under build/. Arguments: SAFEFREEZE_SANITIZE, the
+# sanitizer's libraries, further environment and wrapper, pytest's choice of tests, names of test files.
+define sanitized
+	rm -rf build/$@
+	SAFEFREEZE_SANITIZE=$(1) SAFEFREEZE_REQUIRE_NATIVE=1 \
+	$(PY) setup.py -q build --build-base build/$@/base --build-lib build/$@/lib
+	cd build/$@/lib && LD_PRELOAD="$(foreach library,$(2),$$($(CXX) -print-file-name=$(library)))" $(3) \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
-	-k "undo_each_other or noise_does_not_depend" $(addprefix $(CURDIR)/tests/test_,kernels.py low_precision.py)
+	$(4) $(patsubst %,$(CURDIR)/tests/test_%.py,$(5))
+endef
+
+# AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.built
+	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
+
+# ThreadSanitizer, on threads that share memory; a race ends the run with an error. Addresses are not randomised
+# meanwhile: older versions of the sanitizer cannot place their own.
+races: $(VENV)/.built
+	$(call sanitized,thread,libtsan.so,TSAN_OPTIONS=exitcode=66 setarch -R,-k "undo_each_other or noise_does_not_depend",kernels low_precision)
 
 # One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
 # them. The older one comes with gigabytes of CUDA.

@@ -23,11 +23,17 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-SANITIZE = {"1": "address,undefined", "thread": "thread"}.get(os.environ.get("SAFEFREEZE_SANITIZE", ""))
+SANITIZE = {"": "", "0": "", "1": "address,undefined", "thread": "thread"}.get(
+    os.environ.get("SAFEFREEZE_SANITIZE", "")
+)
+if SANITIZE is None:
+    raise SystemExit(f"SAFEFREEZE_SANITIZE={os.environ['SAFEFREEZE_SANITIZE']}: expected 1 or thread")
 # No contraction into fused multiply-add, no value-changing shortcuts: every backend must produce the same bits.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
          "-Wall", "-Wextra"]  # fmt: skip
-SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+SANITIZERS = (
+    [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
+)
 # csrc/cpu.cpp is compiled once for each; the processor decides at run time.
 ISAS = {"baseline": []}
 if X86:
@@ -73,7 +79,7 @@ class BuildExtension(build_ext):
         if cuda:
             macros.append(("SAFEFREEZE_CUDA", "1"))
             extension.sources.append("csrc/bindings_cuda.cpp")
-        flags = FLAGS + (SANITIZERS if SANITIZE else [])
+        flags = FLAGS + SANITIZERS
         jobs = [(source, "", []) for source in extension.sources]
         jobs += [("csrc/cpu.cpp", isa, isa_flags) for isa, isa_flags in ISAS.items()]
 
@@ -91,7 +97,7 @@ class BuildExtension(build_ext):
             with ThreadPoolExecutor() as pool:
                 extension.extra_objects = [o for objects in pool.map(compile_one, jobs) for o in objects] + cuda
             extension.sources = []
-            extension.extra_link_args = (SANITIZERS[:1] if SANITIZE else ["-Wl,-s"]) if os.name == "posix" else []
+            extension.extra_link_args = (SANITIZERS[:1] or ["-Wl,-s"]) if os.name == "posix" else []
             extension.libraries = ["dl", "pthread", "rt"] if sys.platform.startswith("linux") else []
             super().build_extension(extension)
         except Exception as error:
