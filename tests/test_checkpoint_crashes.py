@@ -19,14 +19,17 @@ from typing import Any
 
 import pytest
 import torch
+import trainer_run
+from safetensors.torch import load_file
 
 import safefreeze_kernels as sf
 
+FEW, MANY = 12, int(os.environ.get("SAFEFREEZE_KILLS", "1000"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
-class Tells:
-    """Made into a callback where transformers is imported: writes the number of every step whose save is over."""
+class Tells(trainer_run.TrainerCallback):  # type: ignore[misc]
+    """Writes the number of every step whose save is over. After step ``room_after`` the disk is full."""
 
     def __init__(self, tell: int, room_after: int | None = None) -> None:
         self.tell, self.room_after = tell, room_after
@@ -39,19 +42,13 @@ class Tells:
 
 def saving(folder: Path, tell: int, room_after: int | None = None) -> None:
     """Train and save after every step, for as long as one is let."""
-    import trainer_run
-
-    callback = type("Callback", (Tells, trainer_run.TrainerCallback), {})(tell, room_after)
     run = trainer_run.trainer(folder, save_strategy="steps", save_steps=1, max_steps=500, logging_steps=1000)
-    run.add_callback(callback)
+    run.add_callback(Tells(tell, room_after))
     run.train()
 
 
 def whole(checkpoint: Path) -> bool:
     """Whether it has its proof; if so, everything in it is looked at."""
-    import trainer_run
-    from safetensors.torch import load_file
-
     if not (checkpoint / "freeze_proof.json").exists():
         return False
     proof, plan = json.loads((checkpoint / "freeze_proof.json").read_text()), trainer_run.plan()
@@ -126,11 +123,11 @@ def many(folder: Path, trials: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return in_a_fresh_process(tmp_path_factory.mktemp("crashes"), 12)
+    return in_a_fresh_process(tmp_path_factory.mktemp("crashes"), FEW)
 
 
 def test_killed_while_saving(few: dict[str, Any]) -> None:
-    assert few["killed"] == 12 and few["whole"] >= 12
+    assert few["killed"] == FEW and few["whole"] >= FEW
 
 
 def test_a_full_disk_is_an_error_and_leaves_what_was_saved(few: dict[str, Any]) -> None:
@@ -139,9 +136,9 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_saved(few: dict[str, Any]) 
 
 @pytest.mark.slow
 def test_killed_a_thousand_times_while_saving(tmp_path: Path) -> None:
-    found = in_a_fresh_process(tmp_path, int(os.environ.get("SAFEFREEZE_KILLS", "1000")))
+    found = in_a_fresh_process(tmp_path, MANY)
     print(found)
-    assert found["killed"] == int(os.environ.get("SAFEFREEZE_KILLS", "1000"))
+    assert found["killed"] == MANY
     assert found["torn"] > 0, "no kill fell into a save: the test tests nothing"
 
 
