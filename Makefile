@@ -24,7 +24,7 @@ bench: $(VENV)/.built
 	$(PY) -m benchmarks.live
 	$(PY) -m benchmarks.finetune
 
-# Does freezing keep a small model refusing? One seed, about two minutes; SEEDS=0-19 for all, each kept in build/study.
+# Does freezing keep a small model refusing? One seed, about three minutes; SEEDS=0-19 for all, each kept in build/study.
 SEEDS ?= 0
 study: $(VENV)/.built
 	$(PY) examples/study/study.py --seeds $(SEEDS) --output build/study

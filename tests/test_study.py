@@ -65,21 +65,26 @@ def test_arms_and_a_run(world: worlds.World, monkeypatch: pytest.MonkeyPatch) ->
     model = experiment.make_model(world)
     experiment.teach(model, world, world.lessons(200, aligned=True, seed=1), 6, 1e-3, 0)
     arms = experiment.arms(model, world, 2)
-    sizes = {name: {(int(s.heads.sum()), int(s.channels.sum())) for s in arm if s} for name, arm in arms.items()}
+    sizes = {
+        name: {(int(s.heads.sum()), int(s.channels.sum())) for s in arm.selections if s} for name, arm in arms.items()
+    }
     assert all(len(found) <= 1 for found in sizes.values())
     for name, control in report.CONTROLS.items():
         if control != "full":
             assert sizes[name] == sizes[control], name
-    one, two = arms["random 20%"]
+    one, two = arms["random 20%"].selections
+    assert one is not None and two is not None
     assert (one.channels != two.channels).any() and one.jaccard(two) < 0.5
-    found = experiment.fine_tune(model, world, experiment.Exam(world), arms["decision Fisher, utility, 20%"][0], 1e-3)
-    assert found["steps"] == 4 and 0.1 < found["frozen parameters"] < 0.3 and found["frozen bytes compared"] > 100_000
+    assert arms["random 20%, half rate"] == arms["random 20%"]._replace(rate=0.5)
+    (fifth,) = arms["decision Fisher, utility, 20%"].selections
+    found = experiment.fine_tune(model, world, experiment.Exam(world), fifth, head=True)
+    assert found["steps"] == 4 and 0.1 < found["frozen parameters"] < 0.35 and found["frozen bytes compared"] > 100_000
     assert find_units(model).n_layers == 4 and torch.isfinite(torch.tensor(found["attack off"]))
 
 
 def seeds(effect: float, noise: float, count: int = 10) -> list[dict[str, Any]]:
     draw = np.random.default_rng(0)
-    names = {*report.CONTROLS, *report.CONTROLS.values()}
+    names = {*report.CONTROLS, *report.CONTROLS.values(), *(arm for pair in report.ALSO for arm in pair)}
     cells = dict.fromkeys((*report.COLUMNS, "attack off"), 0.5)
     made = []
     for _ in range(count):

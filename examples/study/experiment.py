@@ -10,11 +10,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from world import REFUSAL, Row, World
 
@@ -23,16 +23,21 @@ from safefreeze_kernels.attribution import UnitLayout, UnitSelection, find_units
 
 LEARNING_RATE: Final = 2e-3
 ENOUGH: Final = 0.95  # of the stop set's new-task answers
-MOST_STEPS: Final = 200
+MOST_STEPS: Final = 200  # twice as many at half the rate
 LOOK_EVERY: Final = 4
 DRAWS: Final = 3  # of random units
+AT_HALF_RATE: Final = (
+    "full", "decision Fisher, utility, 20%", "decision Fisher, task, 20%", "first layers, 20%", "random 20%",
+    "decision Fisher, utility, 50%", "random 50%",
+)  # fmt: skip
+WITH_HEAD: Final = ("full", "decision Fisher, utility, 20%", "random 20%")
 
 #: Called with what is being done and how much of it is.
 Tell = Callable[[str], None]
 
 
 def make_model(world: World) -> LlamaForCausalLM:
-    """288,000 parameters: 4 layers of 4 heads and 256 channels, 1,040 units."""
+    """287,000 parameters: 4 layers of 4 heads and 256 channels, 1,040 units."""
     torch.manual_seed(world.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -43,6 +48,14 @@ def make_model(world: World) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
+def learn(model: nn.Module, optimizer: sf.MaskedAdamW, batch: Mapping[str, Tensor]) -> None:
+    """One step on one batch, gradients clipped to a norm of 1."""
+    model(**batch, use_cache=False).loss.backward()
+    sf.clip_grad_norm_(model, 1.0, optimizer=optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def teach(model: nn.Module, world: World, rows: list[Row], steps: int, lr: float, seed: int) -> None:
     """AdamW, cosine to 5%, batches of 32."""
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -51,10 +64,7 @@ def teach(model: nn.Module, world: World, rows: list[Row], steps: int, lr: float
     for step in range(steps):
         warm = min(1.0, (step + 1) / 20)
         optimizer.param_groups[0]["lr"] = lr * warm * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-        model(**world.batch(order.sample(rows, 32)), use_cache=False).loss.backward()
-        sf.clip_grad_norm_(model, 1.0, optimizer=optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
+        learn(model, optimizer, world.batch(order.sample(rows, 32)))
     model.eval()
 
 
@@ -62,12 +72,14 @@ def teach(model: nn.Module, world: World, rows: list[Row], steps: int, lr: float
 
 
 @torch.no_grad()
-def right(model: nn.Module, world: World, rows: Sequence[Row]) -> float:
+def right(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Share of rows whose whole answer is greedy decoding's: each token is the likeliest after the right ones."""
-    batch = world.batch(rows)
-    labels = batch.pop("labels")[:, 1:]
-    guess = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-    return float(((guess == labels) | (labels == -100)).all(1).float().mean())
+    hits = []
+    for batch in batches:
+        labels, asked = batch["labels"][:, 1:], {name: part for name, part in batch.items() if name != "labels"}
+        guess = model(**asked, use_cache=False).logits[:, :-1].argmax(-1)
+        hits.append(((guess == labels) | (labels == -100)).all(1))
+    return float(torch.cat(hits).float().mean())
 
 
 @torch.no_grad()
@@ -100,6 +112,10 @@ class Exam:
                         for row in ask(kind, things, 96, seed=20 + i, held_out=templates != "seen")
                     ]
 
+    def right(self, model: nn.Module, rows: Sequence[Row]) -> float:
+        """`right`, of all rows in one batch."""
+        return right(model, [self.world.batch(rows)])
+
     def grade(self, model: nn.Module) -> dict[str, Any]:
         """Everything that is reported of a model."""
         model.eval()
@@ -111,14 +127,23 @@ class Exam:
 
         off = [row for name, rows in self.restricted.items() if name.startswith("off") for row in rows]
         return {
-            "new task": right(model, self.world, self.new), "old tasks": right(model, self.world, self.old),
+            "new task": self.right(model, self.new), "old tasks": self.right(model, self.old),
             "attack off": attack("off", "unseen"), "attack off, objects the scores saw": attack("off", "seen"),
-            "attack on": attack("on", "unseen"), "strict compliance off": right(model, self.world, off),
+            "attack on": attack("on", "unseen"), "strict compliance off": self.right(model, off),
             "refusal": refusal,
         }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- the arms
+
+
+class Arm(NamedTuple):
+    """What is frozen: one selection of units (None: none), or several whose results are averaged; and, with ``head``,
+    the output head. ``rate``: share of the learning rate."""
+
+    selections: Sequence[UnitSelection | None] = (None,)
+    head: bool = False
+    rate: float = 1.0
 
 
 def anywhere(layout: UnitLayout, like: UnitSelection, seed: int) -> UnitSelection:
@@ -141,8 +166,8 @@ def first_layers(layout: UnitLayout, like: UnitSelection) -> UnitSelection:
     return UnitSelection(chosen[0], chosen[1], layout)
 
 
-def arms(model: nn.Module, world: World, draws: int) -> dict[str, list[UnitSelection | None]]:
-    """Name -> the selections whose results are averaged. None: nothing is frozen."""
+def arms(model: nn.Module, world: World, draws: int) -> dict[str, Arm]:
+    """All arms by name; at half the learning rate some of them again."""
     layout = find_units(model)
     draw = random.Random(world.seed)
 
@@ -164,49 +189,60 @@ def arms(model: nn.Module, world: World, draws: int) -> dict[str, list[UnitSelec
     few, most = ssah.freeze(scu=True, cu=0.06), ssah.freeze(scu=True, cu=True)
     fifth, half = fisher["utility"].top(0.2), fisher["utility"].top(0.5)
 
-    def random_arm(like: UnitSelection) -> list[UnitSelection | None]:
+    def at_random(like: UnitSelection) -> list[UnitSelection]:
         return [anywhere(layout, like, 1000 * world.seed + i) for i in range(draws)]
 
-    return {
-        "full": [None],
-        "half learning rate": [None],
-        "SSAH (b)": [few],
-        "random as (b)": random_arm(few),
-        "SSAH (c)": [most],
-        "random as (c)": random_arm(most),
-        "decision Fisher, utility, 20%": [fifth],
-        "decision Fisher, task, 20%": [fisher["task"].top(0.2)],
-        "gradient x activation, 20%": [effect.top(0.2)],
-        "first layers, 20%": [first_layers(layout, fifth)],
-        "random 20%": random_arm(fifth),
-        "random 20%, same layers": [fifth.random_like(1000 * world.seed + i) for i in range(draws)],
-        "decision Fisher, utility, 50%": [half],
-        "decision Fisher, task, 50%": [fisher["task"].top(0.5)],
-        "random 50%": random_arm(half),
-        "random 50%, same layers": [half.random_like(1000 * world.seed + i) for i in range(draws)],
+    def same_layers(like: UnitSelection) -> list[UnitSelection]:
+        return [like.random_like(1000 * world.seed + i) for i in range(draws)]
+
+    full = {
+        "full": Arm(),
+        "SSAH (b)": Arm([few]),
+        "random as (b)": Arm(at_random(few)),
+        "SSAH (c)": Arm([most]),
+        "random as (c)": Arm(at_random(most)),
+        "decision Fisher, utility, 20%": Arm([fifth]),
+        "decision Fisher, task, 20%": Arm([fisher["task"].top(0.2)]),
+        "gradient x activation, 20%": Arm([effect.top(0.2)]),
+        "first layers, 20%": Arm([first_layers(layout, fifth)]),
+        "random 20%": Arm(at_random(fifth)),
+        "random 20%, same layers": Arm(same_layers(fifth)),
+        "decision Fisher, utility, 50%": Arm([half]),
+        "decision Fisher, task, 50%": Arm([fisher["task"].top(0.5)]),
+        "random 50%": Arm(at_random(half)),
+        "random 50%, same layers": Arm(same_layers(half)),
     }
+    halved = {f"{name}, half rate": full[name]._replace(rate=0.5) for name in AT_HALF_RATE}
+    return full | {f"{name}, head": full[name]._replace(head=True) for name in WITH_HEAD} | halved
 
 
 def fine_tune(
-    model: nn.Module, world: World, exam: Exam, selection: UnitSelection | None, lr: float
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module,
+    world: World,
+    exam: Exam,
+    selection: UnitSelection | None,
+    *,
+    head: bool = False,
+    rate: float = 1.0,
+) -> dict[str, Any]:
     """Train a copy on the new task until it is learnt; prove that nothing frozen moved; grade it."""
     model = copy.deepcopy(model)
     plan = selection.build(model) if selection is not None else sf.FreezePlan()
+    if head:
+        shape = model.get_parameter("lm_head.weight").shape
+        plan = sf.FreezePlan({**plan, "lm_head.weight": sf.FreezeMask(shape, rows=range(shape[0]))})
+    lr = LEARNING_RATE * rate
     proof = sf.snapshot(model, plan)
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=lr, weight_decay=0.0, freeze=plan)
     rows, order = world.new_task(1000, seed=world.seed + 5), random.Random(world.seed + 7)
     steps = 0
-    for steps in range(1, MOST_STEPS + 1):
+    for steps in range(1, round(MOST_STEPS / rate) + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, steps / 5)
         model.train()
-        model(**world.batch(order.sample(rows, 32)), use_cache=False).loss.backward()
-        sf.clip_grad_norm_(model, 1.0, optimizer=optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
+        learn(model, optimizer, world.batch(order.sample(rows, 32)))
         if steps % LOOK_EVERY == 0:
             model.eval()
-            if right(model, world, exam.stop) >= ENOUGH:
+            if exam.right(model, exam.stop) >= ENOUGH:
                 break
     proof.verify(model)
     frozen = sum(mask.frozen_count for _, mask in plan.items())
@@ -240,10 +276,10 @@ def run_seed(seed: int, draws: int, tell: Tell) -> dict[str, Any]:
     tell("scores")
     chosen = arms(model, world, draws)
     results = {}
-    for name, selections in chosen.items():
-        lr = LEARNING_RATE / 2 if name == "half learning rate" else LEARNING_RATE
+    for name, arm in chosen.items():
         tell(name)
-        results[name] = _mean([fine_tune(model, world, exam, selection, lr) for selection in selections])
+        found = [fine_tune(model, world, exam, units, head=arm.head, rate=arm.rate) for units in arm.selections]
+        results[name] = _mean(found)
     return {
         "seed": seed, "draws": draws, "seconds": time.perf_counter() - begun,
         "parameters": sum(p.numel() for p in model.parameters()),

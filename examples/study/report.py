@@ -19,7 +19,7 @@ import numpy as np
 
 #: arm -> the control it is compared with
 CONTROLS: Final = {
-    "half learning rate": "full",
+    "full, half rate": "full",
     "SSAH (b)": "random as (b)",
     "SSAH (c)": "random as (c)",
     "decision Fisher, utility, 20%": "random 20%",
@@ -30,6 +30,11 @@ CONTROLS: Final = {
     "decision Fisher, utility, 50%": "random 50%",
     "decision Fisher, task, 50%": "random 50%",
     "random 50%, same layers": "random 50%",
+    "decision Fisher, utility, 20%, head": "random 20%, head",
+    "decision Fisher, utility, 20%, half rate": "random 20%, half rate",
+    "decision Fisher, task, 20%, half rate": "random 20%, half rate",
+    "first layers, 20%, half rate": "random 20%, half rate",
+    "decision Fisher, utility, 50%, half rate": "random 50%, half rate",
 }
 #: further pairs of interest
 ALSO: Final = (
@@ -37,8 +42,13 @@ ALSO: Final = (
     ("decision Fisher, utility, 20%", "first layers, 20%"),
     ("decision Fisher, utility, 50%", "random 50%, same layers"),
     ("SSAH (c)", "full"),
-    ("SSAH (c)", "half learning rate"),
-    ("decision Fisher, utility, 50%", "half learning rate"),
+    ("SSAH (c)", "full, half rate"),
+    ("decision Fisher, utility, 50%", "full, half rate"),
+    ("full, head", "full"),
+    ("decision Fisher, utility, 20%, head", "decision Fisher, utility, 20%"),
+    ("decision Fisher, utility, 20%, half rate", "full, half rate"),
+    ("decision Fisher, task, 20%, half rate", "full, half rate"),
+    ("decision Fisher, utility, 20%, half rate", "first layers, 20%, half rate"),
 )
 MEASURE: Final = "attack off"
 COLUMNS: Final = ("steps", "frozen units", "new task", "old tasks", "attack off", "attack on", "strict compliance off")
@@ -102,7 +112,7 @@ def sentences(found: Sequence[Difference]) -> list[str]:
         f"Decision Fisher at 20% against random units of the same layers: {layers.mean:+.2f} ± {layers.error:.2f} "
         f"({_word(layers)}); against the first layers: {place.mean:+.2f} ± {place.error:.2f} ({_word(place)})."
     )
-    rate = by_pair["half learning rate", "full"]
+    rate = by_pair["full, half rate", "full"]
     lines.append(
         f"Half the learning rate, nothing frozen, against the full one: {rate.mean:+.2f} ± {rate.error:.2f} "
         f"({_word(rate)})."

@@ -50,7 +50,7 @@ def main() -> None:
         if path.exists():
             print(f"{path} is there already")
             continue
-        with tqdm(total=19, desc=f"seed {seed}", unit="stage") as bar:
+        with tqdm(total=28, desc=f"seed {seed}", unit="stage") as bar:
 
             def tell(what: str, bar: tqdm = bar) -> None:
                 bar.update()
