@@ -400,15 +400,14 @@ def _nothing(_: int) -> None:
 
 
 def _checked(plan: FreezePlan, stored: Mapping[str, _Stored], operation: str, word: str) -> None:
-    if not isinstance(plan, FreezePlan):
-        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
     if not any(mask.frozen_count for mask in plan.values()):
         raise ValueError(f"{operation}: the plan freezes nothing, so there is nothing to prove; is it the right one?")
     for name, mask in plan.items():
         if name not in stored:
             raise ValueError(
                 f"{operation}: the plan names {name!r}, which is not among the {len(stored)} tensors of {word}; is it "
-                "a plan for another model? (of tied weights checkpoints hold one name alone)"
+                "a plan for another model? (of tied weights checkpoints hold one name alone: say so with "
+                "tied={name: other}, --tied NAME=OTHER)"
             )
         if stored[name].shape != mask.shape:
             raise ValueError(
@@ -416,7 +415,38 @@ def _checked(plan: FreezePlan, stored: Mapping[str, _Stored], operation: str, wo
             )
 
 
-def compare(base: PathLike, tuned: PathLike, plan: FreezePlan, *, progress: Progress | None = None) -> AuditReport:
+def _told_names(
+    plan: FreezePlan, tied: Mapping[str, str] | None, opened: Mapping[str, _Checkpoint], operation: str
+) -> tuple[FreezePlan, list[dict[str, _Stored]]]:
+    """The plan, and the tensors of each checkpoint (by what it is called in errors), in which the two names of a tied
+    weight are one: the plan's. Nothing but ``tied`` tells: a checkpoint's own word for it could be forged."""
+    if not isinstance(plan, FreezePlan):
+        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
+    masks, tensors = dict(plan), [dict(one.tensors) for one in opened.values()]
+    for pair in (tied or {}).items():
+        names = [name for name in sorted(masks) if name in pair] or sorted(pair)
+        if len(names) > 1 and names[0] in masks and masks[names[0]] != masks.pop(names[1]):
+            both = f"{names[0]!r} and {names[1]!r}"
+            raise ValueError(f"{operation}: {both} are tied, but the plan has two different masks for them")
+        for word, stored in zip(opened, tensors, strict=True):
+            held = [name for name in pair if name in stored]
+            if len(held) != 1:
+                raise ValueError(
+                    f"{operation}: {pair[0]!r} and {pair[1]!r} are said to be tied, so {word} should hold one of them; "
+                    + ("it holds both" if held else "it holds neither")
+                )
+            stored[names[0]] = stored.pop(held[0])
+    return FreezePlan(masks), tensors
+
+
+def compare(
+    base: PathLike,
+    tuned: PathLike,
+    plan: FreezePlan,
+    *,
+    tied: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> AuditReport:
     """Compare two checkpoints on disk: did a frozen byte change, and how much did the rest?
 
     Both are read once, in blocks; a few megabytes are in memory at any time.
@@ -424,24 +454,33 @@ def compare(base: PathLike, tuned: PathLike, plan: FreezePlan, *, progress: Prog
     Args:
         base, tuned: a safetensors file, or a folder as Hugging Face saves models to, sharded or not.
         plan: what was frozen.
+        tied: name -> other name of the same weight, where checkpoints hold one of the two and the plan, or the other
+            checkpoint, uses the other. Does the model that is loaded tie them (``tie_word_embeddings``)? Checkpoints
+            cannot prove that.
         progress: called with bytes that were gone through; `total_bytes` says of how many.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints the plan does not fit, a
-            plan that freezes nothing.
+        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints the plan or ``tied`` does
+            not fit, a plan that freezes nothing.
         TypeError: ``plan`` is something else.
     """
     operation = "audit.compare"
-    return _compare(_opened(base, operation, "base"), _opened(tuned, operation, "tuned"), plan, operation, progress)
+    one, other = _opened(base, operation, "base"), _opened(tuned, operation, "tuned")
+    return _compare(one, other, plan, tied, operation, progress)
 
 
 def _compare(
-    base: _Checkpoint, tuned: _Checkpoint, plan: FreezePlan, operation: str, progress: Progress | None
+    base: _Checkpoint,
+    tuned: _Checkpoint,
+    plan: FreezePlan,
+    tied: Mapping[str, str] | None,
+    operation: str,
+    progress: Progress | None,
 ) -> AuditReport:
-    stored = base.tensors, tuned.tensors
+    told, stored = _told_names(plan, tied, {"base": base, "tuned": tuned}, operation)
     for one, word in zip(stored, ("base", "tuned"), strict=True):
-        _checked(plan, one, operation, word)
+        _checked(told, one, operation, word)
     report = AuditReport(plan.fingerprint)
     for one, other, word in ((stored[0], stored[1], "base"), (stored[1], stored[0], "tuned")):
         report.notes += [f"{name!r} is in {word} alone" for name in one if name not in other]
@@ -457,7 +496,7 @@ def _compare(
                 jobs,
                 pool.map(
                     lambda name: _changes(
-                        name, stored[0][name], stored[1][name], plan.get(name) or FreezeMask(stored[0][name].shape),
+                        name, stored[0][name], stored[1][name], told.get(name) or FreezeMask(stored[0][name].shape),
                         progress or _nothing,
                     ),
                     jobs,
@@ -594,12 +633,18 @@ class Statement:
 
 
 def attest(
-    base: PathLike, tuned: PathLike, plan: FreezePlan, path: PathLike | None = None, *, progress: Progress | None = None
+    base: PathLike,
+    tuned: PathLike,
+    plan: FreezePlan,
+    path: PathLike | None = None,
+    *,
+    tied: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Statement:
     """`compare` two checkpoints, and state that no frozen byte differs, for `check`.
 
     Args:
-        base, tuned, plan, progress: as in `compare`.
+        base, tuned, plan, tied, progress: as in `compare`.
         path: where to write the statement.
 
     Raises:
@@ -610,10 +655,11 @@ def attest(
 
     operation = "audit.attest"
     one, other = _opened(base, operation, "base"), _opened(tuned, operation, "tuned")
-    report = _compare(one, other, plan, operation, progress)
+    report = _compare(one, other, plan, tied, operation, progress)
     if not report.ok:
         raise FrozenBytesChangedError(report)
-    digest = _frozen_digest(other.tensors, plan, _nothing)
+    told, (stored,) = _told_names(plan, tied, {"tuned": other}, operation)
+    digest = _frozen_digest(stored, told, _nothing)
     found = Statement(
         plan.fingerprint, digest, report.frozen, _file_digests(one.files), _file_digests(other.files), __version__
     )
@@ -636,7 +682,14 @@ class FrozenBytesChangedError(ValueError):
         self.report = report
 
 
-def check(tuned: PathLike, plan: FreezePlan, statement: Statement, *, progress: Progress | None = None) -> AuditReport:
+def check(
+    tuned: PathLike,
+    plan: FreezePlan,
+    statement: Statement,
+    *,
+    tied: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> AuditReport:
     """Verify a tuned checkpoint against a statement, without the base: are its frozen bytes those attested?
 
     Files with other hashes than those attested (trained further, saved anew) are a note, not a failure.
@@ -646,16 +699,16 @@ def check(tuned: PathLike, plan: FreezePlan, statement: Statement, *, progress: 
     """
     operation = "audit.check"
     opened = _opened(tuned, operation, "tuned")
-    stored = opened.tensors
-    _checked(plan, stored, operation, "tuned")
+    told, (stored,) = _told_names(plan, tied, {"tuned": opened}, operation)
+    _checked(told, stored, operation, "tuned")
     report = AuditReport(plan.fingerprint, attested=True)
     report.tensors = [
         TensorChanges(name, mask.shape, stored[name].dtype, mask.frozen_count, mask.live_count)
-        for name, mask in plan.items()
+        for name, mask in told.items()
     ]
     if plan.fingerprint != statement.plan:
         report.trouble.append(f"the statement is of another plan, {statement.plan[:12]}")
-    elif _frozen_digest(stored, plan, progress or _nothing) != statement.frozen:
+    elif _frozen_digest(stored, told, progress or _nothing) != statement.frozen:
         report.trouble.append("frozen bytes are not those attested (which ones, a comparison with the base would tell)")
     if sorted(_file_digests(opened.files).values()) != sorted(statement.tuned.values()):
         report.notes.append("the files are others than those attested: trained further, or saved anew")

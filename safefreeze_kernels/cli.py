@@ -424,6 +424,20 @@ def _about(scores: UnitScores) -> dict[str, Any]:
 
 _TunedArgument = Annotated[Path, typer.Argument(help="The fine-tuned checkpoint, likewise.")]
 _PlanArgument = Annotated[Path, typer.Argument(help="Plan file.")]
+_TiedOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=OTHER", help="Two names of one weight, of which a checkpoint holds one; repeatable."),
+]
+
+
+def _pairs(tied: Sequence[str] | None) -> dict[str, str]:
+    found = {}
+    for given in tied or ():
+        name, _, other = given.partition("=")
+        if not name or not other:
+            raise ValueError(f"--tied is {given!r}, expected NAME=OTHER")
+        found[name] = other
+    return found
 
 
 @app.command()
@@ -437,6 +451,7 @@ def verify(
     tuned: _TunedArgument,
     plan: _PlanArgument,
     report: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
+    tied: _TiedOption = None,
 ) -> None:
     """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not; 2: bad input.
 
@@ -449,14 +464,14 @@ def verify(
 
         if report is not None:
             _check_writable(report)
-        read = FreezePlan.load(plan)
+        read, names = FreezePlan.load(plan), _pairs(tied)
         if base.is_file() and base.suffix != ".safetensors":
             statement = audit.Statement.load(base)
             with _byte_bar("verify", audit.total_bytes(tuned)) as progress:
-                found = audit.check(tuned, read, statement, progress=progress)
+                found = audit.check(tuned, read, statement, tied=names, progress=progress)
         else:
             with _byte_bar("verify", audit.total_bytes(base, tuned)) as progress:
-                found = audit.compare(base, tuned, read, progress=progress)
+                found = audit.compare(base, tuned, read, tied=names, progress=progress)
         _console().print(str(found), **_PLAIN)
         if report is not None:
             import json
@@ -475,6 +490,7 @@ def attest(
     tuned: _TunedArgument,
     plan: _PlanArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Statement to write.")] = Path("statement.json"),
+    tied: _TiedOption = None,
 ) -> None:
     """Compare two checkpoints, and state for others that no frozen byte changed; `verify` takes it for the base."""
     with _foreseen():
@@ -482,9 +498,9 @@ def attest(
         from .masks import FreezePlan
 
         _check_writable(output)
-        read = FreezePlan.load(plan)
+        read, names = FreezePlan.load(plan), _pairs(tied)
         with _byte_bar("attest", audit.total_bytes(base, tuned)) as progress:
-            found = audit.attest(base, tuned, read, output, progress=progress)
+            found = audit.attest(base, tuned, read, output, tied=names, progress=progress)
         _console().print(
             f"{found.frozen_elements:,} frozen elements are as they were.\nStatement in {output}", **_PLAIN
         )

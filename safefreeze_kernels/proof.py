@@ -23,7 +23,7 @@ class Snapshot:
     def __init__(self, model: Model, plan: FreezePlan) -> None:
         self.plan = plan
         bound = _found(model, plan, "snapshot")
-        self._names = [entry.plan_names[0] for entry in bound]
+        self._names = [min(entry.plan_names) for entry in bound]
         self._masks = [entry.local_mask for entry in bound]
         self._dtypes = [entry.param.dtype for entry in bound]
         self._bytes = [_frozen_bytes(entry) for entry in bound]

@@ -342,6 +342,42 @@ def test_what_does_not_fit(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         compare(tmp_path / "nowhere", pair[1], plan_of())
 
 
+def test_tied_weights(tmp_path: Path) -> None:
+    """Checkpoints hold one of two names, and not always the same one; a plan may use either, or both."""
+    mask = sf.FreezeMask((9, 6), rows=[1, 7])
+    before = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    after = torch.where(mask.dense(), before, before + 0.25)
+    base = save(tmp_path / "base", {"embed": before, "other": torch.ones(3)})
+    tuned = save(tmp_path / "tuned", {"head": after, "other": torch.ones(3)})
+    for names in (["embed"], ["head"], ["head", "embed"]):
+        plan = sf.FreezePlan(dict.fromkeys(names, mask))
+        with pytest.raises(ValueError, match=r"'(embed|head)', which is not among .*--tied NAME=OTHER"):
+            compare(base, tuned, plan)
+        for tied in ({"head": "embed"}, {"embed": "head"}):
+            report = compare(base, tuned, plan, tied=tied)
+            assert report.ok and report.frozen == 12 and report.plan == plan.fingerprint and not report.notes
+            assert [t.name for t in report.tensors if t.live_changed] == [min(names)]
+            statement = attest(base, tuned, plan, tmp_path / "s.json", tied=tied)
+            assert statement.frozen == sf.snapshot({"embed": before, "head": before}, plan).digest
+            assert check(tuned, plan, statement, tied=tied).ok
+    moved = after.clone()
+    moved[7, 2] += 1
+    assert not compare(base, save(tmp_path / "moved", {"head": moved}), plan, tied=tied).ok
+    both = save(tmp_path / "both", {"head": after, "embed": before})
+    with pytest.raises(ValueError, match=r"'embed' and 'head' are said to be tied, so tuned should hold .* holds both"):
+        compare(base, both, plan, tied={"embed": "head"})
+    with pytest.raises(ValueError, match="so base should hold one of them; it holds neither"):
+        compare(base, tuned, plan, tied={"haed": "embd"})
+    with pytest.raises(ValueError, match="'embed' and 'head' are tied, but the plan has two different masks"):
+        compare(base, tuned, plan | sf.FreezePlan({"head": sf.FreezeMask((9, 6), rows=[2])}), tied=tied)
+    plan.save(tmp_path / "plan")
+    given = base, tuned, tmp_path / "plan", "--tied", "head=embed"
+    assert run("attest", *given, "-o", tmp_path / "s.json").exit_code == run("verify", *given).exit_code == 0
+    assert run("verify", tmp_path / "s.json", *given[1:]).exit_code == 0
+    for wrong in ("head", "=embed", "head="):
+        fails(run("verify", *given[:3], "--tied", wrong), f"--tied is '{wrong}', expected NAME=OTHER")
+
+
 def test_folders_that_contradict_themselves(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """What is audited must be what is loaded."""
     folder = save(tmp_path / "sharded", weights(), 2)
