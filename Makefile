@@ -16,8 +16,10 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(PY) -m pytest -m "not slow"
 
+# The long tests, then the quick ones that matter under sanitizers: about two hours on two cores.
 torture: $(VENV)/.built
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow -rP --durations=0
+	$(MAKE) sanitize races
 
 bench: $(VENV)/.built
 	$(PY) -m benchmarks
