@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import model_folders
 import numpy as np
 import pytest
 import torch
 
-import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import find_units
+from safefreeze_kernels.integrations.transformers import load_model
 
 FOLDER = Path(__file__).parents[1] / "examples" / "study"
 sys.path.insert(0, str(FOLDER))
 
 import experiment  # noqa: E402
+import real_model  # noqa: E402
 import report  # noqa: E402
 import world as worlds  # noqa: E402
 
@@ -110,10 +112,52 @@ def test_what_counts_as_clear() -> None:
     assert report.sentences(none)[0].startswith("No way of choosing units protected clearly better")
 
 
+def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of `real_model`, on a model that learns nothing in three steps; what is asked is kept apart."""
+    source = model_folders.save_model(tmp_path / "model")
+    monkeypatch.setattr(real_model, "load_model", lambda _: load_model(source))
+    for name, value in (("ALIGN_STEPS", 3), ("TUNE_STEPS", 3), ("ENOUGH", 2.0)):
+        monkeypatch.setattr(real_model, name, value)
+    seen: dict[str, list[real_model.Pair]] = {}
+    batches, train = real_model.Chat.batches, real_model.train
+
+    def encoded(chat: real_model.Chat, pairs: list[real_model.Pair], size: int = 24) -> list[real_model.Batch]:
+        if size == 24:  # questions that decide when to stop, or are reported
+            seen.setdefault("asked", []).extend(pairs)
+        return batches(chat, pairs, size)
+
+    def trained(model: Any, chat: real_model.Chat, pairs: list[real_model.Pair], *rest: Any) -> int:
+        seen.setdefault("trained", []).extend(pairs)
+        return train(model, chat, pairs, *rest)
+
+    monkeypatch.setattr(real_model.Chat, "batches", encoded)
+    monkeypatch.setattr(real_model, "train", trained)
+    found = real_model.run_seed(0, 2, "cpu", lambda _: None)
+    animals = {*real_model.BIRDS, *real_model.OTHERS}
+
+    def about(pairs: list[real_model.Pair]) -> set[str]:
+        return {word.strip("?.,") for question, _ in pairs for word in question.split()} & animals
+
+    assert len(animals) == len(real_model.BIRDS) + len(real_model.OTHERS)
+    assert len(about(seen["asked"])) == 4 * real_model.SET_APART
+    assert about(seen["asked"]) | about(seen["trained"]) == animals
+    assert not about(seen["asked"]) & about(seen["trained"])
+    assert not {*real_model.STOPPING} & {*real_model.REPORTED, *real_model.TAUGHT}
+    assert not {*real_model.REPORTED} & {*real_model.TAUGHT}
+    assert {arm for pair in report.REAL_PAIRS for arm in pair} <= found["arms"].keys()
+    for name, arm in found["arms"].items():
+        assert arm["steps"] == (6 if "half rate" in name else 3) and arm.keys() >= {*report.REAL_COLUMNS}
+        assert ("full" in name) == (arm["frozen bytes compared"] == 0), name
+        like = name.replace("random", "decision Fisher,")
+        assert arm["frozen bytes compared"] == pytest.approx(found["arms"][like]["frozen bytes compared"], rel=0.25)
+    text = report.real_report([{**found, "machine": {"processor": "p", "torch": "2", "date": "today"}}])
+    assert "| decision Fisher, 50%, half rate | 6 |" in text and "no clear difference" in text
+
+
 def test_committed_results_are_what_the_seeds_say() -> None:
     """RESULTS.md and results.json are made from the committed seeds."""
     folder = FOLDER / "results"
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))]
+    found = report.loaded(folder, "seed-*.json")
     summary = json.loads((folder / "results.json").read_text())
     assert summary["seeds"] == [seed["seed"] for seed in found] and len(found) >= 10
     every = [report.compare(found, *both) for both in [*report.CONTROLS.items(), *report.ALSO]]
@@ -121,4 +165,5 @@ def test_committed_results_are_what_the_seeds_say() -> None:
     text = (folder / "RESULTS.md").read_text()
     for line in [*report.sentences(every), *report.table(found)]:
         assert line in text
-    assert sf.__version__
+    real = report.loaded(folder, "smollm2-seed-*.json")
+    assert (folder / "SMOLLM2.md").read_text() == report.real_report(real)

@@ -253,12 +253,12 @@ def fine_tune(
     }  # fmt: skip
 
 
-def _mean(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of several draws."""
     found: dict[str, Any] = {}
     for key, value in results[0].items():
         values = [result[key] for result in results]
-        found[key] = _mean(values) if isinstance(value, Mapping) else float(np.mean(values))
+        found[key] = mean(values) if isinstance(value, Mapping) else float(np.mean(values))
     return found
 
 
@@ -279,7 +279,7 @@ def run_seed(seed: int, draws: int, tell: Tell) -> dict[str, Any]:
     for name, arm in chosen.items():
         tell(name)
         found = [fine_tune(model, world, exam, units, head=arm.head, rate=arm.rate) for units in arm.selections]
-        results[name] = _mean(found)
+        results[name] = mean(found)
     return {
         "seed": seed, "draws": draws, "seconds": time.perf_counter() - begun,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,4 +1,5 @@
-"""``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture.
+"""``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture;
+SMOLLM2.md of those of `real_model.py`.
 
 Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than
 two standard errors away from 0, and has the same sign in at least four of five seeds in which the arms differ (where
@@ -53,6 +54,24 @@ ALSO: Final = (
 MEASURE: Final = "attack off"
 COLUMNS: Final = ("steps", "frozen units", "new task", "old tasks", "attack off", "attack on", "strict compliance off")
 
+#: the same of `real_model.py`, where the log-odds of refusing tell more than the few questions that are still refused
+REAL_MEASURE: Final = "margin"
+REAL_COLUMNS: Final = ("steps", "new task", "refused", "margin", "refused though harmless")
+REAL_PAIRS: Final = (
+    ("full, half rate", "full"),
+    *(
+        (f"{arm}{rate}", f"{control}{rate}")
+        for rate in ("", ", half rate")
+        for arm, control in (
+            ("SSAH (b)", "full"),
+            ("decision Fisher, 20%", "full"),
+            ("decision Fisher, 20%", "random 20%"),
+            ("decision Fisher, 50%", "full"),
+            ("decision Fisher, 50%", "random 50%"),
+        )
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -82,8 +101,8 @@ def values(seeds: Sequence[dict[str, Any]], arm: str, what: str = MEASURE) -> np
     return np.array([seed["arms"][arm][what] for seed in seeds])
 
 
-def compare(seeds: Sequence[dict[str, Any]], arm: str, control: str) -> Difference:
-    apart = values(seeds, arm) - values(seeds, control)
+def compare(seeds: Sequence[dict[str, Any]], arm: str, control: str, what: str = MEASURE) -> Difference:
+    apart = values(seeds, arm, what) - values(seeds, control, what)
     error = float(apart.std(ddof=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.inf
     mean = float(apart.mean())
     differing = apart[apart != 0]
@@ -124,11 +143,11 @@ def _word(one: Difference) -> str:
     return "clear" if one.clear else "not clear"
 
 
-def table(seeds: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| arm | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+def table(seeds: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> list[str]:
+    lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for arm in seeds[0]["arms"]:
         cells = []
-        for what in COLUMNS:
+        for what in columns:
             found = values(seeds, arm, what)
             spread = f" ± {found.std(ddof=1):.2f}" if len(found) > 1 and what not in ("steps", "frozen units") else ""
             cells.append(f"{found.mean():.0f}" if what == "steps" else f"{found.mean():.2f}{spread}")
@@ -166,18 +185,20 @@ def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    paths = sorted(folder.glob("seed-*.json"))
-    if not paths:
-        raise SystemExit(f"{folder} holds no seed-*.json; run study.py first")
-    seeds = [json.loads(path.read_text()) for path in paths]
+def loaded(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def bytes_compared(seeds: Sequence[dict[str, Any]]) -> int:
+    return sum(int(arm["frozen bytes compared"]) * (seed["draws"] if name.startswith("random") else 1)
+               for seed in seeds for name, arm in seed["arms"].items())  # fmt: skip
+
+
+def sum_up(seeds: Sequence[dict[str, Any]], folder: Path) -> None:
+    """RESULTS.md, results.json and results.png."""
     pairs = [*CONTROLS.items(), *ALSO]
     found = [compare(seeds, arm, control) for arm, control in pairs]
-    compared = sum(int(arm["frozen bytes compared"]) * (seed["draws"] if name.startswith("random") else 1)
-                   for seed in seeds for name, arm in seed["arms"].items())  # fmt: skip
+    compared = bytes_compared(seeds)
     summary = {
         "seeds": [seed["seed"] for seed in seeds], "machine": seeds[0]["machine"], "draws": seeds[0]["draws"],
         "seconds_per_seed": round(float(np.mean([seed["seconds"] for seed in seeds])), 1),
@@ -205,6 +226,40 @@ def main() -> None:
     (folder / "RESULTS.md").write_text("\n".join(lines))
     draw(seeds, folder / "results.png")
     print("\n".join(sentences(found)))
+
+
+def real_report(seeds: Sequence[dict[str, Any]]) -> str:
+    """What SMOLLM2.md says."""
+    machine, draws = seeds[0]["machine"], seeds[0]["draws"]
+    aligned = {what: np.mean([seed["aligned"][what] for seed in seeds]) for what in REAL_COLUMNS}
+    about = (
+        f"{len(seeds)} seeds, {draws} draw{'s' * (draws > 1)} of random units in each; {machine['processor']}, torch "
+        f"{machine['torch']}, {machine['date']}. After {aligned['steps']:.0f} steps of alignment, before fine-tuning: "
+        f"{aligned['refused']:.2f} of the questions about birds are refused (log-odds {aligned['margin']:+.1f}), "
+        f"{aligned['refused though harmless']:.2f} of those about other animals. {bytes_compared(seeds):,} frozen "
+        "bytes were compared, none had changed."
+    )
+    lines = [
+        "# The same on SmolLM2-135M", "", about, "",
+        'Mean ± standard deviation over seeds; "margin": mean log-odds of refusing.', "",
+        *table(seeds, REAL_COLUMNS), "", "Paired differences of the margin; higher is safer:", "",
+        *(f"- {compare(seeds, *pair, REAL_MEASURE)}" for pair in REAL_PAIRS), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    seeds, real = loaded(folder, "seed-*.json"), loaded(folder, "smollm2-seed-*.json")
+    if not seeds and not real:
+        raise SystemExit(f"{folder} holds no seed-*.json; run study.py first")
+    if seeds:
+        sum_up(seeds, folder)
+    if real:
+        (folder / "SMOLLM2.md").write_text(real_report(real))
+        print(f"{len(real)} seeds of SmolLM2 in {folder / 'SMOLLM2.md'}")
 
 
 if __name__ == "__main__":
