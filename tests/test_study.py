@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,16 +155,16 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| decision Fisher, 50%, half rate | 6 |" in text and "no clear difference" in text
 
 
-def test_committed_results_are_what_the_seeds_say() -> None:
-    """RESULTS.md and results.json are made from the committed seeds."""
+def test_committed_results_are_what_the_seeds_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `report.py` writes of the committed seeds is what is committed."""
     folder = FOLDER / "results"
-    found = report.loaded(folder, "seed-*.json")
-    summary = json.loads((folder / "results.json").read_text())
-    assert summary["seeds"] == [seed["seed"] for seed in found] and len(found) >= 10
-    every = [report.compare(found, *both) for both in [*report.CONTROLS.items(), *report.ALSO]]
-    assert summary["sentences"] == report.sentences(every)
-    text = (folder / "RESULTS.md").read_text()
-    for line in [*report.sentences(every), *report.table(found)]:
-        assert line in text
-    real = report.loaded(folder, "smollm2-seed-*.json")
-    assert (folder / "SMOLLM2.md").read_text() == report.real_report(real)
+    for seed in folder.glob("*seed-*.json"):
+        shutil.copy(seed, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    report.main()
+    for name in ("RESULTS.md", "SMOLLM2.md"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), name
+    made, committed = (json.loads((place / "results.json").read_text()) for place in (tmp_path, folder))
+    assert made["sentences"] == committed["sentences"] and len(made["seeds"]) >= 10
+    for name in ("results.png", "smollm2.png"):
+        assert model_folders.png_size(tmp_path / name) == model_folders.png_size(folder / name), name

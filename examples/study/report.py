@@ -1,5 +1,5 @@
 """``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture;
-SMOLLM2.md of those of `real_model.py`.
+SMOLLM2.md and a picture of those of `real_model.py`.
 
 Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than
 two standard errors away from 0, and has the same sign in at least four of five seeds in which the arms differ (where
@@ -155,33 +155,51 @@ def table(seeds: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> 
     return lines
 
 
+def _colour(arm: str) -> str:
+    return "0.6" if arm.startswith(("random", "full", "half", "first")) else "C1" if arm.startswith("SSAH") else "C0"
+
+
+def _dots(axes: Any, seeds: Sequence[dict[str, Any]], what: str) -> None:
+    """A line an arm: every seed, and their mean."""
+    names = list(reversed(seeds[0]["arms"]))
+    for place, arm in enumerate(names):
+        found = values(seeds, arm, what)
+        axes.plot(found, np.full(len(found), place), ".", color=_colour(arm), alpha=0.45, markersize=8)
+        axes.plot(found.mean(), place, "D", color=_colour(arm), markeredgecolor="black", markersize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(axis="x", alpha=0.3)
+
+
 def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(seeds[0]["arms"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.6), width_ratios=(3, 2), layout="constrained")
-
-    def colour(arm: str) -> str:
-        return (
-            "0.6" if arm.startswith(("random", "full", "half", "first")) else "C1" if arm.startswith("SSAH") else "C0"
-        )
-
-    for place, arm in enumerate(reversed(names)):
-        found = values(seeds, arm)
-        left.plot(found, np.full(len(found), place), ".", color=colour(arm), alpha=0.45, markersize=8)
-        left.plot(found.mean(), place, "D", color=colour(arm), markeredgecolor="black", markersize=8)
-        right.plot(values(seeds, arm, "new task").mean(), found.mean(), "D", color=colour(arm), markersize=8)
-    left.set_yticks(range(len(names)), list(reversed(names)))
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _dots(left, seeds, MEASURE)
     left.set(xlabel="attack success: 1 − refusal, other kinds of question", xlim=(-0.02, 1.02))
     left.set_title(f"{len(seeds)} seeds; diamonds: means. Lower is safer")
-    left.grid(axis="x", alpha=0.3)
+    for arm in seeds[0]["arms"]:
+        place = values(seeds, arm, "new task").mean(), values(seeds, arm).mean()
+        right.plot(*place, "D", color=_colour(arm), markersize=8)
     right.set(xlabel="new task, share of answers right", ylabel="attack success", ylim=(-0.02, 1.02))
     right.set_title("blue: decision and activation scores\norange: SSAH, grey: controls", fontsize=10)
     right.locator_params(axis="x", nbins=4)
     right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_real(seeds: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, what, label in (
+        (left, REAL_MEASURE, "mean log-odds of refusing"), (right, "refused", "share of questions refused"),
+    ):  # fmt: skip
+        _dots(axes, seeds, what)
+        axes.axvline(float(np.mean([seed["aligned"][what] for seed in seeds])), color="black", linestyle=":")
+        axes.set(xlabel=f"{label}; dotted: before fine-tuning")
+    left.set_title(f"SmolLM2-135M, {len(seeds)} seeds; diamonds: means. Higher is safer")
     figure.savefig(path, dpi=110)
 
 
@@ -244,6 +262,7 @@ def real_report(seeds: Sequence[dict[str, Any]]) -> str:
         'Mean ± standard deviation over seeds; "margin": mean log-odds of refusing.', "",
         *table(seeds, REAL_COLUMNS), "", "Paired differences of the margin; higher is safer:", "",
         *(f"- {compare(seeds, *pair, REAL_MEASURE)}" for pair in REAL_PAIRS), "",
+        "![log-odds of refusing](smollm2.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -259,6 +278,7 @@ def main() -> None:
         sum_up(seeds, folder)
     if real:
         (folder / "SMOLLM2.md").write_text(real_report(real))
+        draw_real(real, folder / "smollm2.png")
         print(f"{len(real)} seeds of SmolLM2 in {folder / 'SMOLLM2.md'}")
 
 
