@@ -18,13 +18,22 @@ CONTRACT, MACHINE = "test_contract.py", "test_machine.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """``old``, which is in ``file`` once, becomes ``new``; ``tests`` are the files of which one must fail."""
+    """``old``, which is in ``file`` (of the package, or in csrc) once, becomes ``new``; one of ``tests`` must fail."""
 
     bug: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...] = (MACHINE,)
+
+    @property
+    def place(self) -> str:
+        """Of the file, from the root."""
+        return self.file if self.compiled else f"safefreeze_kernels/{self.file}"
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
 
 
 MUTANTS: Final = (
@@ -201,39 +210,101 @@ MUTANTS: Final = (
         "if False and len(theirs)",
         ("test_distributed.py",),
     ),
+    Mutant(
+        "compiled: frozen single elements are overwritten",
+        "csrc/cpu.cpp",
+        "p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;",
+        "p[i] = p_new;",
+    ),
+    Mutant(
+        "compiled: eps is added before the root is taken",
+        "csrc/arithmetic.h",
+        "(square_root(second_moment) / s.bias2_sqrt + s.eps)",
+        "(square_root(second_moment + s.eps) / s.bias2_sqrt)",
+        ("test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: bfloat16 is cut off, not rounded",
+        "csrc/arithmetic.h",
+        "(x.bits + 0x7fffu + ((x.bits >> 16) & 1u)) >> 16;",
+        "x.bits >> 16;",
+        ("test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: an audit takes the first columns' flags for all",
+        "csrc/audit.cpp",
+        "chosen = v.frozen_cols + col;",
+        "chosen = v.frozen_cols;",
+        ("test_audit.py",),
+    ),
+    Mutant(
+        "CUDA: frozen single elements in a tail are overwritten",
+        "csrc/cuda.cu",
+        "const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;",
+        "const uint32_t bit = 1u;",
+        ("test_cuda.py",),
+    ),
+    Mutant(
+        "Triton: frozen single elements are overwritten",
+        "kernels/triton.py",
+        "            if BITS and WIDE:\n                new_p = tl.where(frozen, old_p, new_p)\n",
+        "",
+        ("test_triton.py",),
+    ),
+    Mutant(
+        "Triton: places of packed moments are those of the weights",
+        "kernels/triton.py",
+        "m_ptr = _pointer(m_at, STATE, WIDE) + there",
+        "m_ptr = _pointer(m_at, STATE, WIDE) + here",
+        ("test_triton.py",),
+    ),
 )
 
 
 def copied(folder: Path) -> Path:
-    """The package, extension included, as the tests find it through PYTHONPATH."""
-    shutil.copytree(
-        ROOT / "safefreeze_kernels", folder / "safefreeze_kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """Package, sources of the extension, and tests, in a folder of their own."""
+    for name in ("safefreeze_kernels", "csrc", "tests", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
     return folder
+
+
+def built(folder: Path) -> None:
+    """Compile the copy's extension anew, without CUDA."""
+    for old in (folder / "safefreeze_kernels").glob("_C.*.so"):
+        old.unlink()
+    environment = {**os.environ, "SAFEFREEZE_CUDA": "0", "SAFEFREEZE_REQUIRE_NATIVE": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def suite(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """Those tests on the copy; they stop at the first failure."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    files = [str(ROOT / "tests" / name) for name in tests]
+    files = [str(folder / "tests" / name) for name in tests]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_a_mutant_is_one_change(mutant: Mutant) -> None:
     """So that the slow test below, which few run, does not rot."""
-    text = (ROOT / "safefreeze_kernels" / mutant.file).read_text(encoding="utf-8")
+    text = (ROOT / mutant.place).read_text(encoding="utf-8")
     assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} of {mutant.old!r}"
-    compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    if not mutant.compiled:
+        compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
     assert all((ROOT / "tests" / name).is_file() for name in mutant.tests)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_every_mutant_is_caught(tmp_path: Path, mutant: Mutant) -> None:
-    file = copied(tmp_path) / "safefreeze_kernels" / mutant.file
+    file = copied(tmp_path) / mutant.place
     file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+    if mutant.compiled and mutant.tests != ("test_cuda.py",):  # which compiles the kernels itself
+        built(tmp_path)
     found = suite(tmp_path, mutant.tests)
     assert found.returncode not in (0, 5), f"{mutant.bug}: all of {', '.join(mutant.tests)} pass"
     # a test that failed, or an interpreter that died: not a suite that did not start
