@@ -20,7 +20,7 @@ settings.register_profile(
 settings.load_profile("reproducible")
 
 # The specification first. A compiled backend that does not run here is left out.
-BACKENDS = tuple(name for name in ("reference", "cpu") if not isinstance(kernels.backend_state(name), str))
+LOCAL = BACKENDS = tuple(name for name in ("reference", "cpu") if not isinstance(kernels.backend_state(name), str))
 if "SAFEFREEZE_TEST_BACKEND" in os.environ:  # the same tests on a backend that is made for GPUs
     from other_backends import other_backend
 

@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, assert_same_bits, bits
+from conftest import BACKENDS as CHOSEN
+from conftest import LOCAL, assert_same_bits, bits
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,6 +34,7 @@ import safefreeze_kernels as sf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+BACKENDS: Final = tuple(dict.fromkeys((*LOCAL, *CHOSEN)))
 SHAPES: Final = {"matrix": (7, 9), "wide": (3, 40), "vector": (6,), "cube": (2, 3, 4)}
 SEEDS: Final = st.integers(0, 2**16)
 RARE: Final = np.array([math.nan, math.inf, -math.inf, -0.0, 1e-41, 6e-8, 65519.0, -3e38], np.float32)

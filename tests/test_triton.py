@@ -97,6 +97,15 @@ def test_the_suite_holds_interpreted() -> None:
 
 
 @pytest.mark.slow
+@not_in_child
+@interprets
+def test_random_programs_interpreted() -> None:
+    """Beside the other backends, in the same programs."""
+    machine = str(TESTS / "test_machine.py")
+    run_pytest(machine, "-m", "not slow", expected=2, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+
+
+@pytest.mark.slow
 @compiled
 def test_the_suite_holds_on_a_gpu() -> None:
     run_pytest(*SUITE, expected=500, SAFEFREEZE_TEST_BACKEND="triton")
