@@ -439,6 +439,11 @@ def _told_names(
     return FreezePlan(masks), tensors
 
 
+def _said(tied: Mapping[str, str] | None) -> list[str]:
+    """What a report rests on."""
+    return [f"{name!r} and {other!r} are one weight: so it was said" for name, other in (tied or {}).items()]
+
+
 def compare(
     base: PathLike,
     tuned: PathLike,
@@ -481,7 +486,7 @@ def _compare(
     told, stored = _told_names(plan, tied, {"base": base, "tuned": tuned}, operation)
     for one, word in zip(stored, ("base", "tuned"), strict=True):
         _checked(told, one, operation, word)
-    report = AuditReport(plan.fingerprint)
+    report = AuditReport(plan.fingerprint, notes=_said(tied))
     for one, other, word in ((stored[0], stored[1], "base"), (stored[1], stored[0], "tuned")):
         report.notes += [f"{name!r} is in {word} alone" for name in one if name not in other]
     both = [name for name in stored[0] if name in stored[1]]
@@ -701,7 +706,7 @@ def check(
     opened = _opened(tuned, operation, "tuned")
     told, (stored,) = _told_names(plan, tied, {"tuned": opened}, operation)
     _checked(told, stored, operation, "tuned")
-    report = AuditReport(plan.fingerprint, attested=True)
+    report = AuditReport(plan.fingerprint, notes=_said(tied), attested=True)
     report.tensors = [
         TensorChanges(name, mask.shape, stored[name].dtype, mask.frozen_count, mask.live_count)
         for name, mask in told.items()

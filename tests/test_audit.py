@@ -355,7 +355,8 @@ def test_tied_weights(tmp_path: Path) -> None:
             compare(base, tuned, plan)
         for tied in ({"head": "embed"}, {"embed": "head"}):
             report = compare(base, tuned, plan, tied=tied)
-            assert report.ok and report.frozen == 12 and report.plan == plan.fingerprint and not report.notes
+            assert report.ok and report.frozen == 12 and report.plan == plan.fingerprint
+            assert len(report.notes) == 1 and "are one weight: so it was said" in report.notes[0]
             assert [t.name for t in report.tensors if t.live_changed] == [min(names)]
             statement = attest(base, tuned, plan, tmp_path / "s.json", tied=tied)
             assert statement.frozen == sf.snapshot({"embed": before, "head": before}, plan).digest
