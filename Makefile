@@ -16,7 +16,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(PY) -m pytest -m "not slow"
 
-# The long tests, then the quick ones that matter under sanitizers: about two hours on two cores.
+# The long tests, then the quick ones that matter under sanitizers: an hour and a half on two cores.
 torture: $(VENV)/.built
 	$(PY) -m pytest -m slow -rP --durations=0
 	$(MAKE) sanitize races
