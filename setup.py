@@ -34,7 +34,8 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 SANITIZERS = (
     [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
 )
-# csrc/cpu.cpp is compiled once for each; the processor decides at run time.
+# These are compiled once for each instruction set; the processor decides at run time.
+PER_ISA = ["csrc/cpu.cpp", "csrc/audit.cpp"]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mf16c"]
@@ -81,7 +82,7 @@ class BuildExtension(build_ext):
             extension.sources.append("csrc/bindings_cuda.cpp")
         flags = FLAGS + SANITIZERS
         jobs = [(source, "", []) for source in extension.sources]
-        jobs += [("csrc/cpu.cpp", isa, isa_flags) for isa, isa_flags in ISAS.items()]
+        jobs += [(source, isa, isa_flags) for isa, isa_flags in ISAS.items() for source in PER_ISA]
 
         def compile_one(job):
             source, isa, isa_flags = job
@@ -124,7 +125,7 @@ class BuildExtension(build_ext):
 
 extension = Pybind11Extension(
     "safefreeze_kernels._C",
-    ["csrc/bindings.cpp", "csrc/threads.cpp", "csrc/tensors.cpp", "csrc/audit.cpp"],
+    ["csrc/bindings.cpp", "csrc/threads.cpp", "csrc/tensors.cpp"],
     include_dirs=["csrc"],
     cxx_std=17,  # said, not tried out: the trial would end the build where there is no compiler
     depends=sorted(str(path) for path in Path("csrc").iterdir()),

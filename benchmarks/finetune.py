@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 
 import safefreeze_kernels as sf
 
-from .measure import describe_machine
+from .measure import describe_machine, quartiles
 
 WAYS: Final = ("packed", "live", "masked", "stock", "LoRA")
 SHARE: Final = 0.8
@@ -118,14 +117,14 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
             raise SystemExit(f"{way}: a loss is {apart:.2g} away from the masked run's, expected {CLOSE} at most")
     warm = {way: seconds[2:] for way, seconds in times.items()}
     ratios = {
-        f"{way} / {other}": _spread([a / b for a, b in zip(warm[way], warm[other], strict=True)])
+        f"{way} / {other}": quartiles([a / b for a, b in zip(warm[way], warm[other], strict=True)])
         for way, other in (("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"),
                            ("packed", "LoRA"))
     }  # fmt: skip
     frozen = sum(mask.frozen_count for _, mask in plan.items())
     return {
         "parameters": sum(p.numel() for p in models["stock"].parameters()), "frozen": frozen,
-        "seconds_per_step": {way: _spread(seconds) for way, seconds in warm.items()}, "ratios": ratios,
+        "seconds_per_step": {way: quartiles(seconds) for way, seconds in warm.items()}, "ratios": ratios,
         "losses": {way: [round(loss, 5) for loss in found] for way, found in losses.items()},
         "largest_loss_difference_to_masked": {
             way: max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True))
@@ -154,11 +153,6 @@ def resource_peak() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
 
 
 def main() -> None:

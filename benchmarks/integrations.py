@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from torch import multiprocessing
 
 import safefreeze_kernels as sf
 
-from .measure import describe_machine
+from .measure import describe_machine, quartiles
 
 RANKS: Final = 2
 CASES: Final = {"24 tensors of 1024 x 1024": (24, 1024), "300 tensors of 16 x 16": (300, 16)}
@@ -78,18 +77,13 @@ def _rank(rank: int, store: str, rounds: int) -> None:
                 start = time.perf_counter()
                 optimizers[name].step()
                 times[name].append((time.perf_counter() - start) * 1e3)
-        found[case] = {name: _spread(values) for name, values in times.items()} | {
-            f"masked / {name}": _spread([a / b for a, b in zip(times["masked"], times[name], strict=True)])
+        found[case] = {name: quartiles(values) for name, values in times.items()} | {
+            f"masked / {name}": quartiles([a / b for a, b in zip(times["masked"], times[name], strict=True)])
             for name in ("torch fused", "torch")
         }
     if rank == 0:
         Path(f"{store}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
 
 
 def _resume(path: str) -> None:

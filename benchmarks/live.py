@@ -30,7 +30,7 @@ import torch
 
 import safefreeze_kernels as sf
 
-from .measure import describe_machine
+from .measure import describe_machine, quartiles
 
 #: width -> channels of the MLP, heads, KV heads
 SHAPES: Final = {576: (1536, 9, 3), 1024: (2816, 16, 16), 2048: (5632, 32, 32), 4096: (11008, 32, 32)}
@@ -120,7 +120,7 @@ def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any
         name: dict(
             zip(
                 ("forward", "backward", "step"),
-                (_spread(list(phase)) for phase in zip(*rows, strict=True)),
+                (quartiles(list(phase)) for phase in zip(*rows, strict=True)),
                 strict=True,
             )
         )
@@ -138,7 +138,7 @@ def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any
         if one not in times or other not in times:
             continue
         pairs = zip(times[one], times[other], strict=True)
-        found[label] = _spread([sum(a[phases]) / sum(b[phases]) for a, b in pairs])
+        found[label] = quartiles([sum(a[phases]) / sum(b[phases]) for a, b in pairs])
     return found
 
 
@@ -184,11 +184,6 @@ def _with_lora(width: int, share: float, device: str) -> torch.nn.Module | None:
     model, _ = build(width, share, device)
     adapted: torch.nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules="all-linear"))
     return adapted
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
 
 
 def main() -> None:

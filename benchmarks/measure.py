@@ -30,7 +30,7 @@ import torch
 from .cases import Case, Contender, TensorSet
 from .contenders import Inputs, ResultDiffersError, Runner, UnavailableError
 
-__all__ = ["Bandwidth", "Bench", "Machine", "Quietness", "Stopwatch", "Timed", "describe_machine"]
+__all__ = ["Bandwidth", "Bench", "Machine", "Quietness", "Stopwatch", "Timed", "describe_machine", "quartiles"]
 
 MOST_FOREIGN: Final = 0.05  # share of the machine's time others may take before a run is not judged
 MOST_SPREAD: Final = 0.15  # interquartile range / median of times, above which a case too near its target is not judged
@@ -244,6 +244,12 @@ class Timed:
     def reported(self) -> bool:
         """Whether there are times of checked results."""
         return bool(self.times_ns) and not self.wrong
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """As results hold them."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
 
 
 def _spread(times: Sequence[int]) -> float:

@@ -1,8 +1,8 @@
-#include "audit.h"
-
-#include <cstring>
+// Compiled once per instruction set, as cpu.cpp is.
+#include <string.h>
 
 #include "arithmetic.h"
+#include "cpu.h"
 
 namespace safefreeze {
 namespace {
@@ -54,11 +54,15 @@ void quick_stretch(const T* before, const T* after, int64_t n, const uint8_t* fl
     const uint8_t* const still = flagged ? flags + start : nullptr;
     float largest[lanes] = {}, sum[lanes] = {}, squares[lanes] = {};
     T live[lanes] = {}, frozen[lanes] = {};
+    T frees[few];  // as wide as what it is for, or lanes would not fit
+    for (int64_t i = 0; flagged && i < count; ++i) frees[i] = still[i] == 0;
     for (int64_t i = 0; i < whole; i += lanes) {
       for (int lane = 0; lane < lanes; ++lane) {
-        const T differs = now[i + lane] != old[i + lane], free = flagged ? still[i + lane] == 0 : 1;
-        const float apart = (number(now[i + lane]) - number(old[i + lane])) * static_cast<float>(free);
-        const float change = apart < 0 ? -apart : apart;
+        const T differs = now[i + lane] != old[i + lane], free = flagged ? frees[i + lane] : 1;
+        FloatBits apart;
+        apart.value = number(now[i + lane]) - number(old[i + lane]);
+        apart.bits &= 0x7fffffffu & (0u - static_cast<uint32_t>(free));  // nothing where frozen, else without its sign
+        const float change = apart.value;
         largest[lane] = change > largest[lane] ? change : largest[lane];
         sum[lane] += change;
         squares[lane] += change * change;
@@ -96,13 +100,13 @@ void compare_rows(const Versions& v, Changes& found) {
   const T *before = static_cast<const T*>(v.before), *after = static_cast<const T*>(v.after);
   for (int64_t row = 0; row < v.rows; ++row) {
     const int64_t first = row * v.cols;
-    if (std::memcmp(before + first, after + first, static_cast<size_t>(v.cols) * sizeof(T)) == 0) continue;
+    if (memcmp(before + first, after + first, static_cast<size_t>(v.cols) * sizeof(T)) == 0) continue;
     const bool whole = v.frozen_rows && v.frozen_rows[row];
     for (int64_t col = 0; col < v.cols; col += most) {
       const int64_t n = v.cols - col < most ? v.cols - col : most, place = first + col;
       const uint8_t* chosen = nullptr;
       if (whole) {
-        std::memset(flags, 1, static_cast<size_t>(n));
+        memset(flags, 1, static_cast<size_t>(n));
         chosen = flags;
       } else if (v.frozen_bits) {
         for (int64_t i = 0; i < n; ++i) {
@@ -126,7 +130,7 @@ void compare_rows(const Versions& v, Changes& found) {
 
 }  // namespace
 
-void compare(const Versions& versions, Value value, Changes& found) {
+void SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA)(const Versions& versions, Value value, Changes& found) {
   switch (value) {
     case Value::f32:
       return compare_rows<uint32_t, as_f32, true>(versions, found);

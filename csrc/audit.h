@@ -24,6 +24,11 @@ struct Changes {
   double largest = 0, sum = 0, squares = 0;
 };
 
-void compare(const Versions& versions, Value value, Changes& found);
+using Compare = void(const Versions& versions, Value value, Changes& found);
+
+Compare compare_baseline;
+#if defined(SAFEFREEZE_X86)
+Compare compare_avx2, compare_avx512;
+#endif
 
 }  // namespace safefreeze

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "audit.h"
 #include "cpu.h"
 #include "tensors.h"
 
@@ -105,9 +104,9 @@ py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int6
   Changes found;
   {
     py::gil_scoped_release unlocked;
-    compare({at<const void>(before), at<const void>(after), rows, cols, at<const uint8_t>(frozen_rows),
-             at<const uint8_t>(frozen_cols), at<const uint8_t>(frozen_bits)},
-            static_cast<Value>(value), found);
+    kernels->compare({at<const void>(before), at<const void>(after), rows, cols, at<const uint8_t>(frozen_rows),
+                      at<const uint8_t>(frozen_cols), at<const uint8_t>(frozen_bits)},
+                     static_cast<Value>(value), found);
   }
   return py::make_tuple(found.frozen, found.first, found.live, found.strange, found.largest, found.sum, found.squares);
 }

@@ -12,11 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#define SAFEFREEZE_JOIN_(a, b) a##b
-#define SAFEFREEZE_JOIN(a, b) SAFEFREEZE_JOIN_(a, b)
-#define SAFEFREEZE_TEXT_(a) #a
-#define SAFEFREEZE_TEXT(a) SAFEFREEZE_TEXT_(a)
-
 namespace safefreeze {
 namespace {
 
@@ -762,7 +757,8 @@ void copy_piece(const CopyLaunch& launch, int64_t piece) {
 }  // namespace
 
 const CpuKernels SAFEFREEZE_JOIN(cpu_kernels_, SAFEFREEZE_ISA) = {
-    SAFEFREEZE_TEXT(SAFEFREEZE_ISA), adamw_piece, norm_piece, scale_piece, zero_piece, copy_piece,
+    SAFEFREEZE_TEXT(SAFEFREEZE_ISA),           adamw_piece, norm_piece, scale_piece, zero_piece, copy_piece,
+    SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA),
 };
 
 }  // namespace safefreeze

@@ -1,7 +1,14 @@
 // The CPU kernels of one instruction set, a piece at a time, and the threads that take pieces.
 #pragma once
 
+#include "audit.h"
 #include "work.h"
+
+// Names of what is compiled once per instruction set.
+#define SAFEFREEZE_JOIN_(a, b) a##b
+#define SAFEFREEZE_JOIN(a, b) SAFEFREEZE_JOIN_(a, b)
+#define SAFEFREEZE_TEXT_(a) #a
+#define SAFEFREEZE_TEXT(a) SAFEFREEZE_TEXT_(a)
 
 namespace safefreeze {
 
@@ -12,6 +19,7 @@ struct CpuKernels {
   void (*scale)(const ScaleLaunch&, int64_t piece);
   void (*zero)(const ZeroLaunch&, int64_t piece);
   void (*copy)(const CopyLaunch&, int64_t piece);
+  Compare* compare;  // csrc/audit.cpp
 };
 
 extern const CpuKernels cpu_kernels_baseline;

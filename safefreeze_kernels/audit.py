@@ -28,7 +28,7 @@ Progress: TypeAlias = Callable[[int], object]
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 _BLOCK: Final = 1 << 20  # bytes of one tensor that are looked at together: two of them stay in a processor's cache
-_THREADS: Final = 4
+_THREADS: Final = min(4, os.cpu_count() or 1)
 _LARGEST_STATEMENT: Final = 16 << 20
 _LARGEST_JSON: Final = 256 << 20
 _FORMAT: Final = "safefreeze.statement"

@@ -172,15 +172,26 @@ def test_the_extension_counts_as_numpy_does(seed: int) -> None:
         draw.random(before.shape) < draw.choice([0.0, 0.02, 0.6]), draw.integers(0, 256, before.shape), before
     )
     after = np.ascontiguousarray(after, np.uint8)
+    if value == 0 and draw.random() < 0.7:  # weights as they are, and a small change of some
+        weights = draw.standard_normal((n_rows, n_cols)).astype(np.float32)
+        changed = weights + np.float32(0.01) * (draw.random(weights.shape) < draw.choice([0.02, 0.6, 1.0]))
+        before, after = weights.view(np.uint8), changed.astype(np.float32).view(np.uint8)
     rows, cols = ((draw.random(n) < 0.4).astype(np.uint8) for n in (n_rows, n_cols))
     bits = np.packbits(draw.random(n_rows * n_cols) < 0.3, bitorder="little")
     bits = np.concatenate([bits, np.zeros(8, np.uint8)])
     flags = rows, cols if draw.random() < 0.5 else None, bits if draw.random() < 0.5 else None
-    *counts, largest, total, squares = audit._compared(before, after, value, *flags)
     *expected, largest_, total_, squares_ = audit._difference(before, after, value, *flags)
-    assert counts == expected and largest == largest_
-    # float32 sums of 16 terms or fewer, none negative; squares that float32 loses are below 1e-25 together
-    assert total == pytest.approx(total_, rel=2**-20) and squares == pytest.approx(squares_, rel=2**-20, abs=1e-25)
+    best = audit._C.isa()
+    try:
+        for isa in audit._C.runnable_isas():
+            audit._C.choose_isa(isa)
+            *counts, largest, total, squares = audit._compared(before, after, value, *flags)
+            assert counts == expected and largest == largest_, isa
+            # float32 sums of 16 terms or fewer, none negative; squares that float32 loses are below 1e-25 together
+            assert total == pytest.approx(total_, rel=2**-20), isa
+            assert squares == pytest.approx(squares_, rel=2**-20, abs=1e-25), isa
+    finally:
+        audit._C.choose_isa(best)
 
 
 def test_live_changes_that_are_no_numbers(tmp_path: Path) -> None:
