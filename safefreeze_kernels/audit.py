@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -256,24 +257,39 @@ def _opened(path: PathLike, operation: str, word: str) -> _Checkpoint:
     return _Checkpoint(files, found, _stamps(files))
 
 
+class _Files(ExitStack):
+    """Files that several threads read, each opened once: what the system reads ahead for one serves the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._descriptors: dict[Path, int] = {}
+        self._lock = Lock()
+
+    def descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                self.callback(os.close, self._descriptors[file])
+            return self._descriptors[file]
+
+
 class _Reader:
     """Blocks of whole rows of one stored tensor, in a buffer that is used again."""
 
-    def __init__(self, stored: _Stored, mask: FreezeMask, stack: ExitStack) -> None:
+    def __init__(self, stored: _Stored, mask: FreezeMask, files: _Files) -> None:
         self.stored, (self.rows, self.cols) = stored, mask.matrix_shape
         self.row_bytes = self.cols * _DTYPES[stored.dtype][0]
         self.block = max(1, _BLOCK // max(1, self.row_bytes))
-        self._file = stack.enter_context(stored.file.open("rb", buffering=0))
+        self._file = files.descriptor(stored.file)
         self._buffer = np.empty(min(self.block, self.rows) * self.row_bytes + 8, np.uint8)
 
     def read(self, row: int) -> np.ndarray:
         """uint8 [rows, bytes]: up to ``block`` rows from ``row`` on; valid until the next call."""
         count = min(self.block, self.rows - row)
         view = memoryview(self._buffer.data)[: count * self.row_bytes]
-        self._file.seek(self.stored.start + row * self.row_bytes)
-        done = 0
+        start, done = self.stored.start + row * self.row_bytes, 0
         while done < len(view):
-            got = self._file.readinto(view[done:])
+            got = os.preadv(self._file, [view[done:]], start + done)
             if not got:
                 raise ValueError(f"{os.fspath(self.stored.file)!r} became shorter while it was read")
             done += got
@@ -361,7 +377,9 @@ except ImportError:
     _compared = _difference
 
 
-def _changes(name: str, base: _Stored, tuned: _Stored, mask: FreezeMask, progress: Progress) -> TensorChanges:
+def _changes(
+    name: str, base: _Stored, tuned: _Stored, mask: FreezeMask, files: _Files, progress: Progress
+) -> TensorChanges:
     """Compare one tensor, block by block."""
     found = TensorChanges(name, base.shape, base.dtype, mask.frozen_count, mask.live_count)
     if base.dtype != tuned.dtype:
@@ -371,25 +389,24 @@ def _changes(name: str, base: _Stored, tuned: _Stored, mask: FreezeMask, progres
         return found
     width, value, _ = _DTYPES[base.dtype]
     flags, total, squares = _Flags.of(mask), 0.0, 0.0
-    with ExitStack() as stack:
-        one, other = _Reader(base, mask, stack), _Reader(tuned, mask, stack)
-        for row in range(0, one.rows if one.cols else 0, one.block):
-            before, after = one.read(row), other.read(row)
-            n_rows = len(before)
-            frozen, first, live, strange, largest, added, squared = _compared(
-                before, after, value, flags.rows[row : row + n_rows], flags.cols,
-                flags.bits_from(row * one.cols, n_rows * one.cols),
-            )  # fmt: skip
-            if frozen and found.first_changed is None:
-                at = slice(first % one.cols * width, (first % one.cols + 1) * width)
-                was, now = (block[first // one.cols, at].tobytes()[::-1].hex() for block in (before, after))
-                found.first_changed = (row + first // one.cols, first % one.cols, was, now)
-            found.frozen_changed += frozen
-            found.live_changed += live
-            found.strange += strange
-            found.largest = max(found.largest, largest)
-            total, squares = total + added, squares + squared
-            progress(2 * before.size)
+    one, other = _Reader(base, mask, files), _Reader(tuned, mask, files)
+    for row in range(0, one.rows if one.cols else 0, one.block):
+        before, after = one.read(row), other.read(row)
+        n_rows = len(before)
+        frozen, first, live, strange, largest, added, squared = _compared(
+            before, after, value, flags.rows[row : row + n_rows], flags.cols,
+            flags.bits_from(row * one.cols, n_rows * one.cols),
+        )  # fmt: skip
+        if frozen and found.first_changed is None:
+            at = slice(first % one.cols * width, (first % one.cols + 1) * width)
+            was, now = (block[first // one.cols, at].tobytes()[::-1].hex() for block in (before, after))
+            found.first_changed = (row + first // one.cols, first % one.cols, was, now)
+        found.frozen_changed += frozen
+        found.live_changed += live
+        found.strange += strange
+        found.largest = max(found.largest, largest)
+        total, squares = total + added, squares + squared
+        progress(2 * before.size)
     if mask.live_count:
         found.mean, found.rms = total / mask.live_count, math.sqrt(squares / mask.live_count)
     return found
@@ -494,15 +511,16 @@ def _compare(
         if stored[0][name].shape != stored[1][name].shape:
             report.notes.append(f"{name!r} has shape {stored[0][name].shape}, then {stored[1][name].shape}")
     both = [name for name in both if stored[0][name].shape == stored[1][name].shape]
-    jobs = sorted(both, key=lambda name: -stored[0][name].nbytes)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    # in the order of the file, or the disk would have to jump about
+    jobs = sorted(both, key=lambda name: (stored[0][name].file, stored[0][name].start))
+    with _Files() as files, ThreadPoolExecutor(_THREADS) as pool:
         found = dict(
             zip(
                 jobs,
                 pool.map(
                     lambda name: _changes(
                         name, stored[0][name], stored[1][name], told.get(name) or FreezeMask(stored[0][name].shape),
-                        progress or _nothing,
+                        files, progress or _nothing,
                     ),
                     jobs,
                 ),
@@ -532,8 +550,8 @@ def _packed(stored: _Stored, mask: FreezeMask, progress: Progress) -> Iterator[b
     single elements."""
     flags, width = _Flags.of(mask), _DTYPES[stored.dtype][0]
     cols = None if flags.cols is None else np.flatnonzero(flags.cols)
-    with ExitStack() as stack:
-        reader = _Reader(stored, mask, stack)
+    with _Files() as files:
+        reader = _Reader(stored, mask, files)
         for part in ("rows", "cols", "elements"):
             if not {"rows": flags.rows.any(), "cols": cols is not None, "elements": mask.bits is not None}[part]:
                 continue
