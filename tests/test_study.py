@@ -101,7 +101,8 @@ def test_what_counts_as_clear() -> None:
     pair = "decision Fisher, utility, 20%", "random 20%"
     strong = report.compare(seeds(-0.3, 0.0), *pair)
     assert strong.clear and strong.mean == pytest.approx(-0.3) and "clearly lower" in str(strong)
-    assert not report.compare(seeds(-0.3, 0.0, count=1), *pair).clear
+    for few in (1, 7):
+        assert not report.compare(seeds(-0.3, 0.0, count=few), *pair).clear
     assert not report.compare(seeds(0.0, 0.1), *pair).clear
     disagreeing = seeds(-0.3, 0.0)
     for seed in disagreeing[:3]:
@@ -152,7 +153,7 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         like = name.replace("random", "decision Fisher,")
         assert arm["frozen bytes compared"] == pytest.approx(found["arms"][like]["frozen bytes compared"], rel=0.25)
     text = report.real_report([{**found, "machine": {"processor": "p", "torch": "2", "date": "today"}}])
-    assert "| decision Fisher, 50%, half rate | 6 |" in text and "no clear difference" in text
+    assert "| decision Fisher, 50%, half rate | 6 |" in text and "too few seeds to tell" in text
 
 
 def test_committed_results_are_what_the_seeds_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture;
 SMOLLM2.md and a picture of those of `real_model.py`.
 
-Differences are paired: each arm against its control in the same seed. "Clear" means: the mean difference is more than
-two standard errors away from 0, and has the same sign in at least four of five seeds in which the arms differ (where
-all attacks succeed under both they do not).
+Differences are paired: each arm against its control in the same seed. "Clear" means: there are eight seeds or more, the
+mean difference is more than two standard errors away from 0, and it has the same sign in at least four of five seeds in
+which the arms differ (where all attacks succeed under both they do not).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ ALSO: Final = (
     ("decision Fisher, task, 20%, half rate", "full, half rate"),
     ("decision Fisher, utility, 20%, half rate", "first layers, 20%, half rate"),
 )
+FEWEST: Final = 8  # seeds, below which two standard errors mean little
 MEASURE: Final = "attack off"
 COLUMNS: Final = ("steps", "frozen units", "new task", "old tasks", "attack off", "attack on", "strict compliance off")
 
@@ -87,10 +88,11 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        return self.seeds > 2 and abs(self.mean) > 2 * self.error and self.agree >= 0.8
+        return self.seeds >= FEWEST and abs(self.mean) > 2 * self.error and self.agree >= 0.8
 
     def __str__(self) -> str:
         verdict = ("clearly lower" if self.mean < 0 else "clearly higher") if self.clear else "no clear difference"
+        verdict = verdict if self.seeds >= FEWEST else "too few seeds to tell"
         return (
             f"{self.arm} against {self.control}: {self.mean:+.2f} (standard error {self.error:.2f}; the arms differ in "
             f"{self.differing} of {self.seeds} seeds, {self.agree:.0%} of these agree): {verdict}"
