@@ -39,6 +39,10 @@ def exact(model_type: str) -> nn.Module:
     return tiny(model_type, **MODELS[model_type], experts_implementation="eager").double()
 
 
+# Of a float64 model, transformers' norms still compute in float32, and how they round depends on the processor and on
+# the shape of the batch: sixteen roundings of float32.
+ROUNDINGS = 2.0**-19
+
 SAFETY = [batch_of(ROWS, ANSWERS)]
 UTILITY = [batch_of(OTHER_ROWS, OTHER_ANSWERS)]
 
@@ -112,7 +116,7 @@ def assert_scores(scores: SetScores, heads: Any, channels: Any, what: str) -> No
         torch.testing.assert_close(
             got,
             torch.as_tensor(expected, dtype=torch.float32),
-            rtol=1e-6,
+            rtol=ROUNDINGS,
             atol=0,
             msg=lambda text, word=word: f"{what}: {word}: {text}",
         )
@@ -206,7 +210,8 @@ def test_gradient_times_activation(model_type: str) -> None:
         ("ranking", scores.ranking, [s - u for s, u in zip(safety, utility, strict=True)]),
     ):
         for g, e in zip(got, expected, strict=True):
-            np.testing.assert_allclose(g, np.abs(e), rtol=1e-5, atol=1e-10, err_msg=word)
+            # terms of either sign cancel: what is lost is a share of the terms, not of their sum
+            np.testing.assert_allclose(g, np.abs(e), rtol=ROUNDINGS, atol=ROUNDINGS * np.abs(e).max(), err_msg=word)
 
 
 def patching_slope(model: nn.Module, mean: Tensor, name: str, features: slice) -> float:
@@ -296,8 +301,8 @@ def test_experts_add_up_to_the_dense_layer_they_split() -> None:
     for part, expected in zip(parts, wholes, strict=True):
         for layer in range(2):
             attention, *experts = part[3 * layer : 3 * layer + 3]
-            torch.testing.assert_close(attention, expected[2 * layer], rtol=1e-5, atol=1e-9)
-            torch.testing.assert_close(experts[0] + experts[1], expected[2 * layer + 1], rtol=1e-5, atol=1e-9)
+            for got, of in ((attention, expected[2 * layer]), (experts[0] + experts[1], expected[2 * layer + 1])):
+                torch.testing.assert_close(got, of, rtol=ROUNDINGS, atol=ROUNDINGS * float(of.abs().max()))
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
