@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
     from .gradients import clip_grad_norm_, zero_frozen_grads_
+    from .guard import guard
     from .kernels.drift import FrozenDriftError
     from .kernels.report import info
     from .live import live_gradients
     from .masks import FreezeMask, FreezePlan, PlanFileError
     from .memory import memory_plan
-    from .optim import MaskedAdam, MaskedAdamW, guard
+    from .optim import MaskedAdam, MaskedAdamW
     from .profiling import profile_step
     from .proof import snapshot
     from .watch import RefusalWatch
@@ -29,7 +30,8 @@ __all__ = [
 _HOMES: Final = {
     **dict.fromkeys(("FreezeMask", "FreezePlan", "PlanFileError"), ".masks"),
     **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".gradients"),
-    **dict.fromkeys(("MaskedAdam", "MaskedAdamW", "guard"), ".optim"),
+    **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim"),
+    "guard": ".guard",
     **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
     "FrozenDriftError": ".kernels.drift",
     "info": ".kernels.report",

@@ -1,4 +1,4 @@
-"""`MaskedAdamW` and `MaskedAdam`, drop-in for `torch.optim`; `guard`, which freezes under any other optimizer."""
+"""`MaskedAdamW` and `MaskedAdam`, drop-in for `torch.optim`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .binding import bare_name, bind, named_tensors
-from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients, zero_listed_grads_
+from .binding import bare_name, bind
+from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients
 from .kernels import (
     SCALARS,
     STORAGE,
@@ -29,10 +29,8 @@ from .kernels import (
     WorkList,
     adamw_scalars,
     choose_backend,
-    compile_frozen,
     compile_live,
 )
-from .kernels.drift import raise_on_drift
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
 from .live import check_live_gradients
@@ -40,7 +38,7 @@ from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
 from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
 
-__all__ = ["Guard", "MaskedAdam", "MaskedAdamW", "guard"]
+__all__ = ["MaskedAdam", "MaskedAdamW", "check_parameter", "checked_plan"]
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _REMAINDER: Final = "master_remainder"
@@ -158,7 +156,7 @@ class MaskedAdam(Optimizer):
         if fused:
             self._step_supports_amp_scaling = True
         if freeze is not None:
-            self._plan = _checked_plan(freeze, what)
+            self._plan = checked_plan(freeze, what)
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._masks(require_grad=True)
         self._note_plan()
@@ -176,7 +174,7 @@ class MaskedAdam(Optimizer):
         try:
             for i, p in enumerate(group["params"]):
                 name = group["param_names"][i] if "param_names" in group else None
-                _check_parameter(p, type(self).__name__, name)
+                check_parameter(p, type(self).__name__, name)
                 if self._master is not None and p.dtype == torch.float16:
                     raise TypeError(
                         f"{type(self).__name__}: parameter {name or i!r} is float16, expected bfloat16 or float32 with "
@@ -334,7 +332,7 @@ class MaskedAdam(Optimizer):
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
-            _check_parameter(p, type(self).__name__, names[i])
+            check_parameter(p, type(self).__name__, names[i])
             if p.grad is not None or self.state.get(p):
                 kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device), []).append(i)
         for (_, device), members in kinds.items():
@@ -440,7 +438,7 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: the plan does not fit; the old one stays in force.
         """
-        plan = _checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
+        plan = checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
         old_masks, new_masks = self._masks(), self._masks(plan, require_grad=True)
         ages, states = dict(self._ages), {}
         for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
@@ -1052,7 +1050,7 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
 
 
-def _check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
+def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
     label = f"parameter {name!r}" if name else "a parameter"
     if p.layout != torch.strided:
         raise TypeError(f"{what}: {label} has layout {p.layout}, expected a dense (strided) tensor")
@@ -1065,7 +1063,7 @@ def _check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
 
 
-def _checked_plan(plan: Any, what: str) -> FreezePlan:
+def checked_plan(plan: Any, what: str) -> FreezePlan:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{what}: freeze is a {type(plan).__name__}, expected a FreezePlan (or None)")
     return plan
@@ -1128,146 +1126,3 @@ def _repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
                 frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
                 matrix[frozen] = 0
     return packed
-
-
-# -------------------------------------------------------------------------------------------------------- guard
-
-
-class Guard:
-    """Keeps a plan's weights where they are under any `torch.optim.Optimizer`. Made by `guard`."""
-
-    def __init__(self, optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, backend: str) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"guard: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer "
-                "(unwrap a wrapper first, for example accelerated.optimizer)"
-            )
-        self.plan = _checked_plan(plan, "guard")
-        self.model = model
-        self._backend_name = backend
-        bound = bind(self.plan, named_tensors(model), operation="guard")
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for entry in bound:
-            if id(entry.param) not in known:
-                raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
-            if entry.param.grad is not None:
-                check_gradient(local(entry.param), local_gradient(entry.param), entry.name, "guard")  # type: ignore[arg-type]
-        self._names = [entry.name for entry in bound]
-        self._masks = [entry.mask for entry in bound]
-        self._held = [entry.held for entry in bound]
-        self._shapes = [entry.param.shape for entry in bound]
-        self._dtypes = [entry.param.dtype for entry in bound]
-        self._work = compile_frozen([entry.local_mask for entry in bound])
-        self._gradients = GradientReader([entry.param for entry in bound])
-        self.refresh()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
-
-    def refresh(self) -> None:
-        """Take the present values as the frozen ones, after weights were loaded on purpose."""
-        params = self._params()
-        self._copy = [
-            torch.empty(size, dtype=p.dtype, device=local(p).device)
-            for size, p in zip(self._work.packed_sizes, params, strict=True)
-        ]
-        self._gather(params, self._copy)
-        self._versions = [p._version for p in params]
-
-    def remove(self) -> None:
-        """Stop guarding. The weights stay as they are and train from now on."""
-        for handle in self._handles:
-            handle.remove()
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed copy."""
-        return sum(t.numel() * t.element_size() for t in self._copy)
-
-    def _params(self) -> list[Tensor]:
-        # By name, at every use: frameworks swap parameter objects.
-        named = dict(named_tensors(self.model))
-        lost = [name for name in self._names if name not in named]
-        if lost:
-            raise ValueError(f"guard: {lost[0]!r} is no longer a parameter of the model; guard it under its new name")
-        params = [named[name] for name in self._names]
-        for name, p, shape, dtype in zip(self._names, params, self._shapes, self._dtypes, strict=True):
-            _check_parameter(p, "guard", name)
-            if (p.shape, p.dtype) != (shape, dtype):
-                raise ValueError(
-                    f"guard: {name!r} is {tuple(p.shape)} {p.dtype}, expected {tuple(shape)} {dtype} "
-                    "as before; guard it anew"
-                )
-        return params
-
-    def _backend(self, params: list[Tensor]) -> Backend:
-        devices = {local(p).device for p in params}
-        if len(devices) > 1:
-            raise ValueError(
-                f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
-            )
-        return choose_backend(self._backend_name, next(iter(devices), torch.device("cpu")), "guard")
-
-    @torch.no_grad()
-    def _gather(self, params: list[Tensor], packed: list[Tensor]) -> None:
-        self._backend(params).gather(self._work, [local(p).detach().contiguous() for p in params], packed)
-
-    def _before(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        params = self._params()
-        if [p._version for p in params] != self._versions:
-            # Someone else wrote to the weights since the last step. To frozen ones?
-            now = [torch.empty_like(t) for t in self._copy]
-            self._gather(params, now)
-            raise_on_drift(
-                "guard", self._names, self._masks, self._copy, now,
-                remedy="if they were loaded on purpose, call guard.refresh()", held=self._held,
-            )  # fmt: skip
-        self._zero_grads(params)
-
-        def watched(closure: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                loss = closure()
-                self._zero_grads(params)
-                return loss
-
-            return run
-
-        if callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": watched(kwargs["closure"])}
-        # args[0] is the optimizer itself
-        return (args[0], *(watched(arg) if callable(arg) else arg for arg in args[1:])), kwargs
-
-    @torch.no_grad()
-    def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, self._names, self._shapes, "guard")
-
-    @torch.no_grad()
-    def _after(self, *_: Any) -> None:
-        params = self._params()
-        pieces = [local(p).detach() for p in params]
-        targets = [piece.contiguous() for piece in pieces]
-        self._backend(params).scatter_(self._work, targets, self._copy)
-        for piece, target in zip(pieces, targets, strict=True):
-            if target.data_ptr() != piece.data_ptr():
-                piece.copy_(target)
-        torch.autograd.graph.increment_version(params)
-        self._versions = [p._version for p in params]
-
-
-def guard(optimizer: Optimizer, plan: FreezePlan, model: torch.nn.Module, *, backend: str = "auto") -> Guard:
-    """Freeze under ANY torch optimizer (SGD, Muon, Lion, 8-bit …): frozen weights are put back after every ``step()``.
-
-    Before each step (and after a closure ran) the frozen gradients are zeroed, so that statistics over whole rows or
-    matrices do not see them; after it the frozen bytes are written back from a packed copy taken now. The wrapped
-    optimizer still keeps full-size state: `MaskedAdamW` does not, and is faster.
-
-    Returns:
-        A `Guard`; ``.remove()`` ends it, ``.refresh()`` accepts weights that were loaded on purpose.
-
-    Raises:
-        ValueError: the plan does not fit the model, or names a parameter the optimizer does not have.
-        FrozenDriftError: at the next step, if someone else changed frozen weights in between. Writes through ``.data``
-            leave no trace in autograd's version counters: those are put back without a word.
-    """
-    return Guard(optimizer, plan, model, backend)

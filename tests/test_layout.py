@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
     ("gradients", "live"),
     ("optim", "attribution"),
-    ("proof", "audit", "watch"),
+    ("guard", "proof", "audit", "watch"),
     ("memory", "profiling"),
     ("integrations",),
     ("demo",),
