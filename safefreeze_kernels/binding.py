@@ -68,10 +68,11 @@ def bind(
     """Find the parameter of every mask. One entry per tensor, however many names it has.
 
     Raises:
-        ValueError: naming the parameter: missing, of another shape, tied with two different masks, sharing storage
-            with another parameter, or (with ``require_grad``) not requiring gradients.
+        ValueError: naming the parameter: missing, one of two of that name, of another shape, tied with two different
+            masks, sharing storage with another parameter, or (with ``require_grad``) not requiring gradients.
     """
     by_name = dict(named)
+    twice = {name: param for name, param in named if by_name[name] is not param}
     for name, param in named:
         if any(hasattr(param, mark) for mark in _FLATTENED):
             raise ValueError(
@@ -92,6 +93,13 @@ def bind(
         if name not in by_name:
             name = _unwrapped(name, by_name, bare_names(), operation)
         param = by_name[name]
+        if name in twice:
+            raise ValueError(
+                f"{operation}: two different parameters, of shapes {tuple(twice[name].shape)} and "
+                f"{tuple(param.shape)}, are both named {name!r}, and the plan cannot mean both; give them distinct "
+                "names in the plan and in what is passed, for example ('actor.' + name, parameter) and "
+                "('critic.' + name, parameter)"
+            )
         if tuple(param.shape) != mask.shape:
             raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
         if require_grad and not param.requires_grad:

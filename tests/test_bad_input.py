@@ -274,6 +274,42 @@ def test_tied_weights_with_two_masks_through_a_model() -> None:
         MaskedAdamW(model.named_parameters(), freeze=FreezePlan({"head.weight": plan["head.weight"]}))
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "wrapped"])
+@pytest.mark.parametrize("shapes", [((6, 4), (6, 4)), ((4, 4), (6, 4)), ((6, 4), (4, 4))], ids=str)
+@pytest.mark.parametrize("operation", ["zero_frozen_grads_", "clip_grad_norm_", "snapshot", "FreezePlan.check"])
+def test_one_name_for_two_parameters(operation: str, shapes: Any, wrapped: bool) -> None:
+    """The last of the name was bound, whichever the plan meant: rows of the first moved without a word."""
+    given = "module.up.weight" if wrapped else "up.weight"
+    pairs = [("else", Param(torch.zeros(3))), *((given, Param(torch.zeros(shape))) for shape in shapes)]
+    plan = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0])})
+    call: dict[str, Callable[[], Any]] = {
+        "zero_frozen_grads_": lambda: sf.zero_frozen_grads_(pairs, plan),
+        "clip_grad_norm_": lambda: sf.clip_grad_norm_(iter(pairs), 1.0, plan),
+        "snapshot": lambda: sf.snapshot(pairs, plan),
+        "FreezePlan.check": lambda: plan.check(pairs),
+    }
+    with refused(ValueError, f"{operation}: ", f"both named {given!r}", *map(str, shapes), "'actor.'", "'critic.'"):
+        call[operation]()
+
+
+def test_one_name_for_two_parameters_that_is_another_name_of_a_tied_one() -> None:
+    tied, other = Param(torch.zeros(6, 4)), Param(torch.zeros(6, 4))
+    pairs = [("embed.weight", tied), ("head.weight", tied), ("head.weight", other)]
+    with refused(ValueError, "snapshot: ", "both named 'head.weight'"):
+        sf.snapshot(pairs, FreezePlan({"head.weight": FreezeMask((6, 4), rows=[0])}))
+
+
+def test_one_name_twice_is_fine_for_one_parameter_or_outside_the_plan() -> None:
+    planned = Param(torch.zeros(6, 4))
+    pairs = [("up.weight", planned), ("bias", Param(torch.zeros(6))), ("bias", Param(torch.ones(6)))]
+    for p in dict.fromkeys(p for _, p in pairs):
+        p.grad = torch.ones_like(p)
+    pairs.append(("up.weight", planned))
+    plan = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0])})
+    assert sf.snapshot(pairs, plan).nbytes == 16
+    assert sf.clip_grad_norm_(pairs, 100.0, plan).item() == pytest.approx(math.sqrt(20 + 12))
+
+
 def test_a_plan_by_name_needs_names() -> None:
     with refused(ValueError, "MaskedAdamW", "without names", "model.named_parameters()"):
         MaskedAdamW(parameters().values(), freeze=PLAN)
