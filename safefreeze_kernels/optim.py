@@ -26,7 +26,9 @@ from .binding import bare_name, bind
 from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients
 from .kernels import (
     SCALARS,
+    SCALARS_DOUBLE,
     STORAGE,
+    WIDE,
     AdamWOperands,
     Ages,
     Backend,
@@ -34,6 +36,7 @@ from .kernels import (
     adamw_scalars,
     choose_backend,
     compile_live,
+    moment_dtype,
 )
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
@@ -47,6 +50,7 @@ __all__ = ["MaskedAdam", "MaskedAdamW", "check_parameter", "checked_plan"]
 
 _PACKED: Final = (*MOMENTS, REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
+_SCALAR_ROW_DOUBLE: Final = struct.Struct("=10dI")
 _VERSION: Final = attrgetter("_version")  # autograd's count of writes to a tensor
 
 
@@ -66,7 +70,8 @@ class MaskedAdam(Optimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
         freeze: what is frozen, by parameter name; see `set_freeze`.
         backend: "auto", or one of the names `safefreeze info` lists. A named one never falls back.
-        state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype.
+        state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype; float64 and
+            complex parameters have moments like themselves.
         master: "remainder" keeps, for each live element of a bfloat16 parameter, the 16 bits it lacks of a float32
             master (state ``master_remainder``): the masters train exactly as float32 parameters given the same
             gradients; see `master_weights`. Float32 parameters need none, float16 ones are refused.
@@ -82,15 +87,18 @@ class MaskedAdam(Optimizer):
             are read too: the host never waits, and a step can be recorded in a CUDA graph.
         differentiable: not supported; True raises.
 
-    Parameters are float32, bfloat16 or float16; the arithmetic is float32. State keys are torch's; with rows or columns
-    frozen, ``exp_avg`` and ``exp_avg_sq`` are packed to (live rows, live columns).
+    Parameters are float32, bfloat16 or float16, and the arithmetic is float32. Complex64 parameters are stepped through
+    their real view, as in torch. Float64 and complex128 ones are computed in float64, by the slow reference backend
+    (``backend="auto"`` says so once). What has ``requires_grad=False``, and is in no plan, may have any dtype and
+    layout: only what gets a gradient is looked at. State keys are torch's; with rows or columns frozen, ``exp_avg`` and
+    ``exp_avg_sq`` are packed to (live rows, live columns).
 
     `torch.amp.GradScaler` looks at all gradients: to keep an inf in a frozen one from skipping a step, call
     `zero_frozen_grads_` before ``scaler.unscale_`` or ``scaler.step``.
 
     Raises:
         ValueError: hyper-parameters out of range or NaN; a plan that does not fit (contract 6).
-        TypeError: parameters of an unsupported dtype or layout.
+        TypeError: parameters that train and are of an unsupported dtype or layout.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class MaskedAdam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
+        _check_for_foreach(defaults)
         _check_hyper_parameters(defaults)
         defaults["betas"] = tuple(float(beta) for beta in betas)
         self._backend = backend
@@ -155,8 +164,9 @@ class MaskedAdam(Optimizer):
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._masks(require_grad=True)
         self._note_plan()
-        for device in {p.device for p in self._params()} - {torch.device("meta")} or {torch.device("cpu")}:
-            choose_backend(backend, device, what)
+        params = [p for p in self._params() if p.requires_grad] or self._params()
+        for device in {p.device for p in params} - {torch.device("meta")} or {torch.device("cpu")}:
+            choose_backend(backend, device, what, _kernel_dtypes(p for p in params if p.device == device))
 
     def _begin(self) -> None:
         """What no copy inherits: it is found out again at the next step."""
@@ -187,13 +197,8 @@ class MaskedAdam(Optimizer):
             group[FREEZE] = self._plan.fingerprint
         try:
             for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else None
-                check_parameter(p, type(self).__name__, name)
-                if self._master is not None and p.dtype == torch.float16:
-                    raise TypeError(
-                        f"{type(self).__name__}: parameter {name or i!r} is float16, expected bfloat16 or float32 with "
-                        "master='remainder'; convert it"
-                    )
+                if p.requires_grad:
+                    self._check_trained(p, group["param_names"][i] if "param_names" in group else None)
             if self._plan:
                 self._masks()
         except (TypeError, ValueError):
@@ -204,6 +209,21 @@ class MaskedAdam(Optimizer):
             self._agreement = None
             self._note_plan()
         self._void_factor("a parameter group was added")
+
+    def _check_trained(self, p: Tensor, name: str | None) -> None:
+        """Raise TypeError if ``p`` is not what this optimizer trains."""
+        what = type(self).__name__
+        check_parameter(p, what, name)
+        label = f"parameter {name!r}" if name else "a parameter"
+        if self._master is not None and p.dtype == torch.float16:
+            raise TypeError(
+                f"{what}: {label} is float16, expected bfloat16 or float32 with master='remainder'; convert it"
+            )
+        if self._state_dtype != torch.float32 and p.dtype == torch.complex64:
+            raise TypeError(
+                f"{what}: {label} is complex64, whose moments are complex64, but state_dtype is {self._state_dtype}; "
+                "leave state_dtype out, or give it an optimizer of its own"
+            )
 
     @property
     def plan(self) -> FreezePlan | None:
@@ -318,14 +338,14 @@ class MaskedAdam(Optimizer):
             return
         prepared = []
         for launch in launches:
-            given = None if grads is None else GradientList(g.contiguous() for g in grads[: len(launch.owners)])
+            given = None if grads is None else GradientList(_real(g).contiguous() for g in grads[: len(launch.owners)])
             grads = None if grads is None else grads[len(launch.owners) :]
             prepared.append(launch.prepare(self.param_groups, given))
         if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
             self._trains_nothing()
         factor = None
         if self._pending is not None:
-            just_read = grads is None and all(gradients.plain for gradients, *_ in prepared)
+            just_read = all(gradients.own for gradients, *_ in prepared)
             now = chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
             factor = self._pending.factor_now(now or self._present_gradients(), type(self).__name__)
         multiplier = _multiplier(grad_scale, factor)
@@ -388,33 +408,43 @@ class MaskedAdam(Optimizer):
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
-            check_parameter(p, type(self).__name__, names[i])
             if p.grad is not None or self.state.get(p):
-                kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device), []).append(i)
-        for (_, device), members in kinds.items():
+                self._check_trained(p, names[i])
+                double = p.dtype in (torch.float64, torch.complex128)
+                kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device, double), []).append(i)
+        for (_, device, _), members in kinds.items():
+            if device.type == "meta" and any(groups[group_of[i]]["fused"] for i in members):
+                raise RuntimeError(  # torch's words, in torch's error: callers match them
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+                    f"{names[members[0]]!r} is on the meta device and holds no values; materialise the model first"
+                )
             for i in members:
                 grad = local_gradient(params[i])
                 if isinstance(grad, PackedGradient):
                     check_packing(grad.mask, masks[i], names[i], type(self).__name__)
                 elif grad is not None:
                     check_gradient(pieces[i], grad, names[i], type(self).__name__, (params[i].dtype,))
-            choose_backend(self._backend, device, type(self).__name__)
+            choose_backend(self._backend, device, type(self).__name__, _kernel_dtypes(params[i] for i in members))
         launches = []
-        for ((_, amsgrad, *_), _), members in kinds.items():
+        for ((_, amsgrad, *_), *_), members in kinds.items():
             for i in members:
                 self._init_state(params[i], local_masks[i], amsgrad, names[i])
-        for ((_, amsgrad, l2, capturable), device), members in kinds.items():
+        for ((_, amsgrad, l2, capturable), device, double), members in kinds.items():
+            geometry = [
+                (local_masks[i], age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i]))
+                for i in members
+            ]
+            geometry = [
+                _of_real_view(*each) if params[i].is_complex() else each
+                for i, each in zip(members, geometry, strict=True)
+            ]
+            dtypes = _kernel_dtypes(params[i] for i in members)
             launches.append(
                 (_CapturableLaunch if capturable else _Launch)(
                     optimizer=type(self).__name__,
-                    backend=choose_backend(self._backend, device, type(self).__name__),
-                    work=compile_live(
-                        [local_masks[i] for i in members],
-                        [
-                            age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i])
-                            for i in members
-                        ],
-                    ),
+                    backend=choose_backend(self._backend, device, type(self).__name__, dtypes),
+                    work=compile_live([mask for mask, _ in geometry], [age for _, age in geometry]),
+                    double=double,
                     owners=[params[i] for i in members],
                     names=[names[i] for i in members],
                     group_of=np.array([group_of[i] for i in members], np.int64),
@@ -490,7 +520,7 @@ class MaskedAdam(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             self._ages.pop(name, None)  # without state everything is equally young
-        dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], self._state_dtype)
+        dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, self._state_dtype))
         if self._master is not None and param.dtype == torch.bfloat16:
             dtypes[REMAINDER] = torch.int16
         for key, dtype in dtypes.items():
@@ -507,8 +537,9 @@ class MaskedAdam(Optimizer):
                         f"{type(self).__name__}: state {key!r} of {name!r} has {aspect} {got}, expected {expected}; "
                         "load foreign state with load_state_dict"
                     )
-            if not moment.is_contiguous():
-                state[key] = moment.contiguous()
+            plain = moment.resolve_conj().resolve_neg().contiguous()
+            if plain is not moment:
+                state[key] = plain
 
     # -- changing the plan --------------------------------------------------------------------------------------
 
@@ -649,11 +680,14 @@ class MaskedAdam(Optimizer):
 
     @torch.no_grad()
     def master_weights(self) -> dict[str, Tensor]:
-        """Name -> float32 weights: the masters where ``master="remainder"`` keeps them, else the parameters' values."""
+        """Name -> float32 weights: the masters where ``master="remainder"`` keeps them, else the parameters' values.
+
+        What float32 does not hold (float64, complex numbers, quantised weights) is given as it is.
+        """
         weights = {}
         for p, name, mask in zip(self._params(), self._names(), self._masks(), strict=True):
             piece, local_mask = local(p).detach(), mask.piece(held(p))
-            weight = piece.float()
+            weight = piece.float() if piece.dtype in STORAGE else piece
             remainder = self.state.get(p, {}).get(REMAINDER)
             if remainder is not None:
                 live = from_remainder(piece, _repack(remainder, local_mask, FreezeMask(piece.shape)))
@@ -739,8 +773,13 @@ class MaskedAdam(Optimizer):
                     raise ValueError(
                         f"{what}: {key} of {name!r} has shape {tuple(given_moment.shape)}, expected {expected}"
                     )
+                if given_moment.is_complex() != p.is_complex():
+                    raise ValueError(
+                        f"{what}: {key} of {name!r} has dtype {given_moment.dtype}, its parameter {p.dtype}"
+                    )
                 moment = self._local_moment(given_moment.detach(), p, mask, packed=packed)
-                moment = moment.to(local(p).device, torch.int16 if key == REMAINDER else self._state_dtype)
+                kept = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, self._state_dtype)
+                moment = moment.to(local(p).device, kept)
                 entry[key] = _Veiled(_owned(moment.contiguous(), given_moment))
             step = float(saved.state["step"])
             entry["step"] = _Veiled(torch.tensor(step, dtype=torch.float32))
@@ -960,9 +999,12 @@ class _Launch:
     def __init__(
         self, *, optimizer: str, backend: Backend, work: WorkList, owners: list[Tensor], names: list[str],
         group_of: np.ndarray, states: list[dict[str, Any]], numbers: list[int], amsgrad: bool, l2: bool,
-        stochastic: bool, seed: int,
+        stochastic: bool, seed: int, double: bool,
     ) -> None:  # fmt: skip
         self.optimizer, self.backend, self.work = optimizer, backend, work
+        #: dtype of the arithmetic, and how its scalars are laid out
+        self.exact = torch.float64 if double else torch.float32
+        self.pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
         params = list(map(local, owners))
         self.owners, self.params, self.names = owners, params, names
         self.flags: dict[str, Any] = {"l2": l2, "amsgrad": amsgrad, "stochastic": stochastic, "seed": seed}
@@ -970,15 +1012,16 @@ class _Launch:
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
         self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
         self.ageless = not work.born_of_part.any()
-        self.scalars = np.empty(len(self.groups), SCALARS)
+        self.scalars = np.empty(len(self.groups), SCALARS_DOUBLE if double else SCALARS)
         self.scalar_memory = self.scalars.view(np.uint8).data
         self.shapes = [p.shape for p in owners]
         self.dtypes = [p.dtype for p in params]
-        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
+        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
         moments = [[state[key] for state in states] for key in MOMENTS[: 3 if amsgrad else 2]]
         remainders = [state.get(REMAINDER) for state in states]
+        real_params, *real = (list(map(_real, tensors)) for tensors in (params, *moments))
         self.operands = AdamWOperands(
-            list(params), moments[0], moments[1], moments[2] if amsgrad else None,
+            real_params, real[0], real[1], real[2] if amsgrad else None,
             remainders if any(r is not None for r in remainders) else None, numbers,
         )  # fmt: skip
         # all that a step writes to beside parameters and counts
@@ -1003,7 +1046,7 @@ class _Launch:
         grads = read_gradients(self.gradients, self.owners, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
-        return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
+        return grads if grads.plain else GradientList(None if g is None else _real(g).contiguous() for g in grads)
 
     def prepare(
         self, groups: list[dict[str, Any]], grads: GradientList | None = None
@@ -1015,13 +1058,13 @@ class _Launch:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
                 values = _group_scalars(groups[group], self.uniform_count + 1)
-                _SCALAR_ROW.pack_into(self.scalar_memory, row * SCALARS.itemsize, *values)
+                self.pack_scalars(self.scalar_memory, row * self.scalars.itemsize, *values)
             return grads, self.scalars, self.set_of_part
         self.uniform_count = None
         counts = self.counts + (np.float32(1.0) if self.counting is None else self.counting)
         age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
         codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
-        scalars = np.empty(len(codes), SCALARS)
+        scalars = np.empty(len(codes), self.scalars.dtype)
         for row, code in enumerate(codes.tolist()):
             scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1)
         return grads, scalars, inverse.astype(np.int32)
@@ -1030,19 +1073,20 @@ class _Launch:
         self, grads: GradientList, scalars: Any, scalar_set: np.ndarray, multiplier: Tensor | None, skip: Tensor | None
     ) -> None:
         if multiplier is not None:
-            multiplier = multiplier.to(self.params[0].device)
+            multiplier = multiplier.to(self.params[0].device, self.exact)
         skip = skip if self.on_device else None  # else the host looked at it
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
-                self.operands.params[i] = self.params[i].detach().contiguous()
+                self.operands.params[i] = _real(self.params[i].detach()).contiguous()
             self.operands.native = None
         self.backend.adamw_(
             self.work, self.operands, scalars, scalar_set, **self.flags, skip=skip, multiplier=multiplier
         )
         for i in self.strided:
             if grads[i] is not None:
-                self.params[i].detach().copy_(self.operands.params[i])
+                new = self.operands.params[i]
+                self.params[i].detach().copy_(torch.view_as_complex(new) if self.params[i].is_complex() else new)
         self.operands.grads = GradientList()
         self.count(skip)
         changed = self.owners if grads.plain else [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
@@ -1086,7 +1130,7 @@ class _CapturableLaunch(_Launch):
         grads = self.read_gradients() if grads is None else grads
         ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
         rows = [
-            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1])
+            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], self.exact)
             for group, members in self.set_of_group
         ]
         return grads, torch.cat(rows), self.set_of_part
@@ -1112,8 +1156,9 @@ def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
-    """Words of `SCALARS` rows, int32 [steps, 11], from float64 ``step`` counts; tensors in ``group`` are read there."""
+def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
+    """Words of `SCALARS` rows, int32 [steps, 11] (`SCALARS_DOUBLE`: [steps, 21]), from float64 ``step`` counts; tensors
+    in ``group`` are read there."""
     betas = group["betas"]
     known = {"lr": 0.0} if isinstance(group["lr"], Tensor) else {}
     _check_hyper_parameters({**group, **known, "betas": [0.0 if isinstance(b, Tensor) else b for b in betas]})
@@ -1128,7 +1173,7 @@ def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
     )  # fmt: skip
     # filled there: a number copied from the host would be waited for
     columns = [w.expand_as(step) if isinstance(w, Tensor) else torch.full_like(step, w) for w in words]
-    floats = torch.stack(columns[:-1], dim=1).float().view(torch.int32)
+    floats = torch.stack(columns[:-1], dim=1).to(exact).view(torch.int32)
     return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
 
 
@@ -1169,6 +1214,13 @@ def _check_rounding(what: str, master: str | None, rounding: str, seed: int) -> 
         raise ValueError(f"{what}: seed is {seed!r}, expected an integer from 0 to 2**64 - 1")
 
 
+def _check_for_foreach(defaults: dict[str, Any]) -> None:
+    """What torch refuses of ``foreach=True``, in its words."""
+    for word, value in (("lr", defaults["lr"]), *((f"betas[{i}]", beta) for i, beta in enumerate(defaults["betas"]))):
+        if isinstance(value, Tensor) and defaults["foreach"] and not defaults["capturable"]:
+            raise ValueError(f"{word} as a Tensor is not supported for capturable=False and foreach=True")
+
+
 def _check_hyper_parameters(group: dict[str, Any]) -> None:
     """Ranges, without NaN and infinity. The words are torch's, which callers and tests match."""
     lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
@@ -1193,10 +1245,10 @@ def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
     label = f"parameter {name!r}" if name else "a parameter"
     if p.layout != torch.strided:
         raise TypeError(f"{what}: {label} has layout {p.layout}, expected a dense (strided) tensor")
-    if p.dtype not in STORAGE:
+    if p.dtype not in (*STORAGE, *WIDE):
         raise TypeError(
-            f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16 or float16; convert it, "
-            "or give it to torch.optim.AdamW in an optimizer of its own"
+            f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16, float16, float64, complex64 or "
+            "complex128; convert it, or keep it out of training with requires_grad_(False)"
         )
     if overlaps_itself(p):
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
@@ -1249,6 +1301,34 @@ def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
             for i, group in enumerate(groups)
         ]
     return keep(groups, 0)
+
+
+# ------------------------------------------------------------------------------------------- complex parameters
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """What kernels see of a tensor, over the same memory: complex numbers as pairs of real ones. Where memory does not
+    hold the values (autograd may only note that they are negated or conjugate), a copy."""
+    if tensor.is_complex() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _kernel_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
+    """Of what kernels see of parameters."""
+    return {torch.float32 if p.dtype == torch.complex64 else p.dtype for p in params}
+
+
+def _of_real_view(mask: FreezeMask, ages: Ages | None) -> tuple[FreezeMask, Ages | None]:
+    """Mask and ages of a complex tensor's real view, a matrix with a pair of columns for each column."""
+    n_rows, n_cols = mask.matrix_shape
+    elements = None if mask.elements is None else mask.elements.reshape(n_rows, n_cols).repeat_interleave(2, dim=1)
+    cols = (mask.cols[:, None] * 2 + torch.arange(2)).reshape(-1)
+    real = FreezeMask((n_rows, 2 * n_cols), rows=mask.rows, cols=cols, elements=elements)
+    if ages is None:
+        return real, None
+    born = None if ages.elements is None else ages.elements.repeat(2, axis=1)
+    return real, Ages(ages.rows, ages.cols.repeat(2), born)
 
 
 # ----------------------------------------------------------------------------------------------- packed state

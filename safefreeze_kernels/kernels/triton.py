@@ -683,13 +683,15 @@ class TritonBackend:
                 **settings(dtype, lists=on_device.lists, bits=on_device.bits, FROZEN=work.frozen),
             )  # fmt: skip
 
-    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=True)
 
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=False)
 
-    def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
+    def _copy(
+        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
+    ) -> None:
         pairs = [tensor for pair in zip(tensors, packed, strict=True) for tensor in pair]
         for dtype, tiles, on_device, table in self._launches(work, tensors, pairs):
             _launch(
