@@ -16,7 +16,7 @@ from torch import Tensor
 from .masks import FreezeMask, FreezePlan
 from .sharding import held, local
 
-__all__ = ["BoundMask", "bare_name", "bind", "named_tensors"]
+__all__ = ["BoundMask", "bare_name", "bind", "computed_from", "named_tensors"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list
     matches = bare.get(bare_name(name), [])
     if len({id(by_name[given]) for given in matches}) == 1:
         return matches[0]
+    origin = "" if matches else computed_from(name, by_name)
     near = matches or difflib.get_close_matches(name, by_name, n=2)
     raise ValueError(
         f"{operation}: the plan names {name!r}, which "
@@ -146,9 +147,32 @@ def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list
             if matches
             else f"is not among the {len(by_name)} parameters given"
         )
-        + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-        + "; is it a plan for another model? (a tied weight: pass "
-        "model.named_parameters(remove_duplicate=False), so that either name is known)"
+        + (
+            origin
+            or (f"; nearest: {', '.join(map(repr, near))}" if near else "")
+            + "; is it a plan for another model? (a tied weight: pass "
+            "model.named_parameters(remove_duplicate=False), so that either name is known)"
+        )
+    )
+
+
+def computed_from(name: str, given: Iterable[str]) -> str:
+    """What to say of a weight that is computed from others among ``given``; empty if it is not."""
+    wanted = bare_name(name)
+    path, _, leaf = wanted.rpartition(".")
+    start = f"{path}." if path else ""
+    parts = [
+        other
+        for other in given
+        if (bare := bare_name(other)).startswith(f"{start}parametrizations.{leaf}.original")
+        or bare in (f"{wanted}_g", f"{wanted}_v", f"{wanted}_orig")
+    ]
+    if not parts:
+        return ""
+    return (
+        f": it is computed from {' and '.join(map(repr, parts))} by a parametrization, weight norm, spectral norm or "
+        "pruning, and its rows cannot be frozen through them; remove that first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove …)"
     )
 
 

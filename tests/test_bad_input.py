@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import assert_same_bits, assert_same_state, random_normal
 from torch import Tensor, nn
 
@@ -308,6 +309,30 @@ def test_one_name_twice_is_fine_for_one_parameter_or_outside_the_plan() -> None:
     plan = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0])})
     assert sf.snapshot(pairs, plan).nbytes == 16
     assert sf.clip_grad_norm_(pairs, 100.0, plan).item() == pytest.approx(math.sqrt(20 + 12))
+
+
+COMPUTED: dict[str, tuple[Callable[..., Any], str]] = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "'parametrizations.weight.original0' and "),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "'parametrizations.weight.original'"),
+    "old weight_norm": (nn.utils.weight_norm, "'weight_g' and "),
+    "old spectral_norm": (nn.utils.spectral_norm, "'weight_orig'"),
+    "pruning": (lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5), "'weight_orig'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_weight_that_is_computed_from_others(operation: str, how: str, wrapper: str) -> None:
+    """It said that the plan was for another model."""
+    layer = nn.Linear(4, 6)
+    compute, parts = COMPUTED[how]
+    compute(layer)
+    params = {wrapper + name: p for name, p in layer.named_parameters()}
+    parts = parts.replace("'", f"'{wrapper}", 1)
+    with refused(ValueError, f"{operation}: the plan names 'weight'", "computed from", parts, "remove that first"):
+        operations(params, FreezePlan({"weight": FreezeMask((6, 4), rows=[0])}))[operation]()
 
 
 def test_a_plan_by_name_needs_names() -> None:
