@@ -20,7 +20,7 @@ NAME = "safefreeze_kernels"
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
     ("_C", "sharding", "calibration", "state_dicts"),
-    ("masks",),
+    ("_C", "sharding", "calibration", "checkpoint", "state_dicts"),
     ("binding", "packed"),
     ("kernels",),
     ("gradients", "live"),
@@ -122,6 +122,11 @@ def test_the_import_reader_sees_imports(tmp_path: Path, monkeypatch: pytest.Monk
         ("_C", False, 1), (NAME, False, 1), ("masks", False, 2), ("kernels", False, 3), ("optim", False, 4),
         ("proof", True, 6),
     ]  # fmt: skip
+
+
+def test_the_extension_claims_no_safety_without_the_interpreter_lock() -> None:
+    """It borrows references and has no critical sections: on a free-threaded Python it must turn the lock on."""
+    assert "mod_gil" not in (PACKAGE.parent / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
 
 
 def test_no_drawer_for_everything() -> None:
