@@ -31,7 +31,7 @@ _NORM_KINDS: Final[dict[float, NormKind]] = {
 
 
 class ClippedNorm(NamedTuple):
-    """What `clip_grad_norm_` returns with ``return_raw=True``: float32 0-dim tensors, before clipping."""
+    """What `clip_grad_norm_` returns with ``return_raw=True``: 0-dim tensors, before clipping."""
 
     live: Tensor  # norm over live elements: what was clipped by
     raw: Tensor  # norm over all elements, frozen ones included: what torch would have clipped by
@@ -46,7 +46,7 @@ class StepsGradients(Protocol):
     @property
     def plan(self) -> FreezePlan | None: ...
 
-    def multiply_gradients_(self, factor: Tensor) -> None: ...
+    def multiply_gradients_(self, factor: Tensor, gradients: Sequence[Tensor | None] | None = None) -> None: ...
 
 
 class _Bound:
@@ -164,7 +164,7 @@ def read_gradients(
     operation: str,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> GradientList:
-    """The gradients of ``params``, checked. ``dtypes``: what each must have; None: any of `STORAGE`."""
+    """The gradients of ``params``, checked. ``dtypes``: what each must have; None: as in `check_gradient`."""
     grads = reader.read(params)
     if not grads.plain:
         for grad, p, name, shape, packing in zip(grads, params, names, shapes, reader.packings, strict=True):
@@ -172,12 +172,15 @@ def read_gradients(
                 raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:
                 piece = local(p) if packing is None else p.new_empty((1,)).expand(packing.packed_shape)
-                check_gradient(piece, grad, name, operation, STORAGE if dtypes is None else (p.dtype,))
+                check_gradient(piece, grad, name, operation, None if dtypes is None else (p.dtype,))
     return grads
 
 
-def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: Sequence[torch.dtype] = STORAGE) -> None:
-    """Raise if ``grad`` is not what kernels take for a gradient of ``p``."""
+def check_gradient(
+    p: Tensor, grad: Tensor, name: str, operation: str, dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """Raise if ``grad`` is not what kernels take for a gradient of ``p``. ``dtypes``: what it may have; None: any of
+    `STORAGE` where ``p`` is one of them, else that of ``p``."""
     if isinstance(grad, PackedGradient):
         raise RuntimeError(
             f"{operation}: grad of {name!r} is packed by live_gradients(storage='packed'), expected an ordinary one; "
@@ -195,6 +198,7 @@ def check_gradient(p: Tensor, grad: Tensor, name: str, operation: str, dtypes: S
         raise ValueError(
             f"{operation}: grad of {name!r} is on the meta device and holds no values; materialise the model"
         )
+    dtypes = dtypes or (STORAGE if p.dtype in STORAGE else (p.dtype,))
     if grad.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
@@ -220,6 +224,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def _settled(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, its values in memory: autograd may only note that they are negated or conjugate."""
+    return tensor if tensor is None else tensor.resolve_conj().resolve_neg().contiguous()
+
+
 class _Contiguous:
     """Gradients to be written to. Kernels see contiguous ones: others are copied, and copied back by `finish`."""
 
@@ -231,7 +240,7 @@ class _Contiguous:
                     "written to; assign its .contiguous() copy"
                 )
         self.originals, self.plain = tensors, tensors.plain
-        self.tensors = tensors if self.plain else GradientList(t if t is None else t.contiguous() for t in tensors)
+        self.tensors = tensors if self.plain else GradientList(map(_settled, tensors))
 
     def finish(self) -> None:
         """The originals hold what was written, and autograd knows."""
@@ -248,7 +257,8 @@ def _one_backend(name: str, grads: GradientList, operation: str) -> Backend:
     devices = {g.device for g in (grads[:1] if grads.plain else grads) if g is not None}
     if len(devices) > 1:
         raise ValueError(f"{operation}: gradients are on {sorted(map(str, devices))}, expected one device")
-    return choose_backend(name, next(iter(devices), torch.device("cpu")), operation)
+    dtypes = STORAGE if grads.plain else {g.dtype for g in grads if g is not None}
+    return choose_backend(name, next(iter(devices), torch.device("cpu")), operation, dtypes)
 
 
 def zero_listed_grads_(
@@ -339,8 +349,9 @@ def clip_grad_norm_(
             another call replaces it. The plan may be left out: it is the optimizer's.
 
     Returns:
-        The live norm before clipping, a 0-dim float32 tensor on the gradients' device; with ``return_raw`` a
-        `ClippedNorm`. On a GPU nothing waits for it, unless ``error_if_nonfinite``.
+        The live norm before clipping, a 0-dim float32 tensor on the gradients' device (float64 if there are float64 or
+        complex128 ones, as in torch); with ``return_raw`` a `ClippedNorm`. On a GPU nothing waits for it, unless
+        ``error_if_nonfinite``.
 
     Raises:
         ValueError: the plan does not fit the model; gradients on several devices; ``optimizer`` has other parameters or
@@ -371,6 +382,8 @@ def clip_grad_norm_(
         read_gradients(bound.gradients, params, bound.names, bound.shapes, operation), bound.names, operation
     )
     chosen = _one_backend(backend, grads.tensors, operation)
+    dtypes = () if grads.plain else {g.dtype for g in grads.tensors if g is not None}
+    exact = torch.float64 if {torch.float64, torch.complex128}.intersection(dtypes) else torch.float32
     # On the gradients' device from here on: nothing waits for it.
     device = next((local(p).device for p in params), torch.device("cpu"))
     live = _norm_over_ranks(chosen, bound.live, grads.tensors, kind, bound.groups, device)
@@ -384,14 +397,14 @@ def clip_grad_norm_(
         frozen = _norm_over_ranks(chosen, bound.frozen, masked, kind, bound.groups[:n], device)
         both = torch.maximum(live, frozen) if kind == "largest_absolute" else live + frozen
         raw = both.sqrt() if kind == "sum_of_squares" else both
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()  # NaN stays: torch spreads a NaN norm too
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(exact)  # NaN stays: torch spreads a NaN norm too
     if optimizer is None:
         chosen.scale_(bound.live, grads.tensors, coefficient)
         grads.finish()
     else:
-        optimizer.multiply_gradients_(coefficient)
+        optimizer.multiply_gradients_(coefficient, grads.tensors if grads.tensors.own else None)
     bound.sure = grads.plain
-    return ClippedNorm(norm.float(), raw.float()) if return_raw else norm.float()
+    return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
 
 
 def _norm_over_ranks(

@@ -119,7 +119,9 @@ class Guard:
             raise ValueError(
                 f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
             )
-        return choose_backend(self._backend_name, next(iter(devices), torch.device("cpu")), "guard")
+        return choose_backend(
+            self._backend_name, next(iter(devices), torch.device("cpu")), "guard", {p.dtype for p in params}
+        )
 
     @torch.no_grad()
     def _gather(self, params: list[Tensor], packed: list[Tensor]) -> None:

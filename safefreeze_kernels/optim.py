@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from itertools import count as counter
+from operator import attrgetter
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -22,7 +26,9 @@ from .binding import bare_name, bind
 from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients
 from .kernels import (
     SCALARS,
+    SCALARS_DOUBLE,
     STORAGE,
+    WIDE,
     AdamWOperands,
     Ages,
     Backend,
@@ -30,21 +36,22 @@ from .kernels import (
     adamw_scalars,
     choose_backend,
     compile_live,
+    moment_dtype,
 )
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
-from .live import check_live_gradients
+from .live import check_live_gradients, generation
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
-from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
+from .sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
+from .state_dicts import FREEZE, MOMENTS, REMAINDER, read_state_dict
 
 __all__ = ["MaskedAdam", "MaskedAdamW", "check_parameter", "checked_plan"]
 
-_MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_REMAINDER: Final = "master_remainder"
-_PACKED: Final = (*_MOMENTS, _REMAINDER)
+_PACKED: Final = (*MOMENTS, REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
-_FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
+_SCALAR_ROW_DOUBLE: Final = struct.Struct("=10dI")
+_VERSION: Final = attrgetter("_version")  # autograd's count of writes to a tensor
 
 
 _handles: Final = counter()
@@ -63,7 +70,8 @@ class MaskedAdam(Optimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in `torch.optim.Adam`.
         freeze: what is frozen, by parameter name; see `set_freeze`.
         backend: "auto", or one of the names `safefreeze info` lists. A named one never falls back.
-        state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype.
+        state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype; float64 and
+            complex parameters have moments like themselves.
         master: "remainder" keeps, for each live element of a bfloat16 parameter, the 16 bits it lacks of a float32
             master (state ``master_remainder``): the masters train exactly as float32 parameters given the same
             gradients; see `master_weights`. Float32 parameters need none, float16 ones are refused.
@@ -79,15 +87,18 @@ class MaskedAdam(Optimizer):
             are read too: the host never waits, and a step can be recorded in a CUDA graph.
         differentiable: not supported; True raises.
 
-    Parameters are float32, bfloat16 or float16; the arithmetic is float32. State keys are torch's; with rows or columns
-    frozen, ``exp_avg`` and ``exp_avg_sq`` are packed to (live rows, live columns).
+    Parameters are float32, bfloat16 or float16, and the arithmetic is float32. Complex64 parameters are stepped through
+    their real view, as in torch. Float64 and complex128 ones are computed in float64, by the slow reference backend
+    (``backend="auto"`` says so once). What has ``requires_grad=False``, and is in no plan, may have any dtype and
+    layout: only what gets a gradient is looked at. State keys are torch's; with rows or columns frozen, ``exp_avg`` and
+    ``exp_avg_sq`` are packed to (live rows, live columns).
 
     `torch.amp.GradScaler` looks at all gradients: to keep an inf in a frozen one from skipping a step, call
     `zero_frozen_grads_` before ``scaler.unscale_`` or ``scaler.step``.
 
     Raises:
         ValueError: hyper-parameters out of range or NaN; a plan that does not fit (contract 6).
-        TypeError: parameters of an unsupported dtype or layout.
+        TypeError: parameters that train and are of an unsupported dtype or layout.
     """
 
     def __init__(
@@ -134,6 +145,7 @@ class MaskedAdam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
+        _check_for_foreach(defaults)
         _check_hyper_parameters(defaults)
         defaults["betas"] = tuple(float(beta) for beta in betas)
         self._backend = backend
@@ -143,15 +155,7 @@ class MaskedAdam(Optimizer):
         self._plan: FreezePlan | None = None
         self._aliases: dict[str, str] = {}  # every name of a tied tensor -> the name in the groups
         self._ages: dict[str, Ages] = {}
-        self._launches: list[_Launch] = []
-        self._launch_key: Any = None
-        self._whereabouts: Whereabouts | None = None
-        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
-        self._clip: Tensor | None = None  # what the next step multiplies gradients by
-        self._agreement: PlanAgreement | None = None
-        self._sharded = False
-        self._handle = next(_handles)
-        _traced[self._handle] = self
+        self._begin()
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
@@ -160,29 +164,66 @@ class MaskedAdam(Optimizer):
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._masks(require_grad=True)
         self._note_plan()
-        for device in {p.device for p in self._params()} - {torch.device("meta")} or {torch.device("cpu")}:
-            choose_backend(backend, device, what)
+        params = [p for p in self._params() if p.requires_grad] or self._params()
+        for device in {p.device for p in params} - {torch.device("meta")} or {torch.device("cpu")}:
+            choose_backend(backend, device, what, _kernel_dtypes(p for p in params if p.device == device))
+
+    def _begin(self) -> None:
+        """What no copy inherits: it is found out again at the next step."""
+        self._launches: list[_Launch] = []
+        self._launch_key: Any = None
+        self._whereabouts: Whereabouts | None = None
+        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
+        self._pending: _PendingFactor | None = None  # what the next step multiplies gradients by
+        self._given_names: dict[int, tuple[ref[Tensor], str]] = {}
+        self._agreement: PlanAgreement | None = None
+        self._sharded = False
+        self._warned = False
+        self._handle = next(_handles)
+        _traced[self._handle] = self
 
     # -- parameters, names, masks -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. With a plan, the names of the new parameters are checked against it.
+
+        Raises:
+            ValueError: a new parameter has a name that the plan uses for another one. Nothing was added then.
+        """
         _check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:
-            group[_FREEZE] = self._plan.fingerprint
+            group[FREEZE] = self._plan.fingerprint
         try:
             for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else None
-                check_parameter(p, type(self).__name__, name)
-                if self._master is not None and p.dtype == torch.float16:
-                    raise TypeError(
-                        f"{type(self).__name__}: parameter {name or i!r} is float16, expected bfloat16 or float32 with "
-                        "master='remainder'; convert it"
-                    )
-        except TypeError:
+                if p.requires_grad:
+                    self._check_trained(p, group["param_names"][i] if "param_names" in group else None)
+            if self._plan:
+                self._masks()
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
+        self._given_names |= _named_by_identity([group])
+        if self._agreement is not None:  # ranks agree on plans of these very parameters
+            self._agreement = None
+            self._note_plan()
+        self._void_factor("a parameter group was added")
+
+    def _check_trained(self, p: Tensor, name: str | None) -> None:
+        """Raise TypeError if ``p`` is not what this optimizer trains."""
+        what = type(self).__name__
+        check_parameter(p, what, name)
+        label = f"parameter {name!r}" if name else "a parameter"
+        if self._master is not None and p.dtype == torch.float16:
+            raise TypeError(
+                f"{what}: {label} is float16, expected bfloat16 or float32 with master='remainder'; convert it"
+            )
+        if self._state_dtype != torch.float32 and p.dtype == torch.complex64:
+            raise TypeError(
+                f"{what}: {label} is complex64, whose moments are complex64, but state_dtype is {self._state_dtype}; "
+                "leave state_dtype out, or give it an optimizer of its own"
+            )
 
     @property
     def plan(self) -> FreezePlan | None:
@@ -211,26 +252,40 @@ class MaskedAdam(Optimizer):
         masks: dict[int, FreezeMask] = {}
         if plan:
             what = type(self).__name__
-            if any(
-                len(group.get("param_names", group["params"])) != len(group["params"]) for group in self.param_groups
-            ):
-                raise ValueError(
-                    f"{what}: parameters were replaced by others than their names tell of, as by DeepSpeed ZeRO's flat "
-                    "partitions, in which rows and columns cannot be found; shard with "
-                    "torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
-                )
-            if not all("param_names" in group for group in self.param_groups):
-                raise ValueError(
-                    f"{what}: a plan freezes by name, but the parameters were given without names; "
-                    "pass model.named_parameters() instead of model.parameters()"
-                )
-            named = dict(zip(self._names(), params, strict=True))
-            named |= {alias: named[name] for alias, name in self._aliases.items() if name in named}
+            self._check_names()
+            named = list(zip(self._names(), params, strict=True))
+            by_name = dict(named)
+            named += [(alias, by_name[name]) for alias, name in self._aliases.items() if name in by_name]
             masks = {
-                id(entry.param): entry.mask
-                for entry in bind(plan, list(named.items()), operation=what, require_grad=require_grad)
+                id(entry.param): entry.mask for entry in bind(plan, named, operation=what, require_grad=require_grad)
             }
         return [masks.get(id(p)) or FreezeMask(p.shape) for p in params]
+
+    def _check_names(self) -> None:
+        """Raise ValueError where names are missing, or no longer tell of the parameters beside them."""
+        what = type(self).__name__
+        for index, group in enumerate(self.param_groups):
+            names, params = group.get("param_names"), group["params"]
+            if names is None:
+                raise ValueError(
+                    f"{what}: a plan freezes by name, but the parameters were given without names; pass "
+                    "model.named_parameters() instead of model.parameters(), or in the groups' 'params' "
+                    "(name, parameter) pairs"
+                )
+            if len(names) != len(params):
+                raise ValueError(
+                    f"{what}: param_groups[{index}] has {len(params)} parameters and {len(names)} names: parameters "
+                    "were taken out or replaced after the optimizer was built; change 'param_names' with them, or "
+                    "build it anew. (DeepSpeed ZeRO replaces them by flat partitions, in which rows and columns cannot "
+                    "be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP)"
+                )
+            for name, p in zip(names, params, strict=True):
+                known, given = self._given_names.get(id(p), (None, name))
+                if known is not None and known() is p and given != name:
+                    raise ValueError(
+                        f"{what}: param_groups[{index}] has {given!r} where its 'param_names' say {name!r}: "
+                        "parameters were reordered after the optimizer was built; reorder 'param_names' with them"
+                    )
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -269,26 +324,34 @@ class MaskedAdam(Optimizer):
 
     def _take_step(self, grads: Sequence[Tensor] | None = None) -> None:
         """``grads``: of all launches' parameters, instead of the parameters' own; the launches are then as they are."""
+        _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         captured = all(group["capturable"] for group in self.param_groups)
         if not captured and found_inf is not None and found_inf.item() != 0:
-            self._clip = None
+            self._pending = None
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
         first = not self.state
         launches = self._compiled() if grads is None else self._launches
-        if first and (self._only_makes_state() if launches else self._trains_nothing()):
+        if first and launches and self._only_makes_state():
             return
         prepared = []
         for launch in launches:
-            given = None if grads is None else GradientList(g.contiguous() for g in grads[: len(launch.owners)])
+            given = None if grads is None else GradientList(_real(g).contiguous() for g in grads[: len(launch.owners)])
             grads = None if grads is None else grads[len(launch.owners) :]
             prepared.append(launch.prepare(self.param_groups, given))
-        multiplier = _multiplier(grad_scale, self._clip)
+        if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
+            self._trains_nothing()
+        factor = None
+        if self._pending is not None:
+            just_read = all(gradients.own for gradients, *_ in prepared)
+            now = chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
+            factor = self._pending.factor_now(now or self._present_gradients(), type(self).__name__)
+        multiplier = _multiplier(grad_scale, factor)
         for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
-        self._clip = None
+        self._pending = None
 
     @property
     def _traceable(self) -> bool:
@@ -300,20 +363,32 @@ class MaskedAdam(Optimizer):
             and not any(any(launch.operands.packed_grads) for launch in self._launches)
         )
 
-    def multiply_gradients_(self, factor: Tensor) -> None:
+    def multiply_gradients_(self, factor: Tensor, gradients: Iterable[Tensor | None] | None = None) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
-        then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this."""
-        self._clip = factor
+        then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this.
+
+        The factor belongs to the gradients that are there now (``gradients``, if they are at hand). Once all of them
+        are gone it is dropped; if some are, or if one was written to, or the plan, the state or the groups changed, the
+        next step raises RuntimeError.
+        """
+        self._pending = _PendingFactor(factor, self._present_gradients() if gradients is None else gradients)
+
+    def _present_gradients(self) -> Iterator[Tensor | None]:
+        return (p.grad for group in self.param_groups for p in group["params"])
+
+    def _void_factor(self, why: str) -> None:
+        if self._pending is not None:
+            self._pending.void = why
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; drops what `multiply_gradients_` said of these gradients."""
-        self._clip = None
+        self._pending = None
         super().zero_grad(set_to_none)
 
     def _compiled(self) -> list[_Launch]:
         """Launches for the present parameters, state and gradients; compiled anew only if one of them was replaced."""
         groups = self.param_groups
-        key = [(_flags(group), list(map(id, group["params"]))) for group in groups]
+        key = generation(), [(_flags(group), list(map(id, group["params"]))) for group in groups]
         if (
             key == self._launch_key
             and self._whereabouts is not None
@@ -322,6 +397,7 @@ class MaskedAdam(Optimizer):
             and all(launch.gradients.reads(launch.owners) for launch in self._launches)
         ):
             return self._launches
+        self._look_for_abandoned()
         params, names, masks = self._params(), self._names(), self._masks()
         parts = list(map(held, params))
         self._sharded = any(map(is_sharded, params))
@@ -332,33 +408,43 @@ class MaskedAdam(Optimizer):
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
-            check_parameter(p, type(self).__name__, names[i])
             if p.grad is not None or self.state.get(p):
-                kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device), []).append(i)
-        for (_, device), members in kinds.items():
+                self._check_trained(p, names[i])
+                double = p.dtype in (torch.float64, torch.complex128)
+                kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device, double), []).append(i)
+        for (_, device, _), members in kinds.items():
+            if device.type == "meta" and any(groups[group_of[i]]["fused"] for i in members):
+                raise RuntimeError(  # torch's words, in torch's error: callers match them
+                    "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+                    f"{names[members[0]]!r} is on the meta device and holds no values; materialise the model first"
+                )
             for i in members:
                 grad = local_gradient(params[i])
                 if isinstance(grad, PackedGradient):
                     check_packing(grad.mask, masks[i], names[i], type(self).__name__)
                 elif grad is not None:
                     check_gradient(pieces[i], grad, names[i], type(self).__name__, (params[i].dtype,))
-            choose_backend(self._backend, device, type(self).__name__)
+            choose_backend(self._backend, device, type(self).__name__, _kernel_dtypes(params[i] for i in members))
         launches = []
-        for ((_, amsgrad, *_), _), members in kinds.items():
+        for ((_, amsgrad, *_), *_), members in kinds.items():
             for i in members:
                 self._init_state(params[i], local_masks[i], amsgrad, names[i])
-        for ((_, amsgrad, l2, capturable), device), members in kinds.items():
+        for ((_, amsgrad, l2, capturable), device, double), members in kinds.items():
+            geometry = [
+                (local_masks[i], age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i]))
+                for i in members
+            ]
+            geometry = [
+                _of_real_view(*each) if params[i].is_complex() else each
+                for i, each in zip(members, geometry, strict=True)
+            ]
+            dtypes = _kernel_dtypes(params[i] for i in members)
             launches.append(
                 (_CapturableLaunch if capturable else _Launch)(
                     optimizer=type(self).__name__,
-                    backend=choose_backend(self._backend, device, type(self).__name__),
-                    work=compile_live(
-                        [local_masks[i] for i in members],
-                        [
-                            age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i])
-                            for i in members
-                        ],
-                    ),
+                    backend=choose_backend(self._backend, device, type(self).__name__, dtypes),
+                    work=compile_live([mask for mask, _ in geometry], [age for _, age in geometry]),
+                    double=double,
                     owners=[params[i] for i in members],
                     names=[names[i] for i in members],
                     group_of=np.array([group_of[i] for i in members], np.int64),
@@ -380,25 +466,53 @@ class MaskedAdam(Optimizer):
             return self.state
         return {getattr(p, "_local_tensor", p): state for p, state in self.state.items()}
 
-    def _trains_nothing(self) -> bool:
-        """Refuse to go on without any gradient where parameters may have been exchanged for others."""
-        if self._plan and torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError(
-                f"{type(self).__name__}: no parameter has a gradient at the first step; if the model was sharded or "
-                "wrapped after the optimizer was built, the optimizer has the old parameters: build it afterwards"
-            )
-        return True
+    def _trains_nothing(self) -> None:
+        """No parameter has a gradient: parameters may have been exchanged for others. Said once."""
+        what = f"{type(self).__name__}: no parameter has a gradient at this step"
+        remedy = (
+            "if the model's parameters were replaced after the optimizer was built (load_state_dict(assign=True), "
+            "resizing, sharding, wrapping), the optimizer has the old ones: build it afterwards"
+        )
+        if self._plan and not self.state and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError(f"{what}; {remedy}")
+        self._warned = True
+        warnings.warn(f"{what}, and nothing trains; {remedy}", RuntimeWarning, stacklevel=3)
+
+    def _look_for_abandoned(self) -> None:
+        """Look for parameters that a model took others for: they train, never had a gradient, and only this optimizer
+        refers to them. Raises ValueError for one that the plan freezes, else warns, once."""
+        counts = [sys.getrefcount(p) for group in self.param_groups for p in group["params"]]
+        (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
+        lost = [
+            name
+            for p, name, count in zip(self._params(), self._names(), counts, strict=False)
+            if count <= alone and p.requires_grad and p.grad is None and not self.state.get(p)
+        ]  # fmt: skip
+        if not lost:
+            return
+        planned = [name for name in lost if self._plan and name in self._plan]
+        what = (
+            f"{type(self).__name__}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
+            f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
+            "place, as after load_state_dict(assign=True), resizing, weight_norm, sharding or wrapping; build the "
+            "optimizer afterwards"
+        )
+        if planned:
+            raise ValueError(what)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(what, RuntimeWarning, stacklevel=4)
 
     def _only_makes_state(self) -> bool:
-        """Whether this first step is no training step, but asks for the state to be made: distributed checkpoint does
-        so with a learning rate of zero and zero gradients. It must count nothing."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        """Whether this first step is no training step: distributed checkpoint asks for the state to be made by a step
+        with zero gradients and learning rates, and it must count nothing. A warm-up may begin alike; so who asks is
+        looked up, at the first step alone."""
+        if any(isinstance(group["lr"], float) and group["lr"] != 0 for group in self.param_groups):
             return False
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        params = self._params()
-        grads = (local_gradient(p) for p in params)
-        return not any_rank(any(bool(grad.any()) for grad in grads if grad is not None), params)
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+            frame = frame.f_back
+        return frame is not None
 
     def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool, name: str) -> None:
         """Make what state is missing; check what is there, since a kernel takes its addresses."""
@@ -406,9 +520,9 @@ class MaskedAdam(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             self._ages.pop(name, None)  # without state everything is equally young
-        dtypes = dict.fromkeys(_MOMENTS[: 3 if amsgrad else 2], self._state_dtype)
+        dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, self._state_dtype))
         if self._master is not None and param.dtype == torch.bfloat16:
-            dtypes[_REMAINDER] = torch.int16
+            dtypes[REMAINDER] = torch.int16
         for key, dtype in dtypes.items():
             if key not in state:
                 state[key] = torch.zeros(mask.packed_shape, dtype=dtype, device=local(param).device)
@@ -423,8 +537,9 @@ class MaskedAdam(Optimizer):
                         f"{type(self).__name__}: state {key!r} of {name!r} has {aspect} {got}, expected {expected}; "
                         "load foreign state with load_state_dict"
                     )
-            if not moment.is_contiguous():
-                state[key] = moment.contiguous()
+            plain = moment.resolve_conj().resolve_neg().contiguous()
+            if plain is not moment:
+                state[key] = plain
 
     # -- changing the plan --------------------------------------------------------------------------------------
 
@@ -435,12 +550,17 @@ class MaskedAdam(Optimizer):
         A newly frozen row stops at once and its state is dropped; a thawed one starts as a fresh row, its bias
         correction counted from now. What stays live keeps its state. ``None`` thaws everything.
 
+        A parameter may have grown since the last step (``p.data = torch.cat([p.data, more])``, or another parameter
+        that took its place in ``param_groups`` and `state`), at the end of its dimensions: ``plan`` is then for the new
+        shapes, what was there keeps its state, and what was added starts as thawed rows do.
+
         Raises:
-            ValueError: the plan does not fit; the old one stays in force.
+            ValueError: the plan does not fit, or a parameter shrank; the old plan stays in force.
         """
         plan = checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
-        old_masks, new_masks = self._masks(), self._masks(plan, require_grad=True)
-        ages, states = dict(self._ages), {}
+        new_masks = self._masks(plan, require_grad=True)
+        old_masks, grown = self._grown_masks(new_masks)
+        ages, states = {**self._ages, **grown}, {}
         for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
             state = self.state.get(p)
             if not state or old == new:
@@ -454,24 +574,52 @@ class MaskedAdam(Optimizer):
         self._ages = {name: age for name, age in ages.items() if age}
         self._plan = plan
         self._launch_key = None
+        self._void_factor("the plan changed")
         self._note_plan()
 
+    def _grown_masks(self, new: list[FreezeMask]) -> tuple[list[FreezeMask], dict[str, Ages]]:
+        """The masks in force, in the shapes of ``new``, and ages of what grew: what was added counts as frozen."""
+        params, names = self._params(), self._names()
+        plan, found, ages = self._plan or FreezePlan(), [], {}
+        by_name = {**{name: name for name in names}, **self._aliases}
+        planned = {by_name.get(name, name): mask for name, mask in plan.items()}
+        if all(names[i] not in planned or planned[names[i]].shape == mask.shape for i, mask in enumerate(new)) and all(
+            not (state := self.state.get(p)) or name in planned or is_sharded(p) or state["exp_avg"].shape == p.shape
+            for p, name in zip(params, names, strict=True)
+        ):
+            return self._masks(), {}
+        for p, name, mask in zip(params, names, new, strict=True):
+            old = planned.get(name)
+            if old is None:
+                state = self.state.get(p)
+                old = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
+            try:
+                if is_sharded(p) and old.shape != mask.shape:
+                    raise ValueError("it is sharded")
+                found.append(old.grown(mask.shape))
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(self).__name__}.set_freeze: {name!r} has another shape than before, and its state cannot "
+                    f"be carried over ({error}); build the optimizer anew"
+                ) from error
+            if old.shape != mask.shape and name in self._ages:
+                ages[name] = self._ages[name].grown(old, found[-1])
+        return found, ages
+
     def _note_plan(self) -> None:
-        """The plan changed: groups tell of it, and other ranks must have the same."""
+        """The plan changed, or what it is for: groups tell of it, and other ranks must have the same."""
         self._mark_groups()
-        if self._plan is None:
-            return
         if self._agreement is None:
             params = (p for p in zip(self._names(), self._params(), strict=True))
             self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in params)
-        self._agreement.note(self._plan.fingerprint)
+        self._agreement.note((self._plan or FreezePlan()).fingerprint)
 
     def _mark_groups(self) -> None:
         # In `state_dict` there is more; here, distributed checkpoint looks which entries a group has.
         for group in self.param_groups:
-            group.pop(_FREEZE, None)
+            group.pop(FREEZE, None)
             if self._plan or self._ages:
-                group[_FREEZE] = (self._plan or FreezePlan()).fingerprint
+                group[FREEZE] = (self._plan or FreezePlan()).fingerprint
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -488,7 +636,7 @@ class MaskedAdam(Optimizer):
             state_dict["state"] = self._dense(state_dict["state"], masks)
         for group in state_dict["param_groups"] if self._plan or self._ages else ():
             members = list(enumerate(group["params"]))
-            group[_FREEZE] = json.dumps(
+            group[FREEZE] = json.dumps(
                 {
                     "version": 1,
                     "packed": not dense,
@@ -506,10 +654,10 @@ class MaskedAdam(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group.pop(_FREEZE, None)
+            group.pop(FREEZE, None)
         dense = self._dense(state_dict["state"], self._masks())
         for entry in dense.values():
-            entry.pop(_REMAINDER, None)
+            entry.pop(REMAINDER, None)
         state_dict["state"] = dense
         return state_dict
 
@@ -532,12 +680,15 @@ class MaskedAdam(Optimizer):
 
     @torch.no_grad()
     def master_weights(self) -> dict[str, Tensor]:
-        """Name -> float32 weights: the masters where ``master="remainder"`` keeps them, else the parameters' values."""
+        """Name -> float32 weights: the masters where ``master="remainder"`` keeps them, else the parameters' values.
+
+        What float32 does not hold (float64, complex numbers, quantised weights) is given as it is.
+        """
         weights = {}
         for p, name, mask in zip(self._params(), self._names(), self._masks(), strict=True):
             piece, local_mask = local(p).detach(), mask.piece(held(p))
-            weight = piece.float()
-            remainder = self.state.get(p, {}).get(_REMAINDER)
+            weight = piece.float() if piece.dtype in STORAGE else piece
+            remainder = self.state.get(p, {}).get(REMAINDER)
             if remainder is not None:
                 live = from_remainder(piece, _repack(remainder, local_mask, FreezeMask(piece.shape)))
                 weight = torch.where(local_mask.dense().to(piece.device), weight, live)
@@ -571,20 +722,23 @@ class MaskedAdam(Optimizer):
         ]
         try:
             super().load_state_dict(state_dict)
+        except RecursionError as error:
+            raise ValueError(f"{type(self).__name__}.load_state_dict: the state dict is nested too deeply") from error
         finally:
             for hook in hooks:
                 hook.remove()
         self._ages = loaded["ages"]
-        self._launch_key = self._clip = None
-        self._mark_groups()
+        self._launch_key = None
+        self._void_factor("state was loaded")
+        self._note_plan()
 
-    def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
+    def _converted(self, given: Any) -> tuple[dict[str, Any], dict[str, Ages]]:
         """``given`` with moments packed to this plan, in this optimizer's dtype, veiled; and the ages it carries."""
         what = f"{type(self).__name__}.load_state_dict"
         params, names, masks = self._params(), self._names(), self._masks()
-        saved_ids = [i for group in given["param_groups"] for i in group["params"]]
+        found = read_state_dict(given, what, _check_hyper_parameters)
         converted = dict(given)
-        if len(saved_ids) != len(params):
+        if len(found) != len(params):
             return converted, {}  # torch's loader says what differs
         converted["state"] = dict(given["state"])
         # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
@@ -592,46 +746,49 @@ class MaskedAdam(Optimizer):
             {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
             for saved, own in zip(given["param_groups"], self.param_groups, strict=False)
         ]
-        notes = [
-            (note, str(place))
-            for group in given["param_groups"]
-            for note in [_read_freeze(group, what)]
-            for place in range(len(group["params"]))
-        ]
         ages: dict[str, Ages] = {}
-        for (note, place), saved_id, p, name, mask in zip(notes, saved_ids, params, names, masks, strict=True):
-            if note is not None and place in note["ages"]:
-                ages[name] = Ages.decode(note["ages"][place], mask)
-            if saved_id not in given["state"]:
+        for saved, p, name, mask in zip(found, params, names, masks, strict=True):
+            if saved.state is None:
                 continue
-            entry = dict(given["state"][saved_id])
-            saved_under = None if note is None else note["masks"].get(place)
-            if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):
+            entry = {key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.state.items()
+                     if key not in _PACKED}  # fmt: skip
+            if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):
                 raise ValueError(
                     f"{what}: state of {name!r} was saved under another freeze plan; build the optimizer with the "
                     "plan it was saved with (then set_freeze), or save with dense_state_dict(); full-size moments are "
                     "taken as they are once 'freeze' is gone from their param_groups"
                 )
-            if _REMAINDER in entry and (self._master is None or p.dtype != torch.bfloat16):
+            if REMAINDER in saved.state and (self._master is None or p.dtype != torch.bfloat16):
                 raise ValueError(
-                    f"{what}: state of {name!r} holds a float32 master ({_REMAINDER}), which this optimizer would "
+                    f"{what}: state of {name!r} holds a float32 master ({REMAINDER}), which this optimizer would "
                     "lose; build it with master='remainder' and bfloat16 parameters"
                 )
-            packed = note is not None and note["packed"] and saved_under is not None
+            packed = saved.packed and saved.mask is not None
             for key in _PACKED:
-                if key not in entry:
+                if key not in saved.state:
                     continue
                 expected = mask.packed_shape if packed else tuple(p.shape)
-                if tuple(entry[key].shape) != expected:
+                given_moment = saved.state[key]
+                if tuple(given_moment.shape) != expected:
                     raise ValueError(
-                        f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}"
+                        f"{what}: {key} of {name!r} has shape {tuple(given_moment.shape)}, expected {expected}"
                     )
-                moment = self._local_moment(entry[key].detach(), p, mask, packed=packed)
-                moment = moment.to(local(p).device, torch.int16 if key == _REMAINDER else self._state_dtype)
-                entry[key] = _Veiled(moment.contiguous())
-            if "step" in entry:
-                entry["step"] = _Veiled(torch.tensor(float(entry["step"]), dtype=torch.float32))
-            converted["state"][saved_id] = entry
+                if given_moment.is_complex() != p.is_complex():
+                    raise ValueError(
+                        f"{what}: {key} of {name!r} has dtype {given_moment.dtype}, its parameter {p.dtype}"
+                    )
+                moment = self._local_moment(given_moment.detach(), p, mask, packed=packed)
+                kept = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, self._state_dtype)
+                moment = moment.to(local(p).device, kept)
+                entry[key] = _Veiled(_owned(moment.contiguous(), given_moment))
+            step = float(saved.state["step"])
+            entry["step"] = _Veiled(torch.tensor(step, dtype=torch.float32))
+            if saved.ages is not None:
+                try:
+                    ages[name] = Ages.decode(saved.ages, mask, int(step))
+                except ValueError as error:
+                    raise ValueError(f"{what}: {name!r}: {error}") from error
+            converted["state"][saved.key] = entry
         return converted, ages
 
     def _local_moment(self, moment: Tensor, param: Tensor, mask: FreezeMask, *, packed: bool) -> Tensor:
@@ -658,9 +815,9 @@ class MaskedAdam(Optimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._launches, self._launch_key, self._whereabouts, self._waiting, self._clip = [], None, None, [], None
-        self._agreement, self._sharded, self._handle = None, False, next(_handles)
-        _traced[self._handle] = self
+        copied = "_backend" in state  # or loaded: torch's loader comes here too
+        if copied:
+            self._begin()
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -673,9 +830,16 @@ class MaskedAdam(Optimizer):
                 "decoupled_weight_decay",
             ):
                 group.setdefault(key, self.defaults[key])
+        if copied:
+            self._given_names = _named_by_identity(self.param_groups)
+            self._note_plan()
 
 
 _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
+# torch's word on a step that is recorded in a graph though its step counts are numbers; the name before torch 2.12
+_check_capture: Final[Callable[[Optimizer], None]] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
 
 # ------------------------------------------------------------------------------------------------- compiled steps
 
@@ -792,6 +956,38 @@ class _Veiled:
         return self
 
 
+class _PendingFactor:
+    """What the next step multiplies gradients by, and which gradients these are. They are kept until then, so that no
+    other can be taken for one of them.
+
+    Attributes:
+        void: why it no longer holds, though they may be there still; "": it does.
+    """
+
+    def __init__(self, factor: Tensor, gradients: Iterable[Tensor | None]) -> None:
+        self.factor, self.void = factor, ""
+        self._gradients = [g for g in gradients if g is not None]
+        self._versions = dict(zip(map(id, self._gradients), map(_VERSION, self._gradients), strict=True))
+
+    def factor_now(self, gradients: Iterable[Tensor | None], what: str) -> Tensor | None:
+        """The factor, if ``gradients`` are as they were; None if none of them is there any more.
+
+        Raises:
+            RuntimeError: some of them changed, or something else did that the factor depends on.
+        """
+        present = [g for g in gradients if g is not None]
+        versions = dict(zip(map(id, present), map(_VERSION, present), strict=True))
+        if versions != self._versions and versions.keys().isdisjoint(self._versions):
+            return None
+        why = self.void if versions == self._versions else "gradients changed"
+        if why:
+            raise RuntimeError(
+                f"{what}: a clip factor waits for this step, but since it was computed {why}; call clip_grad_norm_ "
+                "after that (or zero_grad() of this optimizer, which drops the factor)"
+            )
+        return self.factor
+
+
 class _Launch:
     """One kernel call per step: the tensors of one device and one set of kernel flags, ready to go.
 
@@ -803,9 +999,12 @@ class _Launch:
     def __init__(
         self, *, optimizer: str, backend: Backend, work: WorkList, owners: list[Tensor], names: list[str],
         group_of: np.ndarray, states: list[dict[str, Any]], numbers: list[int], amsgrad: bool, l2: bool,
-        stochastic: bool, seed: int,
+        stochastic: bool, seed: int, double: bool,
     ) -> None:  # fmt: skip
         self.optimizer, self.backend, self.work = optimizer, backend, work
+        #: dtype of the arithmetic, and how its scalars are laid out
+        self.exact = torch.float64 if double else torch.float32
+        self.pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
         params = list(map(local, owners))
         self.owners, self.params, self.names = owners, params, names
         self.flags: dict[str, Any] = {"l2": l2, "amsgrad": amsgrad, "stochastic": stochastic, "seed": seed}
@@ -813,15 +1012,16 @@ class _Launch:
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
         self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
         self.ageless = not work.born_of_part.any()
-        self.scalars = np.empty(len(self.groups), SCALARS)
+        self.scalars = np.empty(len(self.groups), SCALARS_DOUBLE if double else SCALARS)
         self.scalar_memory = self.scalars.view(np.uint8).data
         self.shapes = [p.shape for p in owners]
         self.dtypes = [p.dtype for p in params]
-        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous()]
-        moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
-        remainders = [state.get(_REMAINDER) for state in states]
+        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
+        moments = [[state[key] for state in states] for key in MOMENTS[: 3 if amsgrad else 2]]
+        remainders = [state.get(REMAINDER) for state in states]
+        real_params, *real = (list(map(_real, tensors)) for tensors in (params, *moments))
         self.operands = AdamWOperands(
-            list(params), moments[0], moments[1], moments[2] if amsgrad else None,
+            real_params, real[0], real[1], real[2] if amsgrad else None,
             remainders if any(r is not None for r in remainders) else None, numbers,
         )  # fmt: skip
         # all that a step writes to beside parameters and counts
@@ -846,7 +1046,7 @@ class _Launch:
         grads = read_gradients(self.gradients, self.owners, self.names, self.shapes, self.optimizer, self.dtypes)
         # Tensors without a gradient are left alone and do not count a step.
         self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
-        return grads if grads.plain else GradientList(None if g is None else g.contiguous() for g in grads)
+        return grads if grads.plain else GradientList(None if g is None else _real(g).contiguous() for g in grads)
 
     def prepare(
         self, groups: list[dict[str, Any]], grads: GradientList | None = None
@@ -858,13 +1058,13 @@ class _Launch:
             # the usual case: all tensors took as many steps, and groups are the only difference
             for row, group in enumerate(self.groups):
                 values = _group_scalars(groups[group], self.uniform_count + 1)
-                _SCALAR_ROW.pack_into(self.scalar_memory, row * SCALARS.itemsize, *values)
+                self.pack_scalars(self.scalar_memory, row * self.scalars.itemsize, *values)
             return grads, self.scalars, self.set_of_part
         self.uniform_count = None
         counts = self.counts + (np.float32(1.0) if self.counting is None else self.counting)
         age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
         codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
-        scalars = np.empty(len(codes), SCALARS)
+        scalars = np.empty(len(codes), self.scalars.dtype)
         for row, code in enumerate(codes.tolist()):
             scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1)
         return grads, scalars, inverse.astype(np.int32)
@@ -873,19 +1073,20 @@ class _Launch:
         self, grads: GradientList, scalars: Any, scalar_set: np.ndarray, multiplier: Tensor | None, skip: Tensor | None
     ) -> None:
         if multiplier is not None:
-            multiplier = multiplier.to(self.params[0].device)
+            multiplier = multiplier.to(self.params[0].device, self.exact)
         skip = skip if self.on_device else None  # else the host looked at it
         self.operands.grads = grads
         if self.strided:  # right, not fast: kernels see contiguous tensors only
             for i in self.strided:
-                self.operands.params[i] = self.params[i].detach().contiguous()
+                self.operands.params[i] = _real(self.params[i].detach()).contiguous()
             self.operands.native = None
         self.backend.adamw_(
             self.work, self.operands, scalars, scalar_set, **self.flags, skip=skip, multiplier=multiplier
         )
         for i in self.strided:
             if grads[i] is not None:
-                self.params[i].detach().copy_(self.operands.params[i])
+                new = self.operands.params[i]
+                self.params[i].detach().copy_(torch.view_as_complex(new) if self.params[i].is_complex() else new)
         self.operands.grads = GradientList()
         self.count(skip)
         changed = self.owners if grads.plain else [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
@@ -929,7 +1130,7 @@ class _CapturableLaunch(_Launch):
         grads = self.read_gradients() if grads is None else grads
         ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
         rows = [
-            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1])
+            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], self.exact)
             for group, members in self.set_of_group
         ]
         return grads, torch.cat(rows), self.set_of_part
@@ -955,26 +1156,9 @@ def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _read_freeze(group: Mapping[str, Any], what: str) -> dict[str, Any] | None:
-    """What a saved group tells of its plan, as `MaskedAdam.state_dict` wrote it; None: nothing."""
-    text = group.get(_FREEZE)
-    if text is None:
-        return None
-    try:
-        note = json.loads(text)
-        version = note["version"]
-        known: dict[str, Any] = {key: note[key] for key in ("packed", "masks", "ages")} if version == 1 else {}
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{what}: a group's entry {_FREEZE!r} cannot be read ({error}); the state is damaged"
-        ) from error
-    if version != 1:
-        raise ValueError(f"{what}: state has version {version}, this package reads 1; upgrade it")
-    return known
-
-
-def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
-    """Words of `SCALARS` rows, int32 [steps, 11], from float64 ``step`` counts; tensors in ``group`` are read there."""
+def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
+    """Words of `SCALARS` rows, int32 [steps, 11] (`SCALARS_DOUBLE`: [steps, 21]), from float64 ``step`` counts; tensors
+    in ``group`` are read there."""
     betas = group["betas"]
     known = {"lr": 0.0} if isinstance(group["lr"], Tensor) else {}
     _check_hyper_parameters({**group, **known, "betas": [0.0 if isinstance(b, Tensor) else b for b in betas]})
@@ -989,7 +1173,7 @@ def _scalars_on_device(group: dict[str, Any], step: Tensor) -> Tensor:
     )  # fmt: skip
     # filled there: a number copied from the host would be waited for
     columns = [w.expand_as(step) if isinstance(w, Tensor) else torch.full_like(step, w) for w in words]
-    floats = torch.stack(columns[:-1], dim=1).float().view(torch.int32)
+    floats = torch.stack(columns[:-1], dim=1).to(exact).view(torch.int32)
     return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
 
 
@@ -1030,6 +1214,13 @@ def _check_rounding(what: str, master: str | None, rounding: str, seed: int) -> 
         raise ValueError(f"{what}: seed is {seed!r}, expected an integer from 0 to 2**64 - 1")
 
 
+def _check_for_foreach(defaults: dict[str, Any]) -> None:
+    """What torch refuses of ``foreach=True``, in its words."""
+    for word, value in (("lr", defaults["lr"]), *((f"betas[{i}]", beta) for i, beta in enumerate(defaults["betas"]))):
+        if isinstance(value, Tensor) and defaults["foreach"] and not defaults["capturable"]:
+            raise ValueError(f"{word} as a Tensor is not supported for capturable=False and foreach=True")
+
+
 def _check_hyper_parameters(group: dict[str, Any]) -> None:
     """Ranges, without NaN and infinity. The words are torch's, which callers and tests match."""
     lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
@@ -1054,13 +1245,22 @@ def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
     label = f"parameter {name!r}" if name else "a parameter"
     if p.layout != torch.strided:
         raise TypeError(f"{what}: {label} has layout {p.layout}, expected a dense (strided) tensor")
-    if p.dtype not in STORAGE:
+    if p.dtype not in (*STORAGE, *WIDE):
         raise TypeError(
-            f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16 or float16; convert it, "
-            "or give it to torch.optim.AdamW in an optimizer of its own"
+            f"{what}: {label} has dtype {p.dtype}, expected float32, bfloat16, float16, float64, complex64 or "
+            "complex128; convert it, or keep it out of training with requires_grad_(False)"
         )
     if overlaps_itself(p):
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
+
+
+def _named_by_identity(groups: list[dict[str, Any]]) -> dict[int, tuple[ref[Tensor], str]]:
+    """id of a parameter -> itself, weakly, and its name."""
+    return {
+        id(p): (ref(p), name)
+        for group in groups
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
 
 
 def checked_plan(plan: Any, what: str) -> FreezePlan:
@@ -1103,7 +1303,41 @@ def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
     return keep(groups, 0)
 
 
+# ------------------------------------------------------------------------------------------- complex parameters
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """What kernels see of a tensor, over the same memory: complex numbers as pairs of real ones. Where memory does not
+    hold the values (autograd may only note that they are negated or conjugate), a copy."""
+    if tensor.is_complex() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _kernel_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
+    """Of what kernels see of parameters."""
+    return {torch.float32 if p.dtype == torch.complex64 else p.dtype for p in params}
+
+
+def _of_real_view(mask: FreezeMask, ages: Ages | None) -> tuple[FreezeMask, Ages | None]:
+    """Mask and ages of a complex tensor's real view, a matrix with a pair of columns for each column."""
+    n_rows, n_cols = mask.matrix_shape
+    elements = None if mask.elements is None else mask.elements.reshape(n_rows, n_cols).repeat_interleave(2, dim=1)
+    cols = (mask.cols[:, None] * 2 + torch.arange(2)).reshape(-1)
+    real = FreezeMask((n_rows, 2 * n_cols), rows=mask.rows, cols=cols, elements=elements)
+    if ages is None:
+        return real, None
+    born = None if ages.elements is None else ages.elements.repeat(2, axis=1)
+    return real, Ages(ages.rows, ages.cols.repeat(2), born)
+
+
 # ----------------------------------------------------------------------------------------------- packed state
+
+
+def _owned(tensor: Tensor, given: Tensor) -> Tensor:
+    """``tensor``, or a copy of it if it lies in the memory of ``given``: another optimizer's, or a file's."""
+    shared = tensor.untyped_storage().data_ptr() == local(given).untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
 
 
 def _repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:

@@ -1,8 +1,8 @@
 """The operations, and which backend runs them.
 
 Every operation takes a work list and, per tensor of that list, the tensors it works on. Tensors arrive checked:
-strided, contiguous, of the list's shapes, dtypes among `STORAGE`, on one device. ``None`` for a gradient means the
-tensor is left alone. Backends:
+strided, contiguous, of the list's shapes, dtypes among `STORAGE`, on one device; the reference takes `WIDE` too.
+``None`` for a tensor means it is left alone. Backends:
 
     reference   eager torch, any device: the specification, to be read
     cpu         C++ on CPU tensors (csrc/cpu.cpp), one parallel region per call
@@ -10,7 +10,8 @@ tensor is left alone. Backends:
     triton      the same where there is no CUDA compiler, and on AMD GPUs
 
 The arithmetic is csrc/arithmetic.h and its twins reference.py and triton.py: the same IEEE float32 operations in the
-same order, so backends agree bit for bit. On a GPU everything runs on torch's current stream and nothing waits for it.
+same order, so backends agree bit for bit. Float64 parameters are computed in float64, by the reference alone. A step of
+complex ones is given their real views. On a GPU everything runs on torch's current stream and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -30,13 +31,14 @@ from .tensors import GradientList
 from .worklist import Ages, Part, WorkList, compile_frozen, compile_live
 
 __all__ = [
-    "ADAMW_TENSOR", "SCALARS", "STORAGE", "AdamWOperands", "Ages", "Backend", "BackendUnavailableError", "NormKind",
-    "Part", "WorkList", "adamw_scalars", "backend_state", "backend_states", "choose_backend", "compile_frozen",
-    "compile_live",
+    "ADAMW_TENSOR", "SCALARS", "SCALARS_DOUBLE", "STORAGE", "WIDE", "AdamWOperands", "Ages", "Backend",
+    "BackendUnavailableError", "NormKind", "Part", "WorkList", "adamw_scalars", "backend_state", "backend_states",
+    "choose_backend", "compile_frozen", "compile_live", "moment_dtype",
 ]  # fmt: skip
 
 BACKENDS: Final = ("reference", "cpu", "cuda", "triton")
 STORAGE: Final = (torch.float32, torch.bfloat16, torch.float16)
+WIDE: Final = (torch.float64, torch.complex64, torch.complex128)  # of which the reference alone takes tensors
 NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
 
 # Mirror of struct Scalars in csrc/arithmetic.h.
@@ -45,6 +47,8 @@ SCALARS: Final = np.dtype([
     for name in ("grad_multiplier", "weight_decay", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
                  "step_size", "bias2_sqrt", "eps")
 ] + [("step", "u4")])  # fmt: skip
+# The same for float64 parameters.
+SCALARS_DOUBLE: Final = np.dtype([(name, "f8" if name != "step" else "u4") for name in SCALARS.names or ()])
 # Mirror of struct AdamWTensor in csrc/work.h.
 ADAMW_TENSOR: Final = np.dtype([
     (name, "i8")
@@ -63,7 +67,7 @@ def adamw_scalars(
     maximize: bool = False,
     grad_multiplier: Any = 1.0,
 ) -> tuple[Any, ...]:
-    """A row of `SCALARS`: each hyper-parameter, in double, finished. Rounded to float32 once, when stored.
+    """A row of `SCALARS` or `SCALARS_DOUBLE`: each hyper-parameter, in double, finished. Rounded once, when stored.
 
     ``step`` and what goes with it may be float64 tensors.
 
@@ -113,13 +117,21 @@ class AdamWOperands:
 
 
 def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:
-    """Rows of `SCALARS`, for a backend that runs on the host, ``multiplier`` worked in."""
+    """Rows of `SCALARS` or `SCALARS_DOUBLE`, for a backend that runs on the host, ``multiplier`` worked in."""
     if not isinstance(scalars, np.ndarray):
-        scalars = scalars.cpu().numpy().view(SCALARS).reshape(-1)
+        row = next(row for row in (SCALARS, SCALARS_DOUBLE) if row.itemsize == 4 * scalars.shape[1])
+        scalars = scalars.cpu().numpy().view(row).reshape(-1)
     if multiplier is not None:
         scalars = scalars.copy()
-        scalars["grad_multiplier"] *= np.float32(multiplier.item())
+        column = scalars["grad_multiplier"]
+        column *= column.dtype.type(multiplier.item())
     return scalars
+
+
+def moment_dtype(param: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the moments of a parameter: ``state_dtype`` speaks of `STORAGE`; `WIDE` ones have moments like
+    themselves, as in torch."""
+    return param if param in WIDE else state_dtype
 
 
 class Backend(Protocol):
@@ -139,7 +151,8 @@ class Backend(Protocol):
 
         Of capturable optimizers ``scalars`` are the rows' words on the tensors' device, int32 [rows, 11]; and where
         ``skip``, one float32 there, is not 0, everything stays as it is. ``multiplier``, one float32 there, multiplies
-        each ``grad_multiplier``.
+        each ``grad_multiplier``. Of float64 parameters (all or none) scalars are `SCALARS_DOUBLE`, 21 words a row, and
+        ``multiplier`` is float64.
 
         A parameter with a remainder is a float32 master. Others are rounded to nearest, ties to even, or with
         ``stochastic`` up or down at random: Philox on ``seed``, step, tensor number and element.
@@ -147,19 +160,61 @@ class Backend(Protocol):
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
         """Sum of squares, sum or maximum of absolute values, over a live or a frozen list: float64, 0-dim, on their
-        device, the same from run to run."""
+        device, the same from run to run. Of a complex number it is the modulus."""
 
     def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        """Multiply by ``factor``, one float32 on their device. Where it is 1 or more, everything stays as it is."""
+        """Multiply by ``factor``, one float32 on their device (float64 where they are `WIDE`). Where it is 1 or more,
+        everything stays as it is."""
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         """Set to zero what the list visits."""
 
-    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         """Copy bytes from tensors to their packed twins."""
 
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         """Copy bytes back from packed twins."""
+
+
+class _ByDtype:
+    """Everything but steps, on tensors of mixed dtypes: `STORAGE` by a fast backend, `WIDE` by the reference."""
+
+    def __init__(self, fast: Backend, reference: Backend) -> None:
+        self.name = f"{fast.name} and {reference.name}"
+        self._backends = ((fast, STORAGE), (reference, WIDE))
+
+    def _shares(self, tensors: Sequence[Tensor | None]) -> list[tuple[Backend, list[Tensor | None]]]:
+        return [
+            (backend, [tensor if tensor is not None and tensor.dtype in dtypes else None for tensor in tensors])
+            for backend, dtypes in self._backends
+        ]
+
+    def refusal(self, device: torch.device) -> str:
+        return self._backends[0][0].refusal(device)
+
+    def adamw_(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("steps of float32 and of float64 parameters are separate calls")
+
+    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
+        first, second = (backend.norm(work, share, kind) for backend, share in self._shares(tensors))
+        return torch.maximum(first, second) if kind == "largest_absolute" else first + second
+
+    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
+        (fast, narrow), (reference, wide) = self._shares(tensors)
+        fast.scale_(work, narrow, factor.float())
+        reference.scale_(work, wide, factor)
+
+    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
+        for backend, share in self._shares(tensors):
+            backend.zero_(work, share)
+
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
+        for backend, share in self._shares(tensors):
+            backend.gather(work, share, packed)
+
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
+        for backend, share in self._shares(tensors):
+            backend.scatter_(work, share, packed)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -197,17 +252,20 @@ def backend_states() -> dict[str, Backend | str]:
     return {name: backend_state(name) for name in BACKENDS}
 
 
-def choose_backend(name: str, device: torch.device, operation: str) -> Backend:
-    """The backend for tensors on ``device``. ``"auto"`` takes the fastest that runs; a named one never falls back.
+def choose_backend(name: str, device: torch.device, operation: str, dtypes: Iterable[torch.dtype] = STORAGE) -> Backend:
+    """The backend for tensors on ``device``, of ``dtypes``. ``"auto"`` takes the fastest that runs, and the reference
+    for `WIDE` ones; a named one never falls back.
 
     Raises:
-        ValueError: there is no such backend, or it takes no tensors on this device.
+        ValueError: there is no such backend, or it takes no tensors on this device or of these dtypes.
         BackendUnavailableError: it does not run here.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(
             f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *BACKENDS)))}"
         )
+    given = set(dtypes)
+    wide = sorted(str(dtype).removeprefix("torch.") for dtype in given.intersection(WIDE))
     if device.type == "meta":
         raise ValueError(f"{operation}: tensors are on the meta device and hold no values; materialise the model first")
     if name != "auto":
@@ -216,10 +274,21 @@ def choose_backend(name: str, device: torch.device, operation: str) -> Backend:
             raise BackendUnavailableError(f"{operation}: backend {name!r} does not run here: {chosen}")
         if refusal := chosen.refusal(device):
             raise ValueError(f"{operation}: backend {name!r} was given tensors on {device}, but {refusal}")
+        if wide and name != "reference":
+            raise ValueError(
+                f"{operation}: backend {name!r} was given {wide[0]} tensors, but compiled kernels take float32, "
+                "bfloat16 and float16; use backend='auto' (the reference then takes those), or convert them"
+            )
         return chosen
     chosen, reasons = _fastest(device)
     if chosen.name == "reference":
         _warn_once(f"{operation}: using the slow 'reference' backend on {device.type} tensors: {reasons}")
+    elif wide:
+        kinds = " and ".join(wide)
+        _warn_once(f"{operation}: using the slow 'reference' backend for {kinds}, which no compiled kernel takes")
+        reference = backend_state("reference")
+        assert not isinstance(reference, str)
+        return reference if len(wide) == len(given) else _ByDtype(chosen, reference)
     return chosen
 
 

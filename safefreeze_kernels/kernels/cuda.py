@@ -92,13 +92,15 @@ class CudaBackend:
         for launch, dtype, _, table in self._launches(work, tensors, tensors):
             self._native.zero(launch, table.data_ptr(), dtype)
 
-    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=True)
 
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=False)
 
-    def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
+    def _copy(
+        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
+    ) -> None:
         pairs = [tensor for pair in zip(tensors, packed, strict=True) for tensor in pair]
         for launch, dtype, _, table in self._launches(work, tensors, pairs):
             self._native.copy(launch, table.data_ptr(), dtype, gather)

@@ -114,13 +114,15 @@ class CpuBackend:
         tensors_at, dtype_at, _keep = _tables(tensors)
         _C.zero(_native(work), tensors_at, dtype_at, torch.get_num_threads())
 
-    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=True)
 
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         self._copy(work, tensors, packed, gather=False)
 
-    def _copy(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor], *, gather: bool) -> None:
+    def _copy(
+        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
+    ) -> None:
         table = np.stack([_addresses(tensors), _addresses(packed)], axis=1)
         dtype = _codes(tensors)
         _C.copy(_native(work), table.ctypes.data, _address(dtype), gather, torch.get_num_threads())

@@ -1,7 +1,8 @@
 """The specification: every operation in eager torch. Slow, exact, meant to be read.
 
 Twin of csrc/arithmetic.h. Results equal the compiled backends' bit for bit because every line below is one IEEE
-float32 operation per operator, rounded to nearest (norms are sums and agree to rounding).
+float32 operation per operator, rounded to nearest (norms are sums and agree to rounding). Float64 parameters, which no
+compiled backend takes, go through the same lines in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from . import AdamWOperands, NormKind, Part, WorkList, host_scalars
 def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, s: Any, *, l2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One element-wise Adam(W) update in float32: new ``p, m, v, v_max``. ``s`` is a row of `kernels.SCALARS`."""
+    """One element-wise Adam(W) update in float32, or in float64 if the operands are: new ``p, m, v, v_max``. ``s`` is a
+    row of `kernels.SCALARS`, or of `SCALARS_DOUBLE`."""
     g = g * s.grad_multiplier
     if l2:
         g = g + s.weight_decay * p
@@ -33,10 +35,12 @@ def adamw(
 
 
 def from_remainder(p: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``."""
-    lower = remainder.int() & 0xFFFF
-    upper = p.view(torch.int16).int() - (lower >> 15)
-    return (upper << 16 | lower).view(torch.float32)
+    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``; a zero that was written from
+    outside has none with an upper half of remainders, and is its own master."""
+    stored, lower = p.view(torch.int16).int(), remainder.int() & 0xFFFF
+    master = stored - (lower >> 15) << 16 | lower
+    rewritten = (stored & 0x7FFF == 0) & (lower >> 15 != 0)
+    return torch.where(rewritten, stored << 16, master).view(torch.float32)
 
 
 def to_remainder(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +95,7 @@ def noise_of(elements: Tensor, *, seed: int, step: int, number: int) -> Tensor:
 
 def _square_root(x: Tensor) -> Tensor:
     # torch's vectorised CPU sqrt is up to one unit off; a double's root rounded to float32 is the correctly rounded one
-    return x.double().sqrt().float()
+    return x.double().sqrt().to(x.dtype)
 
 
 _WORD: Final = 0xFFFFFFFF
@@ -125,22 +129,23 @@ class ReferenceBackend:
             packed_grad = operands.packed_grads and operands.packed_grads[part.tensor]
             old_g = _packed_matrix(grad, part)[there] if packed_grad else _matrix(grad, part)[here]
             old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
-            moments = [tensor.float() for tensor in old_state]
+            exact = torch.float64 if param.dtype == torch.float64 else torch.float32
+            moments = [tensor.to(exact) for tensor in old_state]
             remainder = operands.remainders[part.tensor] if operands.remainders is not None else None
-            master = old_p.float()
+            master = old_p.to(exact)
             if remainder is not None:
                 old_remainder = _packed_matrix(remainder, part)[there]
                 master = from_remainder(old_p, old_remainder)
             scalar = _Scalars(rows[which])
             p, *updated = adamw(
-                master, old_g.float(), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
+                master, old_g.to(exact), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
             )
             if remainder is not None:
                 new_p, new_remainder = to_remainder(p)
                 state.append(remainder)
                 old_state.append(old_remainder)
                 updated = [*updated[: len(moments)], new_remainder]
-            elif stochastic and param.dtype != torch.float32:
+            elif stochastic and param.dtype != exact:
                 elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
                 number = operands.numbers[part.tensor] if operands.numbers else part.tensor
                 noise = noise_of(elements, seed=seed, step=int(rows[which].step), number=number)
@@ -160,7 +165,7 @@ class ReferenceBackend:
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for _, chosen in _visited(work, tensors):
-            values = chosen.double().abs()
+            values = chosen.to(torch.complex128 if chosen.is_complex() else torch.float64).abs()
             if kind != "largest_absolute":
                 total = total + (values * values if kind == "sum_of_squares" else values).sum()
             elif values.numel():
@@ -169,7 +174,7 @@ class ReferenceBackend:
 
     def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
         if not (value := factor.item()) >= 1.0:
-            self._map(work, tensors, lambda values: (values.float() * value).to(values.dtype))
+            self._map(work, tensors, lambda values: _scaled(values, value))
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
         self._map(work, tensors, torch.zeros_like)
@@ -185,7 +190,7 @@ class ReferenceBackend:
             new = change(old)
             _matrix(tensor, part)[here] = new if chosen is None else torch.where(chosen, new, old)
 
-    def gather(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         for part, chosen in _visited(work, tensors):
             twin = packed[part.tensor]
             if work.frozen:
@@ -195,13 +200,15 @@ class ReferenceBackend:
                 live = _chosen_flags(part, work, twin.device)
                 if live is not None:
                     here, _ = _places(part, twin.device)
-                    whole = _matrix(tensors[part.tensor], part)[here]
+                    whole = _matrix(tensors[part.tensor], part)[here]  # type: ignore[arg-type]
                     chosen = torch.where(live, whole, torch.zeros_like(whole))
                 _packed_matrix(twin, part)[there] = chosen
 
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         for part in work.parts:
             tensor, twin = tensors[part.tensor], packed[part.tensor]
+            if tensor is None:
+                continue
             here, there = _places(part, tensor.device)
             matrix = _matrix(tensor, part)
             old = matrix[here]
@@ -219,8 +226,16 @@ class ReferenceBackend:
                     matrix[here] = old
 
 
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    """Product, computed in float32 or, of float64 and complex128, in float64. Parts of a complex number are scaled each
+    by itself: a product of complex numbers would spread an infinity."""
+    if values.is_complex():
+        return torch.view_as_complex(torch.view_as_real(values) * factor)
+    return values * factor if values.dtype == torch.float64 else (values.float() * factor).to(values.dtype)
+
+
 class _Scalars:
-    """Float32 scalars as Python floats, which hold them exactly and keep torch from promoting."""
+    """Scalars as Python floats, which hold them exactly and keep torch from promoting."""
 
     def __init__(self, row: Any) -> None:
         for name in row.dtype.names:

@@ -67,11 +67,13 @@ class GradientList(list[Tensor | None]):
     """The gradient of each parameter.
 
     ``plain``: all are there, contiguous, on one device, and of the shape and dtype their parameters had.
+    ``own``: plain, and the very objects that the parameters have for gradients.
     ``tables``: addresses of an int64 table of their addresses and an int32 table of their dtypes, if known. They belong
     to the reader and hold until it reads again.
     """
 
     plain: bool = False
+    own: bool = False
     tables: tuple[int, int] | None = None
 
 
@@ -99,6 +101,7 @@ class GradientReader:
             for p, mask in zip(params, self.packings, strict=True)
         ]
         self._one_device = len({p.device for p in pieces}) == 1
+        self._single = [i for i, p in enumerate(pieces) if p.numel() == 1]
         self._native = None if _C is None else _C.Gradients(Tensor, pieces)
         self._looks = [] if self._native else list(map(_look, pieces))
 
@@ -125,6 +128,10 @@ class GradientReader:
             grads = GradientList(owners)  # to be overwritten one by one
             grads.plain = self._native.read(owners, grads) and self._one_device
             grads.tables = self._native.tables if grads.plain else None
+        # Autograd may only note that values are negated; of contiguous ones it does so with single numbers alone.
+        if grads.plain and any(grads[i].is_neg() for i in self._single):  # type: ignore[union-attr]
+            grads.plain, grads.tables = False, None
+        grads.own = grads.plain and self._inner is None
         for holder in self._holders:
             holder.grad = None  # nobody's but the caller's
         return grads
