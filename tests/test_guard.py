@@ -15,7 +15,7 @@ from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_norma
 from torch import Tensor, nn
 
 from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard, snapshot
-from safefreeze_kernels.guard import guards_of
+from safefreeze_kernels.guards import guards_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
