@@ -186,6 +186,22 @@ def test_every_mask_dtype_and_backend(kind: str, dtype: torch.dtype, backend: st
         assert not live.any() or not torch.equal(p[live], first[name][live]), f"live part of {name} did not train"
 
 
+@pytest.mark.filterwarnings("ignore:guard. using the slow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=short)
+def test_dtypes_that_no_compiled_kernel_takes(dtype: torch.dtype) -> None:
+    model = a_model(dtype)
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    before = copies(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+        proof.verify(model)
+    assert not torch.equal(model.masked, before["masked"])
+
+
 def test_weights_that_share_a_dtype_group_and_a_step_without_gradients() -> None:
     model = a_model()
     plan = a_plan("rows", model)
