@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels",),
     ("gradients", "live"),
     ("optim", "attribution"),
-    ("guard", "proof", "audit", "watch"),
+    ("guards", "proof", "audit", "watch"),
     ("memory", "profiling"),
     ("integrations",),
     ("demo",),
@@ -169,6 +169,12 @@ def test_public_names(name: str) -> None:
     assert name in sf.__all__
     found = getattr(sf, name)
     assert not [attribute for attribute in PUBLIC[name] if not hasattr(found, attribute)]
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule puts it into the package under its name: ``sf.guard`` was a module then."""
+    hidden = [name for name in PUBLIC if (PACKAGE / f"{name}.py").exists()]
+    assert not hidden
 
 
 def test_all_is_sorted_true_and_complete() -> None:

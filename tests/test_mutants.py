@@ -128,7 +128,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "guard does not put frozen values back",
-        "guard.py",
+        "guards.py",
         "self._backend(params).scatter_(self._work, targets, self._copy)",
         "pass",
         (CONTRACT,),
