@@ -343,11 +343,10 @@ class MaskedAdam(Optimizer):
             prepared.append(launch.prepare(self.param_groups, given))
         if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
             self._trains_nothing()
-        factor = None
-        if self._pending is not None:
-            just_read = all(gradients.own for gradients, *_ in prepared)
-            now = chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
-            factor = self._pending.factor_now(now or self._present_gradients(), type(self).__name__)
+        just_read = all(gradients.own for gradients, *_ in prepared)
+        factor = self._pending_factor(
+            chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
+        )
         multiplier = _multiplier(grad_scale, factor)
         for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
@@ -376,6 +375,14 @@ class MaskedAdam(Optimizer):
     def _present_gradients(self) -> Iterator[Tensor | None]:
         return (p.grad for group in self.param_groups for p in group["params"])
 
+    def _pending_factor(self, gradients: Iterable[Tensor | None] | None = None) -> Tensor | None:
+        """What this step multiplies gradients by (``gradients``: all of them, if just read); see `_PendingFactor`."""
+        if self._pending is None:
+            return None
+        return self._pending.factor_now(
+            self._present_gradients() if gradients is None else gradients, type(self).__name__
+        )
+
     def _void_factor(self, why: str) -> None:
         if self._pending is not None:
             self._pending.void = why
@@ -397,6 +404,7 @@ class MaskedAdam(Optimizer):
             and all(launch.gradients.reads(launch.owners) for launch in self._launches)
         ):
             return self._launches
+        self._pending_factor()  # an error now, and not once state was made
         self._look_for_abandoned()
         params, names, masks = self._params(), self._names(), self._masks()
         parts = list(map(held, params))

@@ -456,7 +456,7 @@ class Training(RuleBasedStateMachine):
             p.grad = None
             p.data = data
         weight = self.weights[name]
-        if late and not self.troubles() and (name in self.plan or weight.age is not None):
+        if late and not self.troubles() and weight.age is not None:
             for optimizer in self.optimizers.values():
                 optimizer.found_inf = optimizer.grad_scale = None
                 with pytest.raises(ValueError, match=name):
