@@ -176,7 +176,8 @@ class MaskedAdam(Optimizer):
     # -- parameters, names, masks -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_hyper_parameters({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # else torch says so
+            _check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:
