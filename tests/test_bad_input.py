@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, assert_same_state, random_normal
+from conftest import BACKENDS, assert_same_bits, assert_same_state, random_normal
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
@@ -331,6 +331,7 @@ def test_what_does_not_train_may_have_any_dtype_until_it_gets_a_gradient(dtype: 
     steps(opt, params, [2])
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="of a compiled backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_a_named_compiled_backend_takes_no_float64(dtype: torch.dtype) -> None:
     wide = nn.Parameter(torch.zeros(4, 3, dtype=dtype))

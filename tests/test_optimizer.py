@@ -1253,7 +1253,7 @@ def test_all_parameters_of_a_quantised_model_may_be_passed() -> None:
         model.register_parameter(name, nn.Parameter(value, requires_grad=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is slow: what does not train is not looked at
-        optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=plan, backend="cpu")
+        optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=plan, backend=BACKENDS[-1])
     guard = sf.guard(torch.optim.SGD([model.adapter], lr=0.1), plan, model)
     proof = sf.snapshot(model, plan)
     for step in range(3):
@@ -1270,8 +1270,6 @@ def test_all_parameters_of_a_quantised_model_may_be_passed() -> None:
     optimizer.set_freeze(None)
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.arange(3), requires_grad=False))]})
     model.scales.requires_grad_().grad = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"'cpu' was given float64.*'auto'"):
-        optimizer.step()
     fresh.step()
     assert (model.scales < 1.0).all(), "what began to train later"
 
