@@ -16,7 +16,7 @@ from torch import Tensor
 from .masks import FreezeMask, FreezePlan
 from .sharding import held, local
 
-__all__ = ["BoundMask", "bare_name", "bind", "named_tensors"]
+__all__ = ["BoundMask", "bare_name", "bind", "computed_from", "named_tensors"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ def bind(
     """Find the parameter of every mask. One entry per tensor, however many names it has.
 
     Raises:
-        ValueError: naming the parameter: missing, of another shape, tied with two different masks, sharing storage
-            with another parameter, or (with ``require_grad``) not requiring gradients.
+        ValueError: naming the parameter: missing, one of two of that name, of another shape, tied with two different
+            masks, sharing storage with another parameter, or (with ``require_grad``) not requiring gradients.
     """
     by_name = dict(named)
+    twice = {name: param for name, param in named if by_name[name] is not param}
     for name, param in named:
         if any(hasattr(param, mark) for mark in _FLATTENED):
             raise ValueError(
@@ -92,6 +93,13 @@ def bind(
         if name not in by_name:
             name = _unwrapped(name, by_name, bare_names(), operation)
         param = by_name[name]
+        if name in twice:
+            raise ValueError(
+                f"{operation}: two different parameters, of shapes {tuple(twice[name].shape)} and "
+                f"{tuple(param.shape)}, are both named {name!r}, and the plan cannot mean both; give them distinct "
+                "names in the plan and in what is passed, for example ('actor.' + name, parameter) and "
+                "('critic.' + name, parameter)"
+            )
         if tuple(param.shape) != mask.shape:
             raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
         if require_grad and not param.requires_grad:
@@ -130,6 +138,7 @@ def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list
     matches = bare.get(bare_name(name), [])
     if len({id(by_name[given]) for given in matches}) == 1:
         return matches[0]
+    origin = "" if matches else computed_from(name, by_name)
     near = matches or difflib.get_close_matches(name, by_name, n=2)
     raise ValueError(
         f"{operation}: the plan names {name!r}, which "
@@ -138,9 +147,32 @@ def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list
             if matches
             else f"is not among the {len(by_name)} parameters given"
         )
-        + (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-        + "; is it a plan for another model? (a tied weight: pass "
-        "model.named_parameters(remove_duplicate=False), so that either name is known)"
+        + (
+            origin
+            or (f"; nearest: {', '.join(map(repr, near))}" if near else "")
+            + "; is it a plan for another model? (a tied weight: pass "
+            "model.named_parameters(remove_duplicate=False), so that either name is known)"
+        )
+    )
+
+
+def computed_from(name: str, given: Iterable[str]) -> str:
+    """What to say of a weight that is computed from others among ``given``; empty if it is not."""
+    wanted = bare_name(name)
+    path, _, leaf = wanted.rpartition(".")
+    start = f"{path}." if path else ""
+    parts = [
+        other
+        for other in given
+        if (bare := bare_name(other)).startswith(f"{start}parametrizations.{leaf}.original")
+        or bare in (f"{wanted}_g", f"{wanted}_v", f"{wanted}_orig")
+    ]
+    if not parts:
+        return ""
+    return (
+        f": it is computed from {' and '.join(map(repr, parts))} by a parametrization, weight norm, spectral norm or "
+        "pruning, and its rows cannot be frozen through them; remove that first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove …)"
     )
 
 

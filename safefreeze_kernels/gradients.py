@@ -45,7 +45,7 @@ class StepsGradients(Protocol):
     @property
     def plan(self) -> FreezePlan | None: ...
 
-    def multiply_gradients_(self, factor: Tensor) -> None: ...
+    def multiply_gradients_(self, factor: Tensor, gradients: Sequence[Tensor | None] | None = None) -> None: ...
 
 
 class _Bound:
@@ -377,7 +377,7 @@ def clip_grad_norm_(
         chosen.scale_(bound.live, grads.tensors, coefficient)
         grads.finish()
     else:
-        optimizer.multiply_gradients_(coefficient)
+        optimizer.multiply_gradients_(coefficient, grads.tensors if grads.tensors.own else None)
     return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
 
 

@@ -34,6 +34,10 @@ _LINEAR: Final = ("Conv1D", "FalconLinear", "FSDPLinear", "FSDPFalconLinear", "F
 _MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient, and the storage
 
 
+def generation() -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class LiveLayer:
     """What `live_gradients` does with one weight of the plan.

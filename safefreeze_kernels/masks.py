@@ -202,6 +202,29 @@ class FreezeMask:
         frozen_cols = np.isin(cols, self._cols) if len(shape) > 1 else None
         return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=bits)
 
+    def grown(self, shape: Sequence[int]) -> FreezeMask:
+        """The mask of the tensor once it has grown to ``shape``, at the end of its dimensions: what was added is
+        frozen, so that packed state stays as it is.
+
+        Raises:
+            ValueError: ``shape`` is smaller somewhere, or has other dimensions.
+        """
+        new = FreezeMask(shape)
+        if new.shape == self.shape:
+            return self
+        if len(new.shape) != len(self.shape) or any(n < old for n, old in zip(new.shape, self.shape, strict=True)):
+            raise ValueError(f"shape {new.shape} is not {self.shape} grown, expected no dimension to shrink")
+        rows, cols = new.matrix_index([np.arange(size) for size in self.shape])  # where the old ones are now
+        frozen_rows, frozen_cols = np.ones(new.matrix_shape[0], bool), np.ones(new.matrix_shape[1], bool)
+        frozen_rows[rows[self.live_rows]] = False
+        frozen_cols[cols[self.live_cols]] = False
+        elements = None
+        if self._bits is not None:
+            elements = np.zeros(new.matrix_shape, bool)
+            elements[np.ix_(rows, cols)] = self._unpack_bits()
+            elements = elements.reshape(new.shape)
+        return FreezeMask(new.shape, frozen_rows, frozen_cols if len(new.shape) > 1 else None, elements)
+
     def _unpack_bits(self) -> np.ndarray:
         assert self._bits is not None
         flat = np.unpackbits(self._bits, count=self.numel, bitorder="little")

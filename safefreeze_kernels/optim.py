@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from itertools import count as counter
+from operator import attrgetter
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -36,19 +40,18 @@ from .kernels import (
 )
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
-from .live import check_live_gradients
+from .live import check_live_gradients, generation
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
-from .sharding import PlanAgreement, any_rank, held, is_sharded, local, local_gradient, piece_number, spread, take
+from .sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
+from .state_dicts import FREEZE, MOMENTS, REMAINDER, read_state_dict
 
 __all__ = ["MaskedAdam", "MaskedAdamW", "check_parameter", "checked_plan"]
 
-_MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_REMAINDER: Final = "master_remainder"
-_PACKED: Final = (*_MOMENTS, _REMAINDER)
+_PACKED: Final = (*MOMENTS, REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
 _SCALAR_ROW_DOUBLE: Final = struct.Struct("=10dI")
-_FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
+_VERSION: Final = attrgetter("_version")  # autograd's count of writes to a tensor
 
 
 _handles: Final = counter()
@@ -152,15 +155,7 @@ class MaskedAdam(Optimizer):
         self._plan: FreezePlan | None = None
         self._aliases: dict[str, str] = {}  # every name of a tied tensor -> the name in the groups
         self._ages: dict[str, Ages] = {}
-        self._launches: list[_Launch] = []
-        self._launch_key: Any = None
-        self._whereabouts: Whereabouts | None = None
-        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
-        self._clip: Tensor | None = None  # what the next step multiplies gradients by
-        self._agreement: PlanAgreement | None = None
-        self._sharded = False
-        self._handle = next(_handles)
-        _traced[self._handle] = self
+        self._begin()
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
             self._step_supports_amp_scaling = True
@@ -173,22 +168,48 @@ class MaskedAdam(Optimizer):
         for device in {p.device for p in params} - {torch.device("meta")} or {torch.device("cpu")}:
             choose_backend(backend, device, what, _kernel_dtypes(p for p in params if p.device == device))
 
+    def _begin(self) -> None:
+        """What no copy inherits: it is found out again at the next step."""
+        self._launches: list[_Launch] = []
+        self._launch_key: Any = None
+        self._whereabouts: Whereabouts | None = None
+        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
+        self._pending: _PendingFactor | None = None  # what the next step multiplies gradients by
+        self._given_names: dict[int, tuple[ref[Tensor], str]] = {}
+        self._agreement: PlanAgreement | None = None
+        self._sharded = False
+        self._warned = False
+        self._handle = next(_handles)
+        _traced[self._handle] = self
+
     # -- parameters, names, masks -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. With a plan, the names of the new parameters are checked against it.
+
+        Raises:
+            ValueError: a new parameter has a name that the plan uses for another one. Nothing was added then.
+        """
         if isinstance(param_group, dict):  # else torch says so
             _check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:
-            group[_FREEZE] = self._plan.fingerprint
+            group[FREEZE] = self._plan.fingerprint
         try:
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
                     self._check_trained(p, group["param_names"][i] if "param_names" in group else None)
-        except TypeError:
+            if self._plan:
+                self._masks()
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
+        self._given_names |= _named_by_identity([group])
+        if self._agreement is not None:  # ranks agree on plans of these very parameters
+            self._agreement = None
+            self._note_plan()
+        self._void_factor("a parameter group was added")
 
     def _check_trained(self, p: Tensor, name: str | None) -> None:
         """Raise TypeError if ``p`` is not what this optimizer trains."""
@@ -232,26 +253,40 @@ class MaskedAdam(Optimizer):
         masks: dict[int, FreezeMask] = {}
         if plan:
             what = type(self).__name__
-            if any(
-                len(group.get("param_names", group["params"])) != len(group["params"]) for group in self.param_groups
-            ):
-                raise ValueError(
-                    f"{what}: parameters were replaced by others than their names tell of, as by DeepSpeed ZeRO's flat "
-                    "partitions, in which rows and columns cannot be found; shard with "
-                    "torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
-                )
-            if not all("param_names" in group for group in self.param_groups):
-                raise ValueError(
-                    f"{what}: a plan freezes by name, but the parameters were given without names; "
-                    "pass model.named_parameters() instead of model.parameters()"
-                )
-            named = dict(zip(self._names(), params, strict=True))
-            named |= {alias: named[name] for alias, name in self._aliases.items() if name in named}
+            self._check_names()
+            named = list(zip(self._names(), params, strict=True))
+            by_name = dict(named)
+            named += [(alias, by_name[name]) for alias, name in self._aliases.items() if name in by_name]
             masks = {
-                id(entry.param): entry.mask
-                for entry in bind(plan, list(named.items()), operation=what, require_grad=require_grad)
+                id(entry.param): entry.mask for entry in bind(plan, named, operation=what, require_grad=require_grad)
             }
         return [masks.get(id(p)) or FreezeMask(p.shape) for p in params]
+
+    def _check_names(self) -> None:
+        """Raise ValueError where names are missing, or no longer tell of the parameters beside them."""
+        what = type(self).__name__
+        for index, group in enumerate(self.param_groups):
+            names, params = group.get("param_names"), group["params"]
+            if names is None:
+                raise ValueError(
+                    f"{what}: a plan freezes by name, but the parameters were given without names; pass "
+                    "model.named_parameters() instead of model.parameters(), or in the groups' 'params' "
+                    "(name, parameter) pairs"
+                )
+            if len(names) != len(params):
+                raise ValueError(
+                    f"{what}: param_groups[{index}] has {len(params)} parameters and {len(names)} names: parameters "
+                    "were taken out or replaced after the optimizer was built; change 'param_names' with them, or "
+                    "build it anew. (DeepSpeed ZeRO replaces them by flat partitions, in which rows and columns cannot "
+                    "be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP)"
+                )
+            for name, p in zip(names, params, strict=True):
+                known, given = self._given_names.get(id(p), (None, name))
+                if known is not None and known() is p and given != name:
+                    raise ValueError(
+                        f"{what}: param_groups[{index}] has {given!r} where its 'param_names' say {name!r}: "
+                        "parameters were reordered after the optimizer was built; reorder 'param_names' with them"
+                    )
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -290,26 +325,34 @@ class MaskedAdam(Optimizer):
 
     def _take_step(self, grads: Sequence[Tensor] | None = None) -> None:
         """``grads``: of all launches' parameters, instead of the parameters' own; the launches are then as they are."""
+        _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         captured = all(group["capturable"] for group in self.param_groups)
         if not captured and found_inf is not None and found_inf.item() != 0:
-            self._clip = None
+            self._pending = None
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
         first = not self.state
         launches = self._compiled() if grads is None else self._launches
-        if first and (self._only_makes_state() if launches else self._trains_nothing()):
+        if first and launches and self._only_makes_state():
             return
         prepared = []
         for launch in launches:
             given = None if grads is None else GradientList(_real(g).contiguous() for g in grads[: len(launch.owners)])
             grads = None if grads is None else grads[len(launch.owners) :]
             prepared.append(launch.prepare(self.param_groups, given))
-        multiplier = _multiplier(grad_scale, self._clip)
+        if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
+            self._trains_nothing()
+        factor = None
+        if self._pending is not None:
+            just_read = all(gradients.own for gradients, *_ in prepared)
+            now = chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
+            factor = self._pending.factor_now(now or self._present_gradients(), type(self).__name__)
+        multiplier = _multiplier(grad_scale, factor)
         for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
-        self._clip = None
+        self._pending = None
 
     @property
     def _traceable(self) -> bool:
@@ -321,20 +364,32 @@ class MaskedAdam(Optimizer):
             and not any(any(launch.operands.packed_grads) for launch in self._launches)
         )
 
-    def multiply_gradients_(self, factor: Tensor) -> None:
+    def multiply_gradients_(self, factor: Tensor, gradients: Iterable[Tensor | None] | None = None) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
-        then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this."""
-        self._clip = factor
+        then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this.
+
+        The factor belongs to the gradients that are there now (``gradients``, if they are at hand). Once all of them
+        are gone it is dropped; if some are, or if one was written to, or the plan, the state or the groups changed, the
+        next step raises RuntimeError.
+        """
+        self._pending = _PendingFactor(factor, self._present_gradients() if gradients is None else gradients)
+
+    def _present_gradients(self) -> Iterator[Tensor | None]:
+        return (p.grad for group in self.param_groups for p in group["params"])
+
+    def _void_factor(self, why: str) -> None:
+        if self._pending is not None:
+            self._pending.void = why
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; drops what `multiply_gradients_` said of these gradients."""
-        self._clip = None
+        self._pending = None
         super().zero_grad(set_to_none)
 
     def _compiled(self) -> list[_Launch]:
         """Launches for the present parameters, state and gradients; compiled anew only if one of them was replaced."""
         groups = self.param_groups
-        key = [(_flags(group), list(map(id, group["params"]))) for group in groups]
+        key = generation(), [(_flags(group), list(map(id, group["params"]))) for group in groups]
         if (
             key == self._launch_key
             and self._whereabouts is not None
@@ -343,6 +398,7 @@ class MaskedAdam(Optimizer):
             and all(launch.gradients.reads(launch.owners) for launch in self._launches)
         ):
             return self._launches
+        self._look_for_abandoned()
         params, names, masks = self._params(), self._names(), self._masks()
         parts = list(map(held, params))
         self._sharded = any(map(is_sharded, params))
@@ -411,25 +467,53 @@ class MaskedAdam(Optimizer):
             return self.state
         return {getattr(p, "_local_tensor", p): state for p, state in self.state.items()}
 
-    def _trains_nothing(self) -> bool:
-        """Refuse to go on without any gradient where parameters may have been exchanged for others."""
-        if self._plan and torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError(
-                f"{type(self).__name__}: no parameter has a gradient at the first step; if the model was sharded or "
-                "wrapped after the optimizer was built, the optimizer has the old parameters: build it afterwards"
-            )
-        return True
+    def _trains_nothing(self) -> None:
+        """No parameter has a gradient: parameters may have been exchanged for others. Said once."""
+        what = f"{type(self).__name__}: no parameter has a gradient at this step"
+        remedy = (
+            "if the model's parameters were replaced after the optimizer was built (load_state_dict(assign=True), "
+            "resizing, sharding, wrapping), the optimizer has the old ones: build it afterwards"
+        )
+        if self._plan and not self.state and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError(f"{what}; {remedy}")
+        self._warned = True
+        warnings.warn(f"{what}, and nothing trains; {remedy}", RuntimeWarning, stacklevel=3)
+
+    def _look_for_abandoned(self) -> None:
+        """Look for parameters that a model took others for: they train, never had a gradient, and only this optimizer
+        refers to them. Raises ValueError for one that the plan freezes, else warns, once."""
+        counts = [sys.getrefcount(p) for group in self.param_groups for p in group["params"]]
+        (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
+        lost = [
+            name
+            for p, name, count in zip(self._params(), self._names(), counts, strict=False)
+            if count <= alone and p.requires_grad and p.grad is None and not self.state.get(p)
+        ]  # fmt: skip
+        if not lost:
+            return
+        planned = [name for name in lost if self._plan and name in self._plan]
+        what = (
+            f"{type(self).__name__}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
+            f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
+            "place, as after load_state_dict(assign=True), resizing, weight_norm, sharding or wrapping; build the "
+            "optimizer afterwards"
+        )
+        if planned:
+            raise ValueError(what)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(what, RuntimeWarning, stacklevel=4)
 
     def _only_makes_state(self) -> bool:
-        """Whether this first step is no training step, but asks for the state to be made: distributed checkpoint does
-        so with a learning rate of zero and zero gradients. It must count nothing."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        """Whether this first step is no training step: distributed checkpoint asks for the state to be made by a step
+        with zero gradients and learning rates, and it must count nothing. A warm-up may begin alike; so who asks is
+        looked up, at the first step alone."""
+        if any(isinstance(group["lr"], float) and group["lr"] != 0 for group in self.param_groups):
             return False
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        params = self._params()
-        grads = (local_gradient(p) for p in params)
-        return not any_rank(any(bool(grad.any()) for grad in grads if grad is not None), params)
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+            frame = frame.f_back
+        return frame is not None
 
     def _init_state(self, param: Tensor, mask: FreezeMask, amsgrad: bool, name: str) -> None:
         """Make what state is missing; check what is there, since a kernel takes its addresses."""
@@ -437,9 +521,9 @@ class MaskedAdam(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             self._ages.pop(name, None)  # without state everything is equally young
-        dtypes = dict.fromkeys(_MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, self._state_dtype))
+        dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, self._state_dtype))
         if self._master is not None and param.dtype == torch.bfloat16:
-            dtypes[_REMAINDER] = torch.int16
+            dtypes[REMAINDER] = torch.int16
         for key, dtype in dtypes.items():
             if key not in state:
                 state[key] = torch.zeros(mask.packed_shape, dtype=dtype, device=local(param).device)
@@ -467,12 +551,17 @@ class MaskedAdam(Optimizer):
         A newly frozen row stops at once and its state is dropped; a thawed one starts as a fresh row, its bias
         correction counted from now. What stays live keeps its state. ``None`` thaws everything.
 
+        A parameter may have grown since the last step (``p.data = torch.cat([p.data, more])``, or another parameter
+        that took its place in ``param_groups`` and `state`), at the end of its dimensions: ``plan`` is then for the new
+        shapes, what was there keeps its state, and what was added starts as thawed rows do.
+
         Raises:
-            ValueError: the plan does not fit; the old one stays in force.
+            ValueError: the plan does not fit, or a parameter shrank; the old plan stays in force.
         """
         plan = checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
-        old_masks, new_masks = self._masks(), self._masks(plan, require_grad=True)
-        ages, states = dict(self._ages), {}
+        new_masks = self._masks(plan, require_grad=True)
+        old_masks, grown = self._grown_masks(new_masks)
+        ages, states = {**self._ages, **grown}, {}
         for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
             state = self.state.get(p)
             if not state or old == new:
@@ -486,24 +575,52 @@ class MaskedAdam(Optimizer):
         self._ages = {name: age for name, age in ages.items() if age}
         self._plan = plan
         self._launch_key = None
+        self._void_factor("the plan changed")
         self._note_plan()
 
+    def _grown_masks(self, new: list[FreezeMask]) -> tuple[list[FreezeMask], dict[str, Ages]]:
+        """The masks in force, in the shapes of ``new``, and ages of what grew: what was added counts as frozen."""
+        params, names = self._params(), self._names()
+        plan, found, ages = self._plan or FreezePlan(), [], {}
+        by_name = {**{name: name for name in names}, **self._aliases}
+        planned = {by_name.get(name, name): mask for name, mask in plan.items()}
+        if all(names[i] not in planned or planned[names[i]].shape == mask.shape for i, mask in enumerate(new)) and all(
+            not (state := self.state.get(p)) or name in planned or is_sharded(p) or state["exp_avg"].shape == p.shape
+            for p, name in zip(params, names, strict=True)
+        ):
+            return self._masks(), {}
+        for p, name, mask in zip(params, names, new, strict=True):
+            old = planned.get(name)
+            if old is None:
+                state = self.state.get(p)
+                old = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
+            try:
+                if is_sharded(p) and old.shape != mask.shape:
+                    raise ValueError("it is sharded")
+                found.append(old.grown(mask.shape))
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(self).__name__}.set_freeze: {name!r} has another shape than before, and its state cannot "
+                    f"be carried over ({error}); build the optimizer anew"
+                ) from error
+            if old.shape != mask.shape and name in self._ages:
+                ages[name] = self._ages[name].grown(old, found[-1])
+        return found, ages
+
     def _note_plan(self) -> None:
-        """The plan changed: groups tell of it, and other ranks must have the same."""
+        """The plan changed, or what it is for: groups tell of it, and other ranks must have the same."""
         self._mark_groups()
-        if self._plan is None:
-            return
         if self._agreement is None:
             params = (p for p in zip(self._names(), self._params(), strict=True))
             self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in params)
-        self._agreement.note(self._plan.fingerprint)
+        self._agreement.note((self._plan or FreezePlan()).fingerprint)
 
     def _mark_groups(self) -> None:
         # In `state_dict` there is more; here, distributed checkpoint looks which entries a group has.
         for group in self.param_groups:
-            group.pop(_FREEZE, None)
+            group.pop(FREEZE, None)
             if self._plan or self._ages:
-                group[_FREEZE] = (self._plan or FreezePlan()).fingerprint
+                group[FREEZE] = (self._plan or FreezePlan()).fingerprint
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -520,7 +637,7 @@ class MaskedAdam(Optimizer):
             state_dict["state"] = self._dense(state_dict["state"], masks)
         for group in state_dict["param_groups"] if self._plan or self._ages else ():
             members = list(enumerate(group["params"]))
-            group[_FREEZE] = json.dumps(
+            group[FREEZE] = json.dumps(
                 {
                     "version": 1,
                     "packed": not dense,
@@ -538,10 +655,10 @@ class MaskedAdam(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            group.pop(_FREEZE, None)
+            group.pop(FREEZE, None)
         dense = self._dense(state_dict["state"], self._masks())
         for entry in dense.values():
-            entry.pop(_REMAINDER, None)
+            entry.pop(REMAINDER, None)
         state_dict["state"] = dense
         return state_dict
 
@@ -572,7 +689,7 @@ class MaskedAdam(Optimizer):
         for p, name, mask in zip(self._params(), self._names(), self._masks(), strict=True):
             piece, local_mask = local(p).detach(), mask.piece(held(p))
             weight = piece.float() if piece.dtype in STORAGE else piece
-            remainder = self.state.get(p, {}).get(_REMAINDER)
+            remainder = self.state.get(p, {}).get(REMAINDER)
             if remainder is not None:
                 live = from_remainder(piece, _repack(remainder, local_mask, FreezeMask(piece.shape)))
                 weight = torch.where(local_mask.dense().to(piece.device), weight, live)
@@ -606,20 +723,23 @@ class MaskedAdam(Optimizer):
         ]
         try:
             super().load_state_dict(state_dict)
+        except RecursionError as error:
+            raise ValueError(f"{type(self).__name__}.load_state_dict: the state dict is nested too deeply") from error
         finally:
             for hook in hooks:
                 hook.remove()
         self._ages = loaded["ages"]
-        self._launch_key = self._clip = None
-        self._mark_groups()
+        self._launch_key = None
+        self._void_factor("state was loaded")
+        self._note_plan()
 
-    def _converted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Ages]]:
+    def _converted(self, given: Any) -> tuple[dict[str, Any], dict[str, Ages]]:
         """``given`` with moments packed to this plan, in this optimizer's dtype, veiled; and the ages it carries."""
         what = f"{type(self).__name__}.load_state_dict"
         params, names, masks = self._params(), self._names(), self._masks()
-        saved_ids = [i for group in given["param_groups"] for i in group["params"]]
+        found = read_state_dict(given, what, _check_hyper_parameters)
         converted = dict(given)
-        if len(saved_ids) != len(params):
+        if len(found) != len(params):
             return converted, {}  # torch's loader says what differs
         converted["state"] = dict(given["state"])
         # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
@@ -627,49 +747,49 @@ class MaskedAdam(Optimizer):
             {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
             for saved, own in zip(given["param_groups"], self.param_groups, strict=False)
         ]
-        notes = [
-            (note, str(place))
-            for group in given["param_groups"]
-            for note in [_read_freeze(group, what)]
-            for place in range(len(group["params"]))
-        ]
         ages: dict[str, Ages] = {}
-        for (note, place), saved_id, p, name, mask in zip(notes, saved_ids, params, names, masks, strict=True):
-            if note is not None and place in note["ages"]:
-                ages[name] = Ages.decode(note["ages"][place], mask)
-            if saved_id not in given["state"]:
+        for saved, p, name, mask in zip(found, params, names, masks, strict=True):
+            if saved.state is None:
                 continue
-            entry = dict(given["state"][saved_id])
-            saved_under = None if note is None else note["masks"].get(place)
-            if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):
+            entry = {key: value.clone() if isinstance(value, Tensor) else value for key, value in saved.state.items()
+                     if key not in _PACKED}  # fmt: skip
+            if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):
                 raise ValueError(
                     f"{what}: state of {name!r} was saved under another freeze plan; build the optimizer with the "
                     "plan it was saved with (then set_freeze), or save with dense_state_dict(); full-size moments are "
                     "taken as they are once 'freeze' is gone from their param_groups"
                 )
-            if _REMAINDER in entry and (self._master is None or p.dtype != torch.bfloat16):
+            if REMAINDER in saved.state and (self._master is None or p.dtype != torch.bfloat16):
                 raise ValueError(
-                    f"{what}: state of {name!r} holds a float32 master ({_REMAINDER}), which this optimizer would "
+                    f"{what}: state of {name!r} holds a float32 master ({REMAINDER}), which this optimizer would "
                     "lose; build it with master='remainder' and bfloat16 parameters"
                 )
-            packed = note is not None and note["packed"] and saved_under is not None
+            packed = saved.packed and saved.mask is not None
             for key in _PACKED:
-                if key not in entry:
+                if key not in saved.state:
                     continue
                 expected = mask.packed_shape if packed else tuple(p.shape)
-                if tuple(entry[key].shape) != expected:
+                given_moment = saved.state[key]
+                if tuple(given_moment.shape) != expected:
                     raise ValueError(
-                        f"{what}: {key} of {name!r} has shape {tuple(entry[key].shape)}, expected {expected}"
+                        f"{what}: {key} of {name!r} has shape {tuple(given_moment.shape)}, expected {expected}"
                     )
-                if entry[key].is_complex() != p.is_complex():
-                    raise ValueError(f"{what}: {key} of {name!r} has dtype {entry[key].dtype}, its parameter {p.dtype}")
-                moment = self._local_moment(entry[key].detach(), p, mask, packed=packed)
-                kept = torch.int16 if key == _REMAINDER else moment_dtype(p.dtype, self._state_dtype)
+                if given_moment.is_complex() != p.is_complex():
+                    raise ValueError(
+                        f"{what}: {key} of {name!r} has dtype {given_moment.dtype}, its parameter {p.dtype}"
+                    )
+                moment = self._local_moment(given_moment.detach(), p, mask, packed=packed)
+                kept = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, self._state_dtype)
                 moment = moment.to(local(p).device, kept)
-                entry[key] = _Veiled(moment.contiguous())
-            if "step" in entry:
-                entry["step"] = _Veiled(torch.tensor(float(entry["step"]), dtype=torch.float32))
-            converted["state"][saved_id] = entry
+                entry[key] = _Veiled(_owned(moment.contiguous(), given_moment))
+            step = float(saved.state["step"])
+            entry["step"] = _Veiled(torch.tensor(step, dtype=torch.float32))
+            if saved.ages is not None:
+                try:
+                    ages[name] = Ages.decode(saved.ages, mask, int(step))
+                except ValueError as error:
+                    raise ValueError(f"{what}: {name!r}: {error}") from error
+            converted["state"][saved.key] = entry
         return converted, ages
 
     def _local_moment(self, moment: Tensor, param: Tensor, mask: FreezeMask, *, packed: bool) -> Tensor:
@@ -696,9 +816,9 @@ class MaskedAdam(Optimizer):
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._launches, self._launch_key, self._whereabouts, self._waiting, self._clip = [], None, None, [], None
-        self._agreement, self._sharded, self._handle = None, False, next(_handles)
-        _traced[self._handle] = self
+        copied = "_backend" in state  # or loaded: torch's loader comes here too
+        if copied:
+            self._begin()
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
             for key in (
@@ -711,9 +831,16 @@ class MaskedAdam(Optimizer):
                 "decoupled_weight_decay",
             ):
                 group.setdefault(key, self.defaults[key])
+        if copied:
+            self._given_names = _named_by_identity(self.param_groups)
+            self._note_plan()
 
 
 _observed_step: Final = Optimizer.profile_hook_step(MaskedAdam._step)
+# torch's word on a step that is recorded in a graph though its step counts are numbers; the name before torch 2.12
+_check_capture: Final[Callable[[Optimizer], None]] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
 
 # ------------------------------------------------------------------------------------------------- compiled steps
 
@@ -830,6 +957,38 @@ class _Veiled:
         return self
 
 
+class _PendingFactor:
+    """What the next step multiplies gradients by, and which gradients these are. They are kept until then, so that no
+    other can be taken for one of them.
+
+    Attributes:
+        void: why it no longer holds, though they may be there still; "": it does.
+    """
+
+    def __init__(self, factor: Tensor, gradients: Iterable[Tensor | None]) -> None:
+        self.factor, self.void = factor, ""
+        self._gradients = [g for g in gradients if g is not None]
+        self._versions = dict(zip(map(id, self._gradients), map(_VERSION, self._gradients), strict=True))
+
+    def factor_now(self, gradients: Iterable[Tensor | None], what: str) -> Tensor | None:
+        """The factor, if ``gradients`` are as they were; None if none of them is there any more.
+
+        Raises:
+            RuntimeError: some of them changed, or something else did that the factor depends on.
+        """
+        present = [g for g in gradients if g is not None]
+        versions = dict(zip(map(id, present), map(_VERSION, present), strict=True))
+        if versions != self._versions and versions.keys().isdisjoint(self._versions):
+            return None
+        why = self.void if versions == self._versions else "gradients changed"
+        if why:
+            raise RuntimeError(
+                f"{what}: a clip factor waits for this step, but since it was computed {why}; call clip_grad_norm_ "
+                "after that (or zero_grad() of this optimizer, which drops the factor)"
+            )
+        return self.factor
+
+
 class _Launch:
     """One kernel call per step: the tensors of one device and one set of kernel flags, ready to go.
 
@@ -859,8 +1018,8 @@ class _Launch:
         self.shapes = [p.shape for p in owners]
         self.dtypes = [p.dtype for p in params]
         self.strided = [i for i, p in enumerate(params) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
-        moments = [[state[key] for state in states] for key in _MOMENTS[: 3 if amsgrad else 2]]
-        remainders = [state.get(_REMAINDER) for state in states]
+        moments = [[state[key] for state in states] for key in MOMENTS[: 3 if amsgrad else 2]]
+        remainders = [state.get(REMAINDER) for state in states]
         real_params, *real = (list(map(_real, tensors)) for tensors in (params, *moments))
         self.operands = AdamWOperands(
             real_params, real[0], real[1], real[2] if amsgrad else None,
@@ -998,24 +1157,6 @@ def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _read_freeze(group: Mapping[str, Any], what: str) -> dict[str, Any] | None:
-    """What a saved group tells of its plan, as `MaskedAdam.state_dict` wrote it; None: nothing."""
-    text = group.get(_FREEZE)
-    if text is None:
-        return None
-    try:
-        note = json.loads(text)
-        version = note["version"]
-        known: dict[str, Any] = {key: note[key] for key in ("packed", "masks", "ages")} if version == 1 else {}
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{what}: a group's entry {_FREEZE!r} cannot be read ({error}); the state is damaged"
-        ) from error
-    if version != 1:
-        raise ValueError(f"{what}: state has version {version}, this package reads 1; upgrade it")
-    return known
-
-
 def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
     """Words of `SCALARS` rows, int32 [steps, 11] (`SCALARS_DOUBLE`: [steps, 21]), from float64 ``step`` counts; tensors
     in ``group`` are read there."""
@@ -1114,6 +1255,15 @@ def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
 
 
+def _named_by_identity(groups: list[dict[str, Any]]) -> dict[int, tuple[ref[Tensor], str]]:
+    """id of a parameter -> itself, weakly, and its name."""
+    return {
+        id(p): (ref(p), name)
+        for group in groups
+        for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+
+
 def checked_plan(plan: Any, what: str) -> FreezePlan:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{what}: freeze is a {type(plan).__name__}, expected a FreezePlan (or None)")
@@ -1183,6 +1333,12 @@ def _of_real_view(mask: FreezeMask, ages: Ages | None) -> tuple[FreezeMask, Ages
 
 
 # ----------------------------------------------------------------------------------------------- packed state
+
+
+def _owned(tensor: Tensor, given: Tensor) -> Tensor:
+    """``tensor``, or a copy of it if it lies in the memory of ``given``: another optimizer's, or a file's."""
+    shared = tensor.untyped_storage().data_ptr() == local(given).untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
 
 
 def _repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 __all__ = [
     "LocalGradients",
     "PlanAgreement",
-    "any_rank",
     "held",
     "is_sharded",
     "local",
@@ -160,14 +159,6 @@ def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
         for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
         if not placement.is_replicate() and mesh.size(dim) > 1
     )
-
-
-def any_rank(answer: bool, params: Sequence[Tensor]) -> bool:
-    """Whether ``answer`` is true on any rank that holds pieces of ``params``: all of them must ask."""
-    flag = torch.tensor(float(answer), device=local(params[0]).device if params else None)
-    for group in dict.fromkeys(group for p in params for group in reduce_groups(p)):
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group)
-    return bool(flag)
 
 
 class PlanAgreement:

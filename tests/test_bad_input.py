@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import BACKENDS, assert_same_bits, assert_same_state, random_normal
 from torch import Tensor, nn
 
@@ -272,6 +273,66 @@ def test_tied_weights_with_two_masks_through_a_model() -> None:
         assert opt.plan[name] == plan[name]
     with refused(ValueError, "MaskedAdamW", "'head.weight'", "tied weight", "remove_duplicate=False"):
         MaskedAdamW(model.named_parameters(), freeze=FreezePlan({"head.weight": plan["head.weight"]}))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "wrapped"])
+@pytest.mark.parametrize("shapes", [((6, 4), (6, 4)), ((4, 4), (6, 4)), ((6, 4), (4, 4))], ids=str)
+@pytest.mark.parametrize("operation", ["zero_frozen_grads_", "clip_grad_norm_", "snapshot", "FreezePlan.check"])
+def test_one_name_for_two_parameters(operation: str, shapes: Any, wrapped: bool) -> None:
+    """The last of the name was bound, whichever the plan meant: rows of the first moved without a word."""
+    given = "module.up.weight" if wrapped else "up.weight"
+    pairs = [("else", Param(torch.zeros(3))), *((given, Param(torch.zeros(shape))) for shape in shapes)]
+    plan = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0])})
+    call: dict[str, Callable[[], Any]] = {
+        "zero_frozen_grads_": lambda: sf.zero_frozen_grads_(pairs, plan),
+        "clip_grad_norm_": lambda: sf.clip_grad_norm_(iter(pairs), 1.0, plan),
+        "snapshot": lambda: sf.snapshot(pairs, plan),
+        "FreezePlan.check": lambda: plan.check(pairs),
+    }
+    with refused(ValueError, f"{operation}: ", f"both named {given!r}", *map(str, shapes), "'actor.'", "'critic.'"):
+        call[operation]()
+
+
+def test_one_name_for_two_parameters_that_is_another_name_of_a_tied_one() -> None:
+    tied, other = Param(torch.zeros(6, 4)), Param(torch.zeros(6, 4))
+    pairs = [("embed.weight", tied), ("head.weight", tied), ("head.weight", other)]
+    with refused(ValueError, "snapshot: ", "both named 'head.weight'"):
+        sf.snapshot(pairs, FreezePlan({"head.weight": FreezeMask((6, 4), rows=[0])}))
+
+
+def test_one_name_twice_is_fine_for_one_parameter_or_outside_the_plan() -> None:
+    planned = Param(torch.zeros(6, 4))
+    pairs = [("up.weight", planned), ("bias", Param(torch.zeros(6))), ("bias", Param(torch.ones(6)))]
+    for p in dict.fromkeys(p for _, p in pairs):
+        p.grad = torch.ones_like(p)
+    pairs.append(("up.weight", planned))
+    plan = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0])})
+    assert sf.snapshot(pairs, plan).nbytes == 16
+    assert sf.clip_grad_norm_(pairs, 100.0, plan).item() == pytest.approx(math.sqrt(20 + 12))
+
+
+COMPUTED: dict[str, tuple[Callable[..., Any], str]] = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "'parametrizations.weight.original0' and "),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "'parametrizations.weight.original'"),
+    "old weight_norm": (nn.utils.weight_norm, "'weight_g' and "),
+    "old spectral_norm": (nn.utils.spectral_norm, "'weight_orig'"),
+    "pruning": (lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.5), "'weight_orig'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_weight_that_is_computed_from_others(operation: str, how: str, wrapper: str) -> None:
+    """It said that the plan was for another model."""
+    layer = nn.Linear(4, 6)
+    compute, parts = COMPUTED[how]
+    compute(layer)
+    params = {wrapper + name: p for name, p in layer.named_parameters()}
+    parts = parts.replace("'", f"'{wrapper}", 1)
+    with refused(ValueError, f"{operation}: the plan names 'weight'", "computed from", parts, "remove that first"):
+        operations(params, FreezePlan({"weight": FreezeMask((6, 4), rows=[0])}))[operation]()
 
 
 def test_a_plan_by_name_needs_names() -> None:
@@ -739,7 +800,7 @@ def test_state_of_a_later_version() -> None:
         opt.load_state_dict(state_dict)
     for damaged in ("", "{}", '{"version": 1}', 7):
         group["freeze"] = damaged
-        with refused(ValueError, "MaskedAdamW.load_state_dict", "'freeze' cannot be read", of=opt):
+        with refused(ValueError, "MaskedAdamW.load_state_dict", "param_groups[0]['freeze']", of=opt):
             opt.load_state_dict(state_dict)
 
 

@@ -501,7 +501,7 @@ def refusal(rank: int, way: str) -> tuple[str, bool]:
     [
         ("another plan", ["ValueError: MaskedAdamW", "different freeze plans", "rank 0", "rank 1", "from one file"]),
         ("another plan, sharded", ["ValueError: MaskedAdamW", "different freeze plans", "rank 0", "rank 1"]),
-        ("built before", ["RuntimeError: MaskedAdamW", "no parameter has a gradient", "build it afterwards"]),
+        ("built before", ["ValueError: MaskedAdamW", "'up.weight' has no gradient", "sharding", "afterwards"]),
         ("FSDP1", ["ValueError: MaskedAdamW", "_flat_param", "FSDP1", "fully_shard"]),
         ("FSDP1 with original parameters", ["ValueError: MaskedAdamW", "up.weight", "FSDP1", "fully_shard"]),
     ],
@@ -565,6 +565,15 @@ def others(rank: int) -> dict[str, Any]:
         found[word] = str(error.value)
     guard.remove()
 
+    model = net()
+    stock = torch.optim.SGD(model.parameters(), lr=0.1)
+    sf.guard(stock, plan(), model)
+    shard(model)  # and the optimizer's parameters are exchanged, as accelerate does
+    stock.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(ValueError) as refused:
+        stock.step()
+    found["sharded later"] = str(refused.value)
+
     model = shard(net())
     model(batch(0)).square().mean().backward()
     before = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
@@ -593,6 +602,7 @@ def test_the_rest_on_sharded_parameters() -> None:
         assert_trained_alike(ours, weights(net()), guarded)
         assert "frozen 'up.weight' moved at row" in found["verify"] and "was" in found["verify"]
         assert "guard: frozen 'up.weight' moved at row" in found["guard"]
+        assert "(this rank: " in found["sharded later"] and "guard it anew" in found["sharded later"]
         before, after = found["gradients"]
         for name, grad in before.items():
             mask = plan()[name].dense() if name in plan() else torch.zeros(grad.shape, dtype=torch.bool)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_normal, short
 from torch import Tensor, nn
 
-from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard
+from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard, snapshot
+from safefreeze_kernels.guard import guards_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,6 +250,216 @@ def test_gradients_a_closure_makes_are_watched_too(make: Maker, call: str, poiso
         assert_same_bits(p, dict(twin.named_parameters())[n], f"live part of {n}", where=~frozen[n])
 
 
+# ------------------------------------------------------------------------------------------------ other methods
+
+
+SCHEDULE_FREE: dict[str, Maker] = {
+    "AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.1, weight_decay=0.1),
+    "AdamW for-loop": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.1, weight_decay=0.1, foreach=False),
+    "SGD": lambda p: schedulefree.SGDScheduleFree(p, lr=0.1, weight_decay=0.1),
+    "RAdam": lambda p: schedulefree.RAdamScheduleFree(p, lr=0.1, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_weights_as_they_are_saved(name: str) -> None:
+    """``eval()`` and ``train()`` rewrite all weights from the optimizer's state, in which frozen ones decay."""
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    proof = snapshot(model, plan)
+    guarded, plain = SCHEDULE_FREE[name](model.parameters()), SCHEDULE_FREE[name](twin.parameters())
+    guard(guarded, plan, model)
+    for epoch in range(2):
+        for opt in (guarded, plain):
+            opt.train()
+        proof.verify(model)
+        for seed in range(3):
+            give_gradients(model, 3 * epoch + seed, frozen, math.nan)
+            give_gradients(twin, 3 * epoch + seed, frozen, 0.0)
+            guarded.step()
+            plain.step()
+        for opt in (guarded, plain):
+            opt.eval()
+        proof.verify(model)
+        for n, p in model.named_parameters():
+            assert_same_bits(p, twin.get_parameter(n), f"live part of {n} after epoch {epoch}", where=~frozen[n])
+
+
+class Writer(torch.optim.SGD):
+    """Writes weights in every way that optimizers of users do beside `step`."""
+
+    def first_step(self) -> None:  # sharpness-aware: climb by gradients that nobody has zeroed yet
+        self.old = [p.detach().clone() for p in self._all()]
+        with torch.no_grad():
+            for p in self._all():
+                p.add_(p.grad, alpha=0.1)
+
+    def second_step(self) -> None:
+        for p, old in zip(self._all(), self.old, strict=True):
+            p.data = old
+        self.step()
+
+    def sync(self) -> None:  # writes first, then calls another method of its own
+        for p in self._all():
+            p.data.mul_(0.5)
+        self.sync_slowly(0.5)
+
+    def sync_slowly(self, weight: float) -> None:
+        for p in self._all():
+            p.data.copy_(p.data.lerp(torch.zeros_like(p), weight))
+
+    @contextmanager
+    def averaged(self) -> Iterator[str]:
+        self.old = [p.detach().clone() for p in self._all()]
+        for p in self._all():
+            p.data.mul_(0.5)
+        try:
+            yield "weights"
+        finally:
+            for p, old in zip(self._all(), self.old, strict=True):
+                p.data.copy_(old)
+
+    def fail(self) -> None:
+        for p in self._all():
+            p.data.mul_(0.5)
+        raise RuntimeError("half-way")
+
+    @staticmethod
+    def constant() -> int:
+        return 3
+
+    @property
+    def now(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("method", ["first_step", "second_step", "sync", "sync_slowly", "averaged", "fail"])
+def test_other_methods_that_write_weights(method: str) -> None:
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt, plain = (Writer(net.parameters(), lr=0.1, weight_decay=0.5) for net in (model, twin))
+    guard(opt, plan, model)
+
+    def compare(when: str) -> None:
+        for n, p in model.named_parameters():
+            assert_same_bits(p, first[n], f"frozen part of {n} {when}", where=frozen[n])
+            assert_same_bits(p, twin.get_parameter(n), f"live part of {n} {when}", where=~frozen[n])
+
+    for seed in range(3):
+        give_gradients(model, seed, frozen, math.inf)
+        give_gradients(twin, seed, frozen, 0.0)
+        if method == "averaged":
+            with opt.averaged() as what, plain.averaged():
+                compare("inside")
+            assert what == "weights"
+        for one in (opt, plain) if method != "averaged" else ():
+            if method == "second_step":
+                one.first_step()
+            if method == "fail":
+                with pytest.raises(RuntimeError, match="half-way"):
+                    one.fail()
+            else:
+                getattr(one, method)(*([0.5] if method == "sync_slowly" else []))
+        compare(f"after {method}")
+        opt.step()
+        plain.step()
+        compare(f"after the step after {method}")
+    assert (opt.constant(), opt.now) == (3, 0.1)
+
+
+def test_a_drift_is_found_by_other_methods_as_by_the_step() -> None:
+    model = a_model()
+    opt = Writer(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    with torch.no_grad():
+        model.masked.add_(1.0)
+    with pytest.raises(FrozenDriftError, match=r"'masked'.*guard\.refresh\(\)"):
+        opt.sync()
+
+
+def test_methods_called_for_every_parameter_in_a_step_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a step would put all weights back once per parameter."""
+
+    class Chatty(Lion):
+        def step(self, closure: Any = None) -> Any:
+            for _ in range(50):
+                self.rate()
+            return super().step(closure)
+
+        def rate(self) -> float:
+            return self.param_groups[0]["lr"]
+
+    model = a_model()
+    opt = Chatty(model.parameters(), lr=0.1, weight_decay=0.1)
+    watch = guard(opt, a_plan("rows", model), model)
+    written = []
+    put_back = watch._put_back
+    monkeypatch.setattr(watch, "_put_back", lambda params: (written.append(1), put_back(params)))
+    give_gradients(model, 1)
+    opt.step()
+    assert 1 <= len(written) <= 2  # twice where the step of the base class has hooks of its own
+    written.clear()
+    opt.rate()
+    assert len(written) == 1
+
+
+def test_a_step_that_writes_before_it_calls_that_of_its_base() -> None:
+    """The base's step has hooks too, once an optimizer of that class was made: what it sees then is no drift."""
+
+    class Decaying(Lion):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+            return super().step(closure)
+
+    model = a_model()
+    Lion(model.parameters(), lr=0.1, weight_decay=0.1)
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    opt = Decaying(model.parameters(), lr=0.1, weight_decay=0.1)
+    guard(opt, plan, model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+        proof.verify(model)
+    with torch.no_grad():
+        model.masked.add_(1.0)
+    with pytest.raises(FrozenDriftError):
+        opt.step()
+
+
+def test_a_step_that_raises_half_way_leaves_frozen_weights_in_place() -> None:
+    class Fails(Lion):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+            if self.fails:
+                raise RuntimeError("out of memory, say")
+
+    model = a_model()
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    opt = Fails(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    for opt.fails in (True, False):
+        give_gradients(model, 1)
+        if opt.fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                opt.step()
+        else:
+            opt.step()
+        proof.verify(model)
+
+
 # ------------------------------------------------------------------------------------------------ lifetime
 
 
@@ -257,8 +470,10 @@ def test_remove_ends_it() -> None:
     watch = guard(opt, plan, model)
     give_gradients(model, 1)
     opt.step()
+    assert guards_of(opt) == [watch]
     watch.remove()
     watch.remove()
+    assert guards_of(opt) == []
     before = copies(model)
     give_gradients(model, 2)
     opt.step()
@@ -326,6 +541,20 @@ def test_changes_autograd_does_not_see_are_put_back() -> None:
     assert_same_bits(model.masked, first["masked"], "frozen part", where=frozen["masked"])
 
 
+def test_other_memory_under_a_frozen_weight_is_found() -> None:
+    """As loaders assign it: autograd's version counter stays as it is, and loaded rows were undone without a word."""
+    model = a_model()
+    plan = a_plan("all three", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    model.masked.data = model.masked.detach().clone()
+    give_gradients(model, 1)
+    opt.step()
+    model.masked.data = model.masked.detach() + 1.0
+    with pytest.raises(FrozenDriftError, match=r"'masked'.*guard\.refresh\(\)"):
+        opt.step()
+
+
 def test_refresh_takes_the_present_values() -> None:
     model, other = a_model(), a_model()
     with torch.no_grad():
@@ -389,9 +618,74 @@ def test_a_replaced_parameter_object_is_found_by_its_name() -> None:
     assert not torch.equal(model.masked[~frozen], first["masked"][~frozen])
 
 
+def assign(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def replace_in_the_model(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    model.masked = nn.Parameter(model.masked.detach().clone())
+
+
+def replace_in_the_optimizer(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    group = opt.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+
+
+def remove_the_group(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    opt.param_groups[0]["params"] = opt.param_groups[0]["params"][1:]
+
+
+@pytest.mark.parametrize("call", ["step", "eval"])
+@pytest.mark.parametrize(
+    "change",
+    [assign, replace_in_the_model, replace_in_the_optimizer, remove_the_group],
+    ids=lambda change: change.__name__,
+)
+def test_an_optimizer_that_holds_other_parameters_than_the_model_is_an_error(
+    change: Callable[..., Any], call: str
+) -> None:
+    """It trained parameters that nobody used, and gradients piled up on those that were guarded."""
+    model = a_model()
+    opt = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    opt.train()
+    guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()
+    change(model, opt)
+    give_gradients(model, 2)
+    before, grad = copies(model), model.masked.grad.clone()
+    with pytest.raises(
+        ValueError, match=r"guard: the model's 'masked' is not among.*assign=True.*make the optimizer anew"
+    ):
+        getattr(opt, call)()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+    assert_same_bits(model.masked.grad, grad, "gradient after the error")
+
+
+@pytest.mark.parametrize("form", [dict, list, iter])
+def test_mappings_and_pairs_are_models_too(form: Callable[..., Any]) -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    proof = snapshot(model, plan)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, form(model.named_parameters()))
+    give_gradients(model, 1)
+    opt.step()
+    proof.verify(model)
+    replace(model, opt, "masked", model.masked.detach().clone())
+    with pytest.raises(ValueError, match="'masked' is not among the parameters that the optimizer holds"):
+        opt.step()
+
+
+def weight_norm(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    nn.utils.parametrizations.weight_norm(model, "masked")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     {
+        "a parametrization": (weight_norm, ["'masked'", "'parametrizations.masked.original0'", "remove that first"]),
         "more rows": (
             lambda model, opt: replace(model, opt, "masked", torch.ones(ROWS + 2, COLS)),
             ["'masked'", f"({ROWS + 2}, {COLS})", f"({ROWS}, {COLS})"],
@@ -399,7 +693,7 @@ def test_a_replaced_parameter_object_is_found_by_its_name() -> None:
         "another dtype": (lambda model, opt: model.bfloat16(), ["'masked'", "torch.bfloat16", "torch.float32"]),
         "renamed": (lambda model, opt: model._parameters.update(x=model._parameters.pop("masked")), ["'masked'"]),
     }.values(),
-    ids=["more rows", "another dtype", "renamed"],
+    ids=["a parametrization", "more rows", "another dtype", "renamed"],
 )
 def test_a_weight_that_no_longer_fits_is_an_error_before_the_step(change: Callable[..., Any], words: list[str]) -> None:
     model = a_model()
@@ -417,6 +711,17 @@ def test_a_weight_that_no_longer_fits_is_an_error_before_the_step(change: Callab
         assert word in str(caught.value), f"{str(caught.value)!r} does not say {word}"
     for name, p in model.named_parameters():
         assert_same_bits(p, before[name], f"{name} after the error")
+
+
+def test_a_weight_on_another_device_is_an_error_before_the_step() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    replace(model, opt, "masked", model.masked.detach().to("meta"))
+    with pytest.raises(
+        ValueError, match=r"'masked' is \(6, 9\) .* on meta, expected .* on cpu as before; guard it anew"
+    ):
+        opt.step()
 
 
 def test_two_guards_of_one_optimizer() -> None:
@@ -550,6 +855,22 @@ def test_a_wrapped_optimizer_names_the_remedy() -> None:
     wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="unwrap a wrapper first"):
         guard(wrapper, a_plan("rows", model), model)  # type: ignore[arg-type]
+
+
+def test_a_wrapper_that_calls_itself_an_optimizer_names_the_remedy() -> None:
+    """As accelerate's: torch's constructor never ran, so its step calls no hooks and nothing would be guarded."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    model = a_model()
+    with pytest.raises(TypeError, match="unwrap a wrapper first"):
+        guard(Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)), a_plan("rows", model), model)
 
 
 def test_a_refused_guard_leaves_the_optimizer_alone() -> None:

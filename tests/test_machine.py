@@ -112,7 +112,7 @@ class Training(RuleBasedStateMachine):
             assert not math.isfinite(norm)
         for b in others:  # norms of backends agree to rounding alone, so the factor is the first's
             if inside:
-                self.optimizers[b].multiply_gradients_(optimizer._clip)
+                self.optimizers[b].multiply_gradients_(optimizer._pending.factor)
             else:
                 for name, p in params.items():
                     self.params[b][name].grad = None if p.grad is None else p.grad.clone()

@@ -119,8 +119,8 @@ MUTANTS: Final = (
     Mutant(
         "the clip factor is dropped",
         "optim.py",
-        "        self._clip = factor\n",
-        "        pass\n",
+        "        self._pending = _PendingFactor(factor,",
+        "        _PendingFactor(factor,",
         ("test_fused_clipping.py",),
     ),
     Mutant(

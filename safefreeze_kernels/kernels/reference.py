@@ -35,10 +35,12 @@ def adamw(
 
 
 def from_remainder(p: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``."""
-    lower = remainder.int() & 0xFFFF
-    upper = p.view(torch.int16).int() - (lower >> 15)
-    return (upper << 16 | lower).view(torch.float32)
+    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``; a zero that was written from
+    outside has none with an upper half of remainders, and is its own master."""
+    stored, lower = p.view(torch.int16).int(), remainder.int() & 0xFFFF
+    master = stored - (lower >> 15) << 16 | lower
+    rewritten = (stored & 0x7FFF == 0) & (lower >> 15 != 0)
+    return torch.where(rewritten, stored << 16, master).view(torch.float32)
 
 
 def to_remainder(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,11 +67,13 @@ class GradientList(list[Tensor | None]):
     """The gradient of each parameter.
 
     ``plain``: all are there, contiguous, on one device, and of the shape and dtype their parameters had.
+    ``own``: plain, and the very objects that the parameters have for gradients.
     ``tables``: addresses of an int64 table of their addresses and an int32 table of their dtypes, if known. They belong
     to the reader and hold until it reads again.
     """
 
     plain: bool = False
+    own: bool = False
     tables: tuple[int, int] | None = None
 
 
@@ -129,6 +131,7 @@ class GradientReader:
         # Autograd may only note that values are negated; of contiguous ones it does so with single numbers alone.
         if grads.plain and any(grads[i].is_neg() for i in self._single):  # type: ignore[union-attr]
             grads.plain, grads.tables = False, None
+        grads.own = grads.plain and self._inner is None
         for holder in self._holders:
             holder.grad = None  # nobody's but the caller's
         return grads

@@ -140,9 +140,11 @@ def _to_storage(value, noise, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _from_remainder(stored, remainder):
-    low = remainder.to(tl.int32)
-    high = (stored.to(tl.int32) - (low >> 15)) & 0xFFFF
-    return ((high.to(tl.uint32) << 16) | low.to(tl.uint32)).to(tl.float32, bitcast=True)
+    low, word = remainder.to(tl.int32), stored.to(tl.int32)
+    high = (word - (low >> 15)) & 0xFFFF
+    bits = (high.to(tl.uint32) << 16) | low.to(tl.uint32)
+    rewritten = ((word & 0x7FFF) == 0) & ((low >> 15) != 0)
+    return tl.where(rewritten, word.to(tl.uint32) << 16, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -64,8 +64,8 @@ class Ages:
         return [base64.b64encode(zlib.compress(a.astype("<i8").tobytes())).decode("ascii") for a in arrays]
 
     @classmethod
-    def decode(cls, texts: Sequence[str], mask: FreezeMask) -> Ages:
-        """What `encode` made of the ages of a tensor with this mask.
+    def decode(cls, texts: Sequence[str], mask: FreezeMask, step: int) -> Ages:
+        """What `encode` made of the ages of a tensor with this mask, which took ``step`` steps.
 
         Raises:
             ValueError: it is something else.
@@ -82,10 +82,22 @@ class Ages:
             if len(data) != size:
                 raise ValueError(f"ages of a thawed tensor hold {len(data)} bytes, expected {size} for {mask.shape}")
             arrays.append(np.frombuffer(data, "<i8").astype(np.int64).reshape(shape))
+            if arrays[-1].size and not 0 <= arrays[-1].min() <= arrays[-1].max() <= step:
+                raise ValueError(f"ages of a thawed tensor are not within its {step} steps; they are damaged")
         return cls(*arrays)
 
     def __bool__(self) -> bool:
         return bool(self.rows.any() or self.cols.any() or (self.elements is not None and self.elements.any()))
+
+    def grown(self, old: FreezeMask, new: FreezeMask) -> Ages:
+        """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`)."""
+        rows, cols = new.matrix_index([np.arange(size) for size in old.shape])
+        ages = Ages.none(new)
+        ages.rows[rows], ages.cols[cols] = self.rows, self.cols
+        if self.elements is not None:
+            ages.elements = np.zeros(new.matrix_shape, np.int64)
+            ages.elements[np.ix_(rows, cols)] = self.elements
+        return ages
 
     def after(self, old: FreezeMask, new: FreezeMask, step: int) -> Ages:
         """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now."""
@@ -174,6 +186,10 @@ class WorkList:
         self.pieces = np.concatenate(pieces) if pieces else np.zeros(0, PIECE)
         self.tensor_of_part = segments["tensor"].copy()
         self.born_of_part = np.array([part.born for part in self.parts], np.int64)
+
+    def __reduce__(self) -> Any:
+        # Copied and pickled by what it is made of: `segments` hold addresses of this list's own arrays.
+        return WorkList, (self.frozen, self.parts, self.packed_sizes)
 
     def _address(self, array: np.ndarray | None, dtype: type) -> int:
         if array is None:
