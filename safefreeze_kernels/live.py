@@ -293,11 +293,11 @@ class _LiveLinear(torch.autograd.Function):
         flat = _matrix(grad)
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ (weight.t() if transposed else weight)
+            of_x = grad @ (weight.t() if transposed else weight).conj()  # of real numbers: themselves
         if ctx.needs_input_grad[1]:
             index = cols if transposed else rows
             live_grad = flat if index is None else flat.index_select(1, index)
-            live_x = _matrix(kept)
+            live_x = _matrix(kept).conj()
             product = live_x.t() @ live_grad if transposed else live_grad.t() @ live_x
             of_weight = (
                 _placed(product, weight, rows, cols) if ctx.packing is None else PackedGradient(product, ctx.packing)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, get_args
 import torch
 
 from .binding import bind, named_tensors
-from .kernels import STORAGE
+from .kernels import STORAGE, moment_dtype
 from .live import Storage, suited
 from .masks import FreezeMask, FreezePlan
 from .sharding import held, local
@@ -137,8 +137,8 @@ def memory_plan(
         raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module")
     if plan is not None and not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
-    if dtype is not None and dtype not in STORAGE:
-        raise ValueError(f"{operation}: dtype is {dtype}, expected float32, bfloat16 or float16")
+    if dtype is not None and dtype not in (*STORAGE, torch.float64):
+        raise ValueError(f"{operation}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{operation}: state_dtype is {state_dtype}, expected torch.float32 or torch.bfloat16")
     if master not in (None, "remainder"):
@@ -173,7 +173,7 @@ def memory_plan(
         step = torch.float32.itemsize  # torch's count of the parameter's steps
         add(
             masked, device, parameters=own, gradients=live * kept.itemsize if id(p) in packed else own,
-            state=moments * live * state_dtype.itemsize + step,
+            state=moments * live * moment_dtype(kept, state_dtype).itemsize + step,
             masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
         )  # fmt: skip
         add(stock, device, parameters=own, gradients=own, state=moments * own + step)

@@ -190,7 +190,8 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: a new parameter has a name that the plan uses for another one. Nothing was added then.
         """
-        _check_hyper_parameters({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # else torch says so
+            _check_hyper_parameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:

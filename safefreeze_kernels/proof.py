@@ -96,8 +96,8 @@ def _found(model: Model, plan: FreezePlan, operation: str) -> list[BoundMask]:
 def _frozen_bytes(entry: BoundMask) -> Tensor:
     """The frozen elements that this rank holds of a tensor, packed, on the host. Any dtype."""
     param, mask = local(entry.param), entry.local_mask
-    host = param.detach().cpu().contiguous()
-    flat = host.view(-1).view(INTEGER_OF_WIDTH[host.element_size()])
+    host = param.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat = host.view(-1).view(INTEGER_OF_WIDTH.get(host.element_size(), host.dtype))
     packed = torch.empty(mask.frozen_count, dtype=flat.dtype)
     # compiled kernels copy by width: any 2- or 4-byte dtype may pass as these
     alias = {2: torch.bfloat16, 4: torch.float32}.get(host.element_size())

@@ -28,6 +28,7 @@ if "SAFEFREEZE_TEST_BACKEND" in os.environ:  # the same tests on a backend that 
     BACKENDS = (_chosen.name,)
     kernels.backend_state = lambda name: _chosen if name == _chosen.name else _backend_state(name)  # type: ignore[assignment]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.complex64, torch.complex128)  # the optimizers take these too
 _AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,8 +46,19 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs, in one more dimension; other tensors as they are. Over the same memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def pairs(flags: Tensor, like: Tensor) -> Tensor:
+    """A flag per element of ``like``, as one per number of its `real` view."""
+    return flags[..., None].expand(*flags.shape, 2) if like.is_complex() else flags
+
+
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, as integers of its width."""
+    """The bytes of a tensor, as integers of its width; of complex ones those of its `real` view."""
+    tensor = real(tensor)
     return tensor.detach().contiguous().reshape(-1).view(_AS_BITS[tensor.element_size()]).reshape(tensor.shape)
 
 
@@ -59,8 +71,9 @@ def from_bits(pattern: int, dtype: torch.dtype) -> Tensor:
 
 def shown(value: Tensor) -> str:
     """A 0-dim tensor with its bytes."""
-    width = value.element_size()
-    return f"{value.item()!r} (0x{int(bits(value).item()) & ((1 << 8 * width) - 1):0{2 * width}x})"
+    width = real(value).element_size()
+    words = (f"{int(word) & ((1 << 8 * width) - 1):0{2 * width}x}" for word in bits(value).reshape(-1))
+    return f"{value.item()!r} (0x{''.join(words)})"
 
 
 def assert_same_bits(
@@ -75,6 +88,8 @@ def assert_same_bits(
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
     differs = bits(got) != bits(expected)
+    if got.is_complex():
+        differs = differs.any(-1)
     if any_nan and got.is_floating_point():
         differs &= ~(got.isnan() & expected.isnan())
     if where is not None:
@@ -130,6 +145,8 @@ def replay(seed: int) -> Callable[..., Tensor]:
     rng = np.random.default_rng(seed)
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        if dtype.is_complex:
+            return torch.complex(draw(shape, dtype.to_real()), draw(shape, dtype.to_real()))
         return torch.from_numpy(rng.standard_normal(shape, np.float32)).reshape(shape).to(dtype)
 
     return draw

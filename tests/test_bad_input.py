@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from conftest import assert_same_bits, assert_same_state, random_normal
+from conftest import BACKENDS, assert_same_bits, assert_same_state, random_normal
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
@@ -367,10 +367,10 @@ def test_set_freeze_refused_keeps_the_plan_in_force() -> None:
 
 
 @pytest.mark.parametrize("cls", [MaskedAdam, MaskedAdamW])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex32], ids=str)
 def test_dtypes_that_cannot_be_stepped(cls: Any, dtype: torch.dtype) -> None:
-    odd = nn.Parameter(torch.zeros(4, 3).to(dtype), requires_grad=False)
-    words = [cls.__name__, "'odd.weight'", str(dtype), "expected float32, bfloat16 or float16", "torch.optim.AdamW"]
+    odd = nn.Parameter(torch.zeros(4, 3).to(dtype))
+    words = [cls.__name__, "'odd.weight'", str(dtype), "expected float32, bfloat16, float16", "requires_grad_(False)"]
     with refused(TypeError, *words):
         cls([("fine.weight", nn.Parameter(torch.zeros(2))), ("odd.weight", odd)])
     opt = cls([("fine.weight", nn.Parameter(torch.zeros(2)))])
@@ -378,12 +378,56 @@ def test_dtypes_that_cannot_be_stepped(cls: Any, dtype: torch.dtype) -> None:
         opt.add_param_group({"params": [("odd.weight", odd)]})
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_what_does_not_train_may_have_any_dtype_until_it_gets_a_gradient(dtype: torch.dtype) -> None:
+    odd = nn.Parameter(torch.zeros(4, 3).to(dtype), requires_grad=False)
+    params = parameters()
+    opt = MaskedAdamW([*params.items(), ("odd.weight", odd)], freeze=PLAN)
+    steps(opt, params, [1])
+    odd.grad = torch.zeros(4, 3).to(dtype)
+    give_gradients(params, 2)
+    with refused(TypeError, "MaskedAdamW", "'odd.weight'", str(dtype), "expected float32", of=opt):
+        opt.step()
+    odd.grad = None
+    steps(opt, params, [2])
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="of a compiled backend")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_a_named_compiled_backend_takes_no_float64(dtype: torch.dtype) -> None:
+    wide = nn.Parameter(torch.zeros(4, 3, dtype=dtype))
+    words = ["MaskedAdamW", "'cpu'", str(dtype).removeprefix("torch."), "backend='auto'"]
+    with refused(ValueError, *words):
+        MaskedAdamW([("wide", wide)], backend="cpu")
+    opt = MaskedAdamW([("fine", nn.Parameter(torch.zeros(2))), ("wide", wide.requires_grad_(False))], backend="cpu")
+    wide.requires_grad_().grad = torch.zeros(4, 3, dtype=dtype)
+    with refused(ValueError, *words, of=opt):
+        opt.step()
+
+
+def test_complex_moments_cannot_be_bfloat16() -> None:
+    with refused(TypeError, "MaskedAdamW", "'w'", "complex64", "state_dtype", "torch.bfloat16"):
+        MaskedAdamW([("w", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))], state_dtype=torch.bfloat16)
+
+
+def test_moments_of_real_numbers_are_no_moments_of_complex_ones() -> None:
+    opts = []
+    for dtype in (torch.float32, torch.complex64):
+        p = nn.Parameter(torch.zeros(3, dtype=dtype))
+        p.grad = torch.ones_like(p)
+        opts.append(MaskedAdamW([("w", p)]))
+        opts[-1].step()
+    for opt, other in (opts, opts[::-1]):
+        with refused(ValueError, "load_state_dict", "exp_avg of 'w'", "complex64", "float32", of=opt):
+            opt.load_state_dict(other.state_dict())
+
+
 def test_a_dtype_changed_later_is_refused_at_the_step() -> None:
     params = parameters()
     opt = MaskedAdamW(params.items(), freeze=PLAN)
     steps(opt, params, [1])
     params["down.weight"].data = params["down.weight"].data.double()
-    with refused(TypeError, "MaskedAdamW", "'down.weight'", "torch.float64", "expected float32", of=opt):
+    with refused(ValueError, "MaskedAdamW", "'down.weight'", "torch.float32", "expected float64", of=opt):
         opt.step()
 
 
@@ -411,6 +455,7 @@ def test_parameters_that_overlap_themselves(how: str) -> None:
 def test_guard_refuses_what_it_cannot_copy() -> None:
     for p, words in (
         (nn.Parameter(torch.zeros(6, 4).to_sparse()), ["sparse", "expected a dense"]),
+        (nn.Parameter(torch.zeros(6, 4).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "expected float32"]),
         (nn.Parameter(torch.zeros(1, 4).expand(6, 4)), ["overlaps itself", "clone()"]),
     ):
         model = nn.Module()

@@ -25,11 +25,14 @@ import torch
 from conftest import (
     BACKENDS,
     DTYPES,
+    WIDE,
     assert_same_bits,
     assert_same_state,
     assert_within,
     bits,
     from_bits,
+    pairs,
+    real,
     replay,
     short,
 )
@@ -42,10 +45,26 @@ import safefreeze_kernels as sf
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPE_PAIRS = [(p, s) for p in DTYPES for s in (torch.float32, torch.bfloat16)]
+WIDE_PAIRS = [(dtype, dtype) for dtype in WIDE]  # whose moments are like themselves
+DOUBLE = (torch.float64, torch.complex128)
 
 
-def named_pairs(pairs: Iterable[tuple[torch.dtype, torch.dtype]]) -> list[Any]:
-    return [pytest.param(p, s, id=f"{short(p)}-{short(s)}_state") for p, s in pairs]
+def named_pairs(dtypes: Iterable[tuple[torch.dtype, torch.dtype]]) -> list[Any]:
+    return [pytest.param(p, s, id=f"{short(p)}-{short(s)}_state") for p, s in dtypes]
+
+
+def stepping(backend: str, dtype: torch.dtype) -> str:
+    """Who is asked for the step: compiled backends compute in float32 and leave float64 to the reference."""
+    return "auto" if dtype in DOUBLE else backend
+
+
+def handling(backend: str, dtype: torch.dtype) -> str:
+    """Who is asked for everything else, in which complex numbers stay what they are."""
+    return "auto" if dtype in WIDE else backend
+
+
+def kept_in(state_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return {} if state_dtype in WIDE else {"state_dtype": state_dtype}
 
 
 # ------------------------------------------------------------------------------------------ one tensor of each kind
@@ -86,7 +105,12 @@ SPECIAL = {
     ),
     torch.bfloat16: (0x8000, 0x7FC1, 0x7F81, 0xFFE5, 0x0001, 0x807F, 0x7F80, 0xFF80, 0x7F7F),
     torch.float16: (0x8000, 0x7E01, 0x7C01, 0xFE25, 0x0001, 0x83FF, 0x7C00, 0xFC00, 0x7BFF),
+    torch.float64: (
+        0x8 << 60, 0x7FF8 << 48 | 1, 0x7FF << 52 | 1, 0xFFF8123456789ABC, 1, 0x800FFFFFFFFFFFFF, 0x7FF << 52,
+        0xFFF << 52, 0x7FEFFFFFFFFFFFFF,
+    ),
 }  # fmt: skip
+SPECIAL |= {torch.complex64: SPECIAL[torch.float32], torch.complex128: SPECIAL[torch.float64]}
 
 
 class Zoo(nn.Module):
@@ -104,7 +128,8 @@ class Zoo(nn.Module):
 
 def plant(values: Tensor, mask: sf.FreezeMask, patterns: Iterable[int]) -> None:
     """Write ``patterns``, over and over, to the frozen elements."""
-    frozen = mask.dense()
+    frozen = pairs(mask.dense(), values)
+    values = real(values)
     palette = torch.stack([from_bits(pattern, values.dtype) for pattern in patterns])
     as_bits, palette = bits(values), bits(palette)
     as_bits[frozen] = palette.repeat(int(frozen.sum()) // len(palette) + 1)[: int(frozen.sum())]
@@ -126,6 +151,7 @@ def poisoned(grad: Tensor, frozen: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ the oracle and its error bound
 
 U = 2.0**-24  # half a unit in the last place of a float32 in [1, 2): what one rounding may do
+U_DOUBLE = 2.0**-52  # of a float64, ours and the oracle's
 
 
 @dataclass
@@ -142,10 +168,12 @@ class Bound:
     m: Tensor
     v: Tensor
     x: Tensor  # of the amsgrad maximum
+    u: float
 
     @classmethod
     def zero(cls, like: Tensor) -> Bound:
-        return cls(*(torch.zeros(like.shape, dtype=torch.float64) for _ in range(4)))
+        exact = like.dtype == torch.float64
+        return cls(*(torch.zeros(like.shape, dtype=torch.float64) for _ in range(4)), U_DOUBLE if exact else U)
 
     def advance(
         self, group: Mapping[str, Any], grad: Tensor, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
@@ -157,25 +185,25 @@ class Bound:
         p, m = before["p"].abs(), before["m"].abs()
         step = after["step"].item()
         # loss scale: the multiplier and the product; L2: the coefficient, the product, the sum
-        g_bound = l2 * self.p + 4 * U * (grad.abs() + l2 * p)
+        g_bound = l2 * self.p + 4 * self.u * (grad.abs() + l2 * p)
         g = grad.abs() + l2 * p
         # two coefficients, two products, one sum; torch: a difference, a coefficient, a product, a sum
-        self.m = beta1 * self.m + (1 - beta1) * g_bound + 4 * U * (beta1 * m + (1 - beta1) * (g + m))
+        self.m = beta1 * self.m + (1 - beta1) * g_bound + 4 * self.u * (beta1 * m + (1 - beta1) * (g + m))
         # the square, then as above
-        self.v = beta2 * self.v + (1 - beta2) * (2 * g * g_bound + g_bound**2) + 5 * U * after["v"]
+        self.v = beta2 * self.v + (1 - beta2) * (2 * g * g_bound + g_bound**2) + 5 * self.u * after["v"]
         self.x = torch.maximum(self.x, self.v)
         second, second_bound = (after["x"], self.x) if group["amsgrad"] else (after["v"], self.v)
         root = second.sqrt()
         # |sqrt(a + e) - sqrt(a)| <= e / sqrt(a), and never more than sqrt(e)
-        root_bound = torch.minimum(second_bound / root.clamp_min(1e-300), second_bound.sqrt()) + 2 * U * root
+        root_bound = torch.minimum(second_bound / root.clamp_min(1e-300), second_bound.sqrt()) + 2 * self.u * root
         bias2_sqrt = math.sqrt(1.0 - beta2**step)
         denominator = root / bias2_sqrt + eps
-        denominator_bound = root_bound / bias2_sqrt + 4 * U * denominator
+        denominator_bound = root_bound / bias2_sqrt + 4 * self.u * denominator
         step_size = lr / (1.0 - beta1**step)
         moved = step_size * after["m"].abs() / denominator
         least = (denominator - denominator_bound).clamp_min(1e-300)
-        moved_bound = step_size * self.m / least + moved * denominator_bound / least + 4 * U * moved
-        self.p = decay * self.p + moved_bound + 4 * U * (decay * p + moved)
+        moved_bound = step_size * self.m / least + moved * denominator_bound / least + 4 * self.u * moved
+        self.p = decay * self.p + moved_bound + 4 * self.u * (decay * p + moved)
 
 
 class Oracle:
@@ -296,10 +324,11 @@ def run_case(
     plan = sf.FreezePlan({name: mask for name, mask in MASKS.items() if name in params})
     frozen = {name: frozen_flags(name, tuple(p.shape)) for name, p in params.items()}
     at_start = {name: p.detach().clone() for name, p in params.items()}
-    optimizer = make_optimizer(case, params.items(), freeze=plan, backend=backend, state_dtype=state_dtype)
+    stepped_by, kept = stepping(backend, dtype), kept_in(state_dtype)
+    optimizer = make_optimizer(case, params.items(), freeze=plan, backend=stepped_by, **kept)
     clean = {name: torch.where(frozen[name], torch.zeros_like(p), p.detach()) for name, p in params.items()}
     arguments = {"lr": 1e-2, **case.arguments}
-    oracle = Oracle(case.optimizer(masked=False), clean, **arguments)
+    oracle = Oracle(case.optimizer(masked=False), {name: real(p) for name, p in clean.items()}, **arguments)
     stock = None
     if dtype == state_dtype == torch.float32:
         stock_params = {name: nn.Parameter(p.clone()) for name, p in clean.items()}
@@ -310,7 +339,7 @@ def run_case(
         for name, p in params.items():
             p.grad = poisoned(grads[name], frozen[name])
         if case.max_norm is not None:
-            sf.clip_grad_norm_(params, case.max_norm, plan, backend=backend)
+            sf.clip_grad_norm_(params, case.max_norm, plan, backend=handling(backend, dtype))
             grads = {name: p.grad.clone() for name, p in params.items()}
         if case.scale is not None:
             optimizer.grad_scale = torch.tensor(case.scale)
@@ -321,7 +350,7 @@ def run_case(
                 name: torch.where(frozen[name], torch.zeros_like(g), g) / (case.scale or 1.0)
                 for name, g in grads.items()
             }
-            oracle.step(live_grads)
+            oracle.step({name: real(grad) for name, grad in live_grads.items()})
             if stock is not None:
                 for name, p in stock_params.items():
                     p.grad = live_grads[name]
@@ -329,9 +358,9 @@ def run_case(
         state = dense_state(optimizer, params)
         for name, p in params.items():
             what = f"{case.name}, step {step}"
-            live = ~frozen[name]
+            live = pairs(~frozen[name], p)
             assert_same_bits(p.detach(), at_start[name], f"{what}: frozen {name!r}", where=frozen[name])
-            got = {"p": p.detach(), **state.get(name, {})}
+            got = {key: real(value) for key, value in {"p": p.detach(), **state.get(name, {})}.items()}
             assert len(got) == (1 if step in case.skipped and not state else 4 if case.arguments.get("amsgrad") else 3)
             oracle.check(name, live, got, what)
             if stock is not None:
@@ -347,7 +376,7 @@ def run_case(
                 oracle.follow(name, live, stored)
 
 
-@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs(DTYPE_PAIRS))
+@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs(DTYPE_PAIRS + WIDE_PAIRS))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_1_and_4_frozen_bytes_hold_and_live_elements_follow_torch(
@@ -363,13 +392,13 @@ def test_1_and_4_hold_for_a_thousand_steps_with_decay(backend: str) -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="of the cpu backend, which is not tested here")
-@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs(DTYPE_PAIRS))
+@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs(DTYPE_PAIRS + WIDE_PAIRS[1:2]))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_4_backends_agree_bit_for_bit(case: Case, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     final: dict[str, tuple[Zoo, Any]] = {}
     for backend in BACKENDS:
-        zoo, draw = Zoo(dtype), replay(13)
-        optimizer = make_optimizer(case, zoo.named_parameters(), freeze=PLAN, backend=backend, state_dtype=state_dtype)
+        zoo, draw, kept = Zoo(dtype), replay(13), kept_in(state_dtype)
+        optimizer = make_optimizer(case, zoo.named_parameters(), freeze=PLAN, backend=backend, **kept)
         for _ in range(3):
             for name, p in zoo.named_parameters():
                 p.grad = poisoned(draw(tuple(p.shape), dtype) * (case.scale or 1.0), frozen_flags(name, tuple(p.shape)))
@@ -398,7 +427,7 @@ OTHERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES + WIDE, ids=short)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("other", OTHERS)
 def test_1_guard_freezes_under_any_optimizer(other: str, backend: str, dtype: torch.dtype) -> None:
@@ -406,7 +435,7 @@ def test_1_guard_freezes_under_any_optimizer(other: str, backend: str, dtype: to
     at_start = copy.deepcopy(zoo)
     params = [p for p in zoo.parameters() if p.numel()]
     optimizer = OTHERS[other](zoo.parameters())
-    guard = sf.guard(optimizer, PLAN, zoo, backend=backend)
+    guard = sf.guard(optimizer, PLAN, zoo, backend=handling(backend, dtype))
     draw = replay(17)
     for step in range(3):
         for name, p in zoo.named_parameters():
@@ -421,8 +450,9 @@ def test_1_guard_freezes_under_any_optimizer(other: str, backend: str, dtype: to
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    moved = bits(zoo.get_parameter("rows")) != bits(at_start.get_parameter("rows"))
-    assert bool(moved[MASKS["rows"].dense()].any())
+    rows = zoo.get_parameter("rows")
+    moved = bits(rows) != bits(at_start.get_parameter("rows"))
+    assert bool(moved[pairs(MASKS["rows"].dense(), rows)].any())
 
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
@@ -455,7 +485,7 @@ def test_2_guard_hides_frozen_gradients_that_a_closure_makes(how: str) -> None:
 # --------------------------------------------------------------------------------------------- 2: gradients not read
 
 
-@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs([DTYPE_PAIRS[0], DTYPE_PAIRS[3]]))
+@pytest.mark.parametrize(("dtype", "state_dtype"), named_pairs([DTYPE_PAIRS[0], DTYPE_PAIRS[3], *WIDE_PAIRS]))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "case",
@@ -468,14 +498,15 @@ def test_2_frozen_gradients_change_nothing_anywhere(
     final = []
     for poison in (True, False):
         zoo, draw, norms = Zoo(dtype), replay(19), []
-        optimizer = make_optimizer(case, zoo.named_parameters(), freeze=PLAN, backend=backend, state_dtype=state_dtype)
+        by, kept = stepping(backend, dtype), kept_in(state_dtype)
+        optimizer = make_optimizer(case, zoo.named_parameters(), freeze=PLAN, backend=by, **kept)
         for _ in range(3):
             for name, p in zoo.named_parameters():
                 frozen = frozen_flags(name, tuple(p.shape))
                 grad = draw(tuple(p.shape), dtype)
                 p.grad = poisoned(grad, frozen) if poison else torch.where(frozen, torch.zeros_like(grad), grad)
             before = {name: p.grad.clone() for name, p in zoo.named_parameters()}
-            norms.append(sf.clip_grad_norm_(zoo, case.max_norm or 1e9, PLAN, backend=backend))
+            norms.append(sf.clip_grad_norm_(zoo, case.max_norm or 1e9, PLAN, backend=handling(backend, dtype)))
             for name, p in zoo.named_parameters():
                 frozen = frozen_flags(name, tuple(p.shape))
                 assert_same_bits(p.grad, before[name], f"frozen gradient of {name!r} after clipping", where=frozen)
@@ -492,35 +523,36 @@ def test_2_frozen_gradients_change_nothing_anywhere(
 
 
 @pytest.mark.parametrize("kind", [1.0, 2.0, math.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES + WIDE, ids=short)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_3_the_norm_counts_live_elements_only(backend: str, dtype: torch.dtype, kind: float) -> None:
     zoo, draw = Zoo(dtype), replay(23)
     live, everything = [], []
     for name, p in zoo.named_parameters():
         p.grad = draw(tuple(p.shape), dtype)
-        live.append(p.grad[~frozen_flags(name, tuple(p.shape))].double())
-        everything.append(p.grad.double().reshape(-1))
+        exact = p.grad.to(torch.complex128 if dtype.is_complex else torch.float64)
+        live.append(exact[~frozen_flags(name, tuple(p.shape))])
+        everything.append(exact.reshape(-1))
     expected = torch.linalg.vector_norm(torch.cat(live), kind).item()
     raw = torch.linalg.vector_norm(torch.cat(everything), kind).item()
-    assert expected < raw
+    assert expected < raw or kind == math.inf
     before = {name: p.grad.clone() for name, p in zoo.named_parameters()}
     limit = expected / 3
-    norms = sf.clip_grad_norm_(zoo, limit, PLAN, norm_type=kind, return_raw=True, backend=backend)
+    by, u = handling(backend, dtype), 64 * U_DOUBLE if dtype in DOUBLE else U
+    norms = sf.clip_grad_norm_(zoo, limit, PLAN, norm_type=kind, return_raw=True, backend=by)
     # accumulated in double, so only the rounding of the result to float32 is left
-    assert norms.live.item() == pytest.approx(expected, rel=U)
-    assert norms.raw.item() == pytest.approx(raw, rel=U)
-    assert norms.live.dtype == torch.float32
+    assert norms.live.item() == pytest.approx(expected, rel=u)
+    assert norms.raw.item() == pytest.approx(raw, rel=u)
+    assert norms.live.dtype == (torch.float64 if dtype in DOUBLE else torch.float32)
     assert norms.live.dim() == 0
     factor = limit / (expected + 1e-6)
     for name, p in zoo.named_parameters():
         frozen = frozen_flags(name, tuple(p.shape))
         assert_same_bits(p.grad, before[name], f"frozen gradient of {name!r}", where=frozen)
-        exact = before[name].double() * factor
-        bound = 3 * U * exact.abs()  # the norm, the factor and the product, each rounded once
-        assert_within(
-            p.grad, (exact - bound).to(dtype), (exact + bound).to(dtype), f"gradient of {name!r}", where=~frozen
-        )
+        got, exact, live_places = real(p.grad), real(before[name]).double() * factor, pairs(~frozen, p)
+        bound = 3 * u * exact.abs()  # the norm, the factor and the product, each rounded once
+        low, high = (exact - bound).to(got.dtype), (exact + bound).to(got.dtype)
+        assert_within(got, low, high, f"gradient of {name!r}", where=live_places)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -569,7 +601,7 @@ def test_3_clipping_sees_parameters_that_came_after_its_first_call(change: str) 
     assert sf.clip_grad_norm_(model, 1e9, plan).item() == pytest.approx(math.sqrt(total), rel=U)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES + WIDE, ids=short)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_frozen_grads_zeroes_exactly_the_frozen_part(backend: str, dtype: torch.dtype) -> None:
     zoo, draw = Zoo(dtype), replay(29)
@@ -579,7 +611,7 @@ def test_zero_frozen_grads_zeroes_exactly_the_frozen_part(backend: str, dtype: t
         grad = draw(tuple(p.shape), dtype)
         p.grad = poisoned(grad, frozen)
         expected[name] = torch.where(frozen, torch.zeros_like(grad), grad)
-    sf.zero_frozen_grads_(zoo, PLAN, backend=backend)
+    sf.zero_frozen_grads_(zoo, PLAN, backend=handling(backend, dtype))
     for name, p in zoo.named_parameters():
         assert_same_bits(p.grad, expected[name], f"gradient of {name!r}")
 
@@ -705,14 +737,14 @@ BEFORE_AND_AFTER = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", DTYPES + WIDE, ids=short)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", BEFORE_AND_AFTER)
 def test_5_frozen_stops_thawed_starts_fresh_and_live_goes_on(change: str, backend: str, dtype: torch.dtype) -> None:
     old, new = BEFORE_AND_AFTER[change]
     was, now = old.dense(), new.dense()
     draw = replay(59)
-    arguments = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True, "backend": backend}
+    arguments = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True, "backend": stepping(backend, dtype)}
     param = nn.Parameter(draw(old.shape, dtype))
     undisturbed = nn.Parameter(param.detach().clone())
     optimizer = sf.MaskedAdamW([("w", param)], freeze=sf.FreezePlan({"w": old}), **arguments)
@@ -738,11 +770,13 @@ def test_5_frozen_stops_thawed_starts_fresh_and_live_goes_on(change: str, backen
 
 
 class ElementByElement:
-    """Adam(W) written the slow way: every element has its own moments, its own age and its own flag; numpy float32."""
+    """Adam(W) written the slow way: every element has its own moments, its own age and its own flag; numpy, in float32
+    or, of float64, in float64."""
 
     def __init__(self, param: np.ndarray, options: Mapping[str, Any]) -> None:
         self.p = param.copy()
-        self.m, self.v, self.x = (np.zeros(param.shape, np.float32) for _ in range(3))
+        self.exact = np.float64 if param.dtype == np.float64 else np.float32
+        self.m, self.v, self.x = (np.zeros(param.shape, self.exact) for _ in range(3))
         self.age = np.zeros(param.shape, np.int64)
         self.frozen = np.zeros(param.shape, bool)
         self.options = options
@@ -753,7 +787,7 @@ class ElementByElement:
             forgotten[frozen] = 0
 
     def step(self, grad: np.ndarray, lr: float, decay: float) -> None:
-        f, one = np.float32, self.options
+        f, one = self.exact, self.options
         self.age[~self.frozen] += 1
         for age in np.unique(self.age[~self.frozen]).tolist():
             at = ~self.frozen & (self.age == age)
@@ -794,11 +828,11 @@ def run_program(program: list[tuple[str, int]], backend: str, dtype: torch.dtype
     """Carry out a program on an optimizer and, element by element, on the model above; compare after each operation."""
     draw = replay(61)
     params = {name: nn.Parameter(draw(shape, dtype)) for name, shape in SHAPES.items()}
-    oracles = {name: ElementByElement(p.detach().numpy(), options) for name, p in params.items()}
+    oracles = {name: ElementByElement(real(p.detach()).numpy(), options) for name, p in params.items()}
     kind = sf.MaskedAdamW if options["decoupled"] else sf.MaskedAdam
     arguments = {
         "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "amsgrad": options["amsgrad"],
-        "maximize": options["maximize"], "backend": backend,
+        "maximize": options["maximize"], "backend": stepping(backend, dtype),
     }  # fmt: skip
     plan = sf.FreezePlan()
     optimizer = kind(params.items(), freeze=plan, **arguments)
@@ -808,12 +842,14 @@ def run_program(program: list[tuple[str, int]], backend: str, dtype: torch.dtype
         rng = np.random.default_rng(seed)
         if operation in ("step", "skip"):
             for p in params.values():
-                p.grad = None if rng.random() < 0.2 else torch.from_numpy(rng.standard_normal(p.shape)).to(dtype)
+                shape = real(p.detach()).shape
+                grad = torch.from_numpy(rng.standard_normal(shape)).to(dtype.to_real())
+                p.grad = None if rng.random() < 0.2 else torch.view_as_complex(grad) if dtype.is_complex else grad
             optimizer.found_inf = torch.tensor(float(operation == "skip"))
             optimizer.step()
             for name, p in params.items():
                 if p.grad is not None and operation == "step":
-                    oracles[name].step(p.grad.numpy(), lr, decay)
+                    oracles[name].step(real(p.grad).numpy(), lr, decay)
         elif operation in ("freeze", "freeze_more", "thaw"):
             masks = {name: random_mask(rng, shape) for name, shape in SHAPES.items() if rng.random() < 0.7}
             if operation == "thaw":  # whatever of the present plan the new one does not name
@@ -825,7 +861,8 @@ def run_program(program: list[tuple[str, int]], backend: str, dtype: torch.dtype
             plan = plan | sf.FreezePlan(masks) if operation == "freeze_more" else sf.FreezePlan(masks)
             optimizer.set_freeze(plan)
             for name, oracle in oracles.items():
-                oracle.freeze(plan[name].dense().numpy() if name in plan else np.zeros(SHAPES[name], bool))
+                frozen = plan[name].dense() if name in plan else torch.zeros(SHAPES[name], dtype=torch.bool)
+                oracle.freeze(pairs(frozen, params[name]).numpy())
         elif operation == "save_and_load":
             file = io.BytesIO()
             torch.save(optimizer.state_dict(), file)
@@ -843,19 +880,19 @@ def run_program(program: list[tuple[str, int]], backend: str, dtype: torch.dtype
         state = dense_state(optimizer, params)
         for name, p in params.items():
             oracle = oracles[name]
-            assert_same_bits(p.detach(), torch.from_numpy(oracle.p), f"{what}: {name!r}")
+            assert_same_bits(real(p.detach()), torch.from_numpy(oracle.p), f"{what}: {name!r}")
             for key, value in state.get(name, {}).items():
-                assert_same_bits(value, torch.from_numpy(getattr(oracle, key)), f"{what}: {key} of {name!r}")
+                assert_same_bits(real(value), torch.from_numpy(getattr(oracle, key)), f"{what}: {key} of {name!r}")
 
 
 PROGRAMS = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=4, max_size=14)
 OPTIONS = st.fixed_dictionaries({"decoupled": st.booleans(), "amsgrad": st.booleans(), "maximize": st.booleans()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *WIDE], ids=short)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_5_any_history_equals_the_element_by_element_model(backend: str, dtype: torch.dtype) -> None:
-    @settings(max_examples=25 if backend == "reference" else 120)
+    @settings(max_examples=25 if backend == "reference" or dtype in DOUBLE else 120)
     @given(program=PROGRAMS, options=OPTIONS)
     def hold(program: list[tuple[str, int]], options: dict[str, bool]) -> None:
         run_program(program, backend, dtype, options)

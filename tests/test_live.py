@@ -98,6 +98,18 @@ def test_gradients_are_plain_autograds_where_live(mask: str, kind: str, bias: bo
     assert_live_alike(found, expected, plan)
 
 
+@STORAGE
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_gradients_of_complex_layers_are_conjugated_as_autograd_does(kind: str, storage: Any) -> None:
+    expected = Net(kind).to(torch.complex64)
+    found, plan = copy.deepcopy(expected), plan_of("both")
+    sf.live_gradients(found, plan, storage=storage)
+    x = torch.complex(batch(), batch(seed=1))
+    for net in (expected, found):
+        net(x).abs().backward()
+    assert_live_alike(found, expected, plan)
+
+
 @pytest.mark.parametrize("mask", ["rows", "columns", "both"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck(mask: str, transposed: bool) -> None:

@@ -18,6 +18,7 @@ OPTIONS: Final[list[dict[str, Any]]] = [
     {"amsgrad": True},
     {"state_dtype": torch.bfloat16},
     {"dtype": torch.bfloat16},
+    {"dtype": torch.float64, "state_dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},
     {"storage": "packed"},
     {"storage": "packed", "dtype": torch.bfloat16, "master": "remainder"},
@@ -61,6 +62,16 @@ def test_a_fifth_of_the_bytes_at_80_percent() -> None:
     for dtype, master, stock_bytes in ((torch.float32, None, 4 + 8), (torch.bfloat16, "remainder", 2 + 8 + 4)):
         held = sf.memory_plan(net, freeze, dtype=dtype, master=master, storage="packed").masked["cpu"]
         assert held.gradients + held.state + held.masters - step <= 0.2 * stock_bytes * 4000
+
+
+def test_complex_moments_are_counted_as_they_are_held() -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(6, 4, dtype=torch.complex64))
+    freeze = sf.FreezePlan({"weight": sf.FreezeMask((6, 4), rows=[0])})
+    optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze)
+    net.weight.grad = torch.ones_like(net.weight)
+    optimizer.step()
+    assert sf.memory_plan(net, freeze).masked["cpu"].state == size(optimizer.state[net.weight].values())
 
 
 def test_stock_is_what_torch_holds() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits, bits, from_bits, short
+from conftest import assert_same_bits, from_bits, short, shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ MASKS: dict[str, FreezeMask] = {
 }
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64,
-    torch.float8_e4m3fn, torch.bool, torch.complex64,
+    torch.float8_e4m3fn, torch.bool, torch.complex64, torch.complex128,
 ]  # fmt: skip
 over_masks = pytest.mark.parametrize("kind", MASKS)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -87,9 +87,8 @@ def test_every_frozen_bit_counts_and_no_live_one(kind: str, dtype: torch.dtype) 
             assert "'w'" in message, message
             assert matrix_place(mask, place) in message, f"element {place}: {message}"
             assert f"1 of {mask.frozen_count} frozen elements" in message, message
-            shown = re.findall(r"0x[0-9a-f]+", message)
-            expected = [f"0x{int(bits(v)) & ((1 << 8 * width) - 1):0{2 * width}x}" for v in (before, after)]
-            assert shown == expected, message
+            expected = [re.findall(r"0x[0-9a-f]+", shown(value))[0] for value in (before, after)]
+            assert re.findall(r"0x[0-9a-f]+", message) == expected, message
         else:
             proof.verify(tensors)
         flip(tensors["w"], place, bit)

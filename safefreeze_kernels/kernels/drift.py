@@ -35,8 +35,7 @@ def raise_on_drift(
     ``masks``: of the tensors, whole; ``held``: which part of each was copied (`sharding.held`), None: all.
     """
     for name, mask, part, old, new in zip(names, masks, held or [None] * len(masks), then, now, strict=True):
-        width = INTEGER_OF_WIDTH[old.element_size()]
-        differs = old.view(width) != new.view(width)
+        differs = (_words(old) != _words(new)).any(dim=1)
         if not differs.any():
             continue
         place = int(differs.nonzero()[0])
@@ -67,11 +66,15 @@ def _coordinates(mask: FreezeMask, place: int) -> tuple[int, int]:
     raise IndexError(place)
 
 
+def _words(packed: Tensor) -> Tensor:
+    """The bytes of each element: one integer, or two of a complex number. [elements, words]."""
+    parts = torch.view_as_real(packed) if packed.is_complex() else packed[:, None]
+    return parts.view(INTEGER_OF_WIDTH[parts.element_size()])
+
+
 def _shown(packed: Tensor, place: int) -> str:
-    width = packed.element_size()
-    bits = int(packed.view(INTEGER_OF_WIDTH[width])[place]) & ((1 << 8 * width) - 1)
-    return (
-        f"0x{bits:0{2 * width}x}"
-        if not packed.is_floating_point()
-        else f"{packed[place].item()!r} (0x{bits:0{2 * width}x})"
-    )
+    words = _words(packed)
+    width = words.element_size()
+    bits = "".join(f"{word & ((1 << 8 * width) - 1):0{2 * width}x}" for word in words[place].tolist())
+    number = packed.is_floating_point() or packed.is_complex()
+    return f"{packed[place].item()!r} (0x{bits})" if number else f"0x{bits}"

@@ -95,7 +95,10 @@ def noise_of(elements: Tensor, *, seed: int, step: int, number: int) -> Tensor:
 
 def _square_root(x: Tensor) -> Tensor:
     # torch's vectorised CPU sqrt is up to one unit off; a double's root rounded to float32 is the correctly rounded one
-    return x.double().sqrt().to(x.dtype)
+    if x.dtype == torch.float32:
+        return x.double().sqrt().float()
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 _WORD: Final = 0xFFFFFFFF
