@@ -113,7 +113,7 @@ py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int6
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of safefreeze_kernels; use the package, not this module.";
   py::class_<Work>(module, "Work")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"), py::arg("pieces"),

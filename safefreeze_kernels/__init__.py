@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
     from .gradients import clip_grad_norm_, zero_frozen_grads_
-    from .guard import guard
+    from .guards import guard
     from .kernels.drift import FrozenDriftError
     from .kernels.report import info
     from .live import live_gradients
@@ -31,7 +31,7 @@ _HOMES: Final = {
     **dict.fromkeys(("FreezeMask", "FreezePlan", "PlanFileError"), ".masks"),
     **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".gradients"),
     **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim"),
-    "guard": ".guard",
+    "guard": ".guards",
     **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
     "FrozenDriftError": ".kernels.drift",
     "info": ".kernels.report",

@@ -10,40 +10,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from threading import Lock
-from typing import Any, Final, TypeAlias
+from textwrap import fill
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from .checkpoint import DTYPES, Checkpoint, Files, PathLike, Stored, Window, located, opened, windows
 from .masks import FreezeMask, FreezePlan, write_atomically
 
-__all__ = ["AuditReport", "Statement", "TensorChanges", "attest", "check", "compare"]
+__all__ = ["AuditReport", "Statement", "TensorChanges", "attest", "check", "compare", "total_bytes"]
 
 #: Called with how many bytes of the checkpoints were gone through since the last call.
 Progress: TypeAlias = Callable[[int], object]
-PathLike: TypeAlias = "str | os.PathLike[str]"
 
-_BLOCK: Final = 1 << 20  # bytes of one tensor that are looked at together: two of them stay in a processor's cache
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _LARGEST_STATEMENT: Final = 16 << 20
-_LARGEST_JSON: Final = 256 << 20
 _FORMAT: Final = "safefreeze.statement"
-_VERSION: Final = 1
-
-# safetensors' dtypes: (bytes, csrc/audit.h's Value, torch's name)
-_DTYPES: Final[Mapping[str, tuple[int, int, str]]] = {
-    "F32": (4, 0, "torch.float32"), "BF16": (2, 1, "torch.bfloat16"), "F16": (2, 2, "torch.float16"),
-    "F64": (8, 6, "torch.float64"), "I64": (8, 6, "torch.int64"), "I32": (4, 5, "torch.int32"),
-    "I16": (2, 4, "torch.int16"), "I8": (1, 3, "torch.int8"), "U8": (1, 3, "torch.uint8"), "BOOL": (1, 3, "torch.bool"),
-    "U16": (2, 4, "torch.uint16"), "U32": (4, 5, "torch.uint32"), "U64": (8, 6, "torch.uint64"),
-    "F8_E4M3": (1, 3, "torch.float8_e4m3fn"), "F8_E5M2": (1, 3, "torch.float8_e5m2"),
-}  # fmt: skip
-_BF16, _FP16 = 1, 2
+_VERSION: Final = 2
+_BF16, _FP16 = 1, 2  # csrc/audit.h's Value
+_HEAD: Final = 4096  # bytes by which tensors that may be copies are told apart
 
 
 # ---------------------------------------------------------------------------------------------------- what is found
@@ -87,7 +76,9 @@ class AuditReport:
 
     Attributes:
         plan: fingerprint of the plan.
-        tensors: of every tensor of the checkpoints (of `check`: of the plan).
+        tensors: of every tensor that both checkpoints hold (of `check`: that the plan names), and of every further name
+            under which one of them holds a weight of the plan.
+        uncompared: tensors outside the plan that were not compared, and why. `ok` says nothing about them.
         trouble: what else is wrong; the report is then not `ok`.
         notes: what is worth knowing.
         attested: the frozen bytes were compared as a whole, with a statement's digest.
@@ -95,13 +86,14 @@ class AuditReport:
 
     plan: str
     tensors: list[TensorChanges] = field(default_factory=list)
+    uncompared: dict[str, str] = field(default_factory=dict)
     trouble: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attested: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether it is proven that nothing frozen changed."""
+        """Whether it is proven that nothing frozen changed: no frozen byte of a weight of the plan, under any name."""
         return not self.trouble and not any(t.frozen_changed or (t.frozen and t.trouble) for t in self.tensors)
 
     @property
@@ -112,7 +104,7 @@ class AuditReport:
     @property
     def frozen_bytes(self) -> int:
         """Their bytes."""
-        return sum(t.frozen * _DTYPES[t.dtype][0] for t in self.tensors if not t.trouble)
+        return sum(t.frozen * DTYPES[t.dtype][0] for t in self.tensors if not t.trouble)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -121,20 +113,24 @@ class AuditReport:
     def __str__(self) -> str:
         frozen_changed = sum(t.frozen_changed for t in self.tensors)
         lines = [f"plan {self.plan[:12]}"]
-        shown = [t for t in self.tensors if t.frozen_changed or t.trouble]
-        for one in shown[:20]:
-            what = one.trouble
+        shown: list[str] = []
+        for one in self.tensors:
             if one.first_changed is not None:
                 row, col, before, after = one.first_changed
-                what = f"{one.frozen_changed:,} of {one.frozen:,} frozen elements changed, first at"
-                lines += [f"  {one.name}", f"    {what}"]
-                what = f"row {row}, column {col}: 0x{before} became 0x{after}"
-                lines.append(f"    {what}")
-                continue
-            lines += [f"  {one.name}", f"    {what}"]
-        if len(shown) > 20:
-            lines.append(f"  … and {len(shown) - 20} more")
-        lines += self.trouble + self.notes
+                shown.append(
+                    f"  {one.name}\n    {one.frozen_changed:,} of {one.frozen:,} frozen elements changed, first at\n"
+                    f"    row {row}, column {col}: 0x{before} became 0x{after}"
+                )
+            elif one.frozen and one.trouble:
+                shown.append(f"  {one.name}\n    {one.trouble}")
+        lines += _few(shown)
+        for texts in (self.trouble, self.notes):
+            lines += _few([fill(line, 80, subsequent_indent="  ", break_long_words=False) for line in texts])
+        count = f"{len(self.uncompared):,} tensor{'s' * (len(self.uncompared) > 1)}"
+        if self.uncompared:
+            lines.append(f"not compared: {count} outside the plan")
+            if not self.attested:  # of a single checkpoint they are all the others
+                lines += _few([f"  {name}\n    {why}" for name, why in self.uncompared.items()])
         live = sum(t.live for t in self.tensors)
         if any(t.live_changed for t in self.tensors):
             changed = sum(t.live_changed for t in self.tensors)
@@ -145,184 +141,87 @@ class AuditReport:
             f"{self.frozen:,} elements" if self.attested else f"{frozen_changed:,} of {self.frozen:,} elements changed"
         )
         lines.append(f"frozen: {told} ({self.frozen_bytes:,} bytes compared)")
-        lines.append("proven: no frozen byte differs" if self.ok else "NOT proven")
+        but = f" ({count} outside the plan: not compared)" if self.uncompared else ""
+        lines.append(f"proven: no frozen byte differs{but}" if self.ok else "NOT proven")
         return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies: ``nbytes`` from ``start`` of ``file``."""
-
-    file: Path
-    start: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype][0]
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The files of a checkpoint and every tensor in them."""
-
-    files: list[Path]
-    tensors: dict[str, _Stored]
-    stamps: list[tuple[int, int]]
-
-    def unchanged(self, operation: str) -> None:
-        """Raise ValueError if a file was written to since it was opened."""
-        if _stamps(self.files) != self.stamps:
-            raise ValueError(f"{operation}: {os.fspath(self.files[0].parent)!r} was written to meanwhile; start anew")
-
-
-def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
-    return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-def _located(path: PathLike, operation: str, word: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint; and, if it is sharded, tensor -> name of its file."""
-    given = Path(path)
-    if given.is_file():
-        return [given], None
-    whole, index = given / "model.safetensors", given / "model.safetensors.index.json"
-    if whole.is_file() and index.is_file():
-        raise ValueError(
-            f"{operation}: {word} {os.fspath(path)!r} holds {whole.name} and {index.name}, of which loaders take one "
-            "or the other; remove what is not the model"
-        )
-    if whole.is_file():
-        return [whole], None
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{operation}: {word} is {os.fspath(path)!r}, expected a .safetensors file, or a folder with {whole.name} "
-            f"or {index.name}"
-        )
-    try:
-        if index.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it has {index.stat().st_size:,} bytes")
-        homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(homes.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} cannot be read ({error!r})") from error
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} names files outside its folder")
-    files = [given / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{operation}: {word}: {os.fspath(index)!r} names {file.name!r}, which is not there"
-            )
-    return files, homes
-
-
-def _opened(path: PathLike, operation: str, word: str) -> _Checkpoint:
-    """A checkpoint's files and tensors. safetensors checks the headers: sizes, offsets, overlaps."""
-    from safetensors import SafetensorError, safe_open
-
-    files, homes = _located(path, operation, word)
-    found: dict[str, _Stored] = {}
-    for file in files:
-        try:
-            with safe_open(os.fspath(file), framework="np"):
-                pass
-            with file.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{operation}: {word}: {os.fspath(file)!r} is truncated or no safetensors file ({error})"
-            ) from error
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if name in found:
-                raise ValueError(
-                    f"{operation}: {word}: {name!r} is in two files, {found[name].file.name} and {file.name}"
-                )
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{operation}: {word}: {name!r} has dtype {entry['dtype']}, which is not known here")
-            found[name] = _Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-    if homes is not None and homes != {name: stored.file.name for name, stored in found.items()}:
-        other = {name: stored.file.name for name, stored in found.items()}
-        name = min(name for name in {*homes, *other} if homes.get(name) != other.get(name))
-        raise ValueError(
-            f"{operation}: {word}: the index places {name!r} in {homes.get(name)!r}, it is in {other.get(name)!r}; "
-            "save the model anew"
-        )
-    return _Checkpoint(files, found, _stamps(files))
-
-
-class _Files(ExitStack):
-    """Files that several threads read, each opened once: what the system reads ahead for one serves the others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._descriptors: dict[Path, int] = {}
-        self._lock = Lock()
-
-    def descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-                self.callback(os.close, self._descriptors[file])
-            return self._descriptors[file]
-
-
-class _Reader:
-    """Blocks of whole rows of one stored tensor, in a buffer that is used again."""
-
-    def __init__(self, stored: _Stored, mask: FreezeMask, files: _Files) -> None:
-        self.stored, (self.rows, self.cols) = stored, mask.matrix_shape
-        self.row_bytes = self.cols * _DTYPES[stored.dtype][0]
-        self.block = max(1, _BLOCK // max(1, self.row_bytes))
-        self._file = files.descriptor(stored.file)
-        self._buffer = np.empty(min(self.block, self.rows) * self.row_bytes + 8, np.uint8)
-
-    def read(self, row: int) -> np.ndarray:
-        """uint8 [rows, bytes]: up to ``block`` rows from ``row`` on; valid until the next call."""
-        count = min(self.block, self.rows - row)
-        view = memoryview(self._buffer.data)[: count * self.row_bytes]
-        start, done = self.stored.start + row * self.row_bytes, 0
-        while done < len(view):
-            got = os.preadv(self._file, [view[done:]], start + done)
-            if not got:
-                raise ValueError(f"{os.fspath(self.stored.file)!r} became shorter while it was read")
-            done += got
-        return self._buffer[: len(view)].reshape(count, self.row_bytes)
+def _few(lines: list[str]) -> list[str]:
+    return lines[:20] + ([f"  … and {len(lines) - 20} more"] if len(lines) > 20 else [])
 
 
 # --------------------------------------------------------------------------------------------------------- comparing
 
 
-@dataclass
-class _Flags:
-    """A mask as the comparison takes it: uint8 per row and column; bits of the elements, or None."""
+class _Matrix:
+    """A mask over a tensor as the comparison takes it: a matrix in windows, and what is frozen in each of them.
 
-    rows: np.ndarray
-    cols: np.ndarray | None
-    bits: np.ndarray | None
+    The entries of a vector are columns of one row here, so that nothing is held for more than a window at a time.
+    """
 
-    @classmethod
-    def of(cls, mask: FreezeMask) -> _Flags:
-        n_rows, n_cols = mask.matrix_shape
-        rows, cols = np.ones(n_rows, np.uint8), np.ones(n_cols, np.uint8)
-        rows[mask.live_rows] = 0
-        cols[mask.live_cols] = 0
-        return cls(rows, cols if cols.any() else None, mask.bits)
+    def __init__(self, mask: FreezeMask, width: int) -> None:
+        self.width, self.bits = width, mask.bits
+        self.rows, self.cols = mask.matrix_shape
+        self._frozen = mask.frozen_rows, mask.frozen_cols
+        if self.cols == 1:
+            self.rows, self.cols, self._frozen = 1, self.rows, self._frozen[::-1]
+        self._all_cols: np.ndarray | None = None
 
-    def bits_from(self, element: int, count: int) -> np.ndarray | None:
-        """The bits of ``count`` elements from ``element`` on, beginning with a byte, 8 bytes of 0 behind them."""
-        if self.bits is None:
-            return None
-        chosen = np.unpackbits(
-            self.bits[element // 8 : (element + count + 7) // 8], count=element % 8 + count, bitorder="little"
+    def windows(self) -> Iterator[Window]:
+        return windows(self.rows, self.cols, self.width)
+
+    def flags(self, window: Window) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """uint8 per row and per column, and the bits of the elements; None: no column, no element is frozen."""
+        rows, cols = self._frozen
+        return (
+            _flags(rows, window.row, window.rows),
+            self._cols(window) if cols.size else None,
+            self._bits(window) if self.bits is not None else None,
         )
-        return np.concatenate([np.packbits(chosen[element % 8 :], bitorder="little"), np.zeros(8, np.uint8)])
+
+    def _cols(self, window: Window) -> np.ndarray:
+        if window.cols < self.cols:
+            return _flags(self._frozen[1], window.col, window.cols)
+        if self._all_cols is None:
+            self._all_cols = _flags(self._frozen[1], 0, self.cols)
+        return self._all_cols
+
+    def _bits(self, window: Window) -> np.ndarray:
+        """Bits of the window's elements, beginning with a byte, 8 bytes of 0 behind them."""
+        assert self.bits is not None
+        first, count = window.first, window.rows * window.cols
+        chosen = np.unpackbits(
+            self.bits[first // 8 : (first + count + 7) // 8], count=first % 8 + count, bitorder="little"
+        )
+        return np.concatenate([np.packbits(chosen[first % 8 :], bitorder="little"), np.zeros(8, np.uint8)])
+
+    @property
+    def parts(self) -> list[str]:
+        """What frozen bytes consist of, in the order in which `proof.snapshot` holds them."""
+        there = *(index.size for index in self._frozen), self.bits is not None
+        return [part for part, found in zip(("rows", "cols", "elements"), there, strict=True) if found]
+
+    def frozen(self, part: str, window: Window, block: np.ndarray) -> bytes:
+        """The frozen bytes of one part: whole rows, columns of the other rows, or single elements."""
+        rows, cols, bits = self.flags(window)
+        matrix: np.ndarray = block.view(f"<u{self.width}")
+        if part == "rows":
+            chosen: np.ndarray = matrix[rows != 0]
+        elif part == "cols":
+            assert cols is not None
+            chosen = matrix[rows == 0][:, cols != 0]
+        else:
+            assert bits is not None
+            chosen = matrix.reshape(-1)[np.unpackbits(bits, count=matrix.size, bitorder="little").view(bool)]
+        return chosen.tobytes()
+
+
+def _flags(index: np.ndarray, start: int, count: int) -> np.ndarray:
+    """uint8: which of ``count`` places from ``start`` on are in an ascending index."""
+    low, high = np.searchsorted(index, (start, start + count))
+    flags = np.zeros(count, np.uint8)
+    flags[index[low:high] - start] = 1
+    return flags
 
 
 def _difference(
@@ -334,7 +233,7 @@ def _difference(
     bits: np.ndarray | None,
 ) -> tuple[int, int, int, int, float, float, float]:
     """Twin of ``compare`` in csrc/audit.cpp, for where there is no extension. uint8 [rows, bytes] each."""
-    width = next(size for size, code, _ in _DTYPES.values() if code == value)
+    width = next(size for size, code, _ in DTYPES.values() if code == value)
     old, new = (block.view(f"<u{width}") for block in (before, after))
     differs = old != new
     frozen = np.broadcast_to(rows[:, None] != 0, old.shape).copy()
@@ -367,7 +266,7 @@ try:
         before: np.ndarray, after: np.ndarray, value: int, rows: np.ndarray, cols: np.ndarray | None,
         bits: np.ndarray | None,
     ) -> tuple[int, int, int, int, float, float, float]:  # fmt: skip
-        width = next(size for size, code, _ in _DTYPES.values() if code == value)
+        width = next(size for size, code, _ in DTYPES.values() if code == value)
         return _C.compare(
             before.ctypes.data, after.ctypes.data, before.shape[0], before.shape[1] // width, value, rows.ctypes.data,
             0 if cols is None else cols.ctypes.data, 0 if bits is None else bits.ctypes.data,
@@ -377,30 +276,50 @@ except ImportError:
     _compared = _difference
 
 
-def _changes(
-    name: str, base: _Stored, tuned: _Stored, mask: FreezeMask, files: _Files, progress: Progress
-) -> TensorChanges:
-    """Compare one tensor, block by block."""
+class _Pair(NamedTuple):
+    """A tensor of the base and one of the tuned checkpoint that should have the same frozen bytes."""
+
+    name: str
+    base: Stored
+    tuned: Stored
+    mask: FreezeMask
+
+
+def _blocks(files: Files, stored: Stored, matrix: _Matrix, digest: Any = None) -> Iterator[tuple[Window, np.ndarray]]:
+    """A tensor, window by window; its frozen bytes go into ``digest``.
+
+    Where a mask has more than one part, the tensor is read once more for each further one: the digest wants them one
+    behind the other.
+    """
+    parts = matrix.parts if digest is not None else []
+    for window, block in zip(matrix.windows(), files.read(stored, matrix.windows()), strict=True):
+        for part in parts[:1]:
+            digest.update(matrix.frozen(part, window, block))
+        yield window, block
+    for part in parts[1:]:
+        for window, block in zip(matrix.windows(), files.read(stored, matrix.windows()), strict=True):
+            digest.update(matrix.frozen(part, window, block))
+
+
+def _changes(pair: _Pair, files: tuple[Files, Files], progress: Progress, digest: Any = None) -> TensorChanges:
+    """Compare one tensor, block by block; ``digest`` takes the frozen bytes of the tuned one."""
+    name, base, tuned, mask = pair
     found = TensorChanges(name, base.shape, base.dtype, mask.frozen_count, mask.live_count)
     if base.dtype != tuned.dtype:
         found.dtype = f"{base.dtype} -> {tuned.dtype}"
         found.trouble = f"dtype changed from {base.dtype} to {tuned.dtype}; bytes cannot be compared across dtypes"
         progress(base.nbytes + tuned.nbytes)
         return found
-    width, value, _ = _DTYPES[base.dtype]
-    flags, total, squares = _Flags.of(mask), 0.0, 0.0
-    one, other = _Reader(base, mask, files), _Reader(tuned, mask, files)
-    for row in range(0, one.rows if one.cols else 0, one.block):
-        before, after = one.read(row), other.read(row)
-        n_rows = len(before)
-        frozen, first, live, strange, largest, added, squared = _compared(
-            before, after, value, flags.rows[row : row + n_rows], flags.cols,
-            flags.bits_from(row * one.cols, n_rows * one.cols),
-        )  # fmt: skip
+    width, value, _ = DTYPES[base.dtype]
+    matrix, total, squares = _Matrix(mask, width), 0.0, 0.0
+    both = _blocks(files[0], base, matrix), _blocks(files[1], tuned, matrix, digest)
+    for (window, before), (_, after) in zip(*both, strict=True):
+        frozen, first, live, strange, largest, added, squared = _compared(before, after, value, *matrix.flags(window))
         if frozen and found.first_changed is None:
-            at = slice(first % one.cols * width, (first % one.cols + 1) * width)
-            was, now = (block[first // one.cols, at].tobytes()[::-1].hex() for block in (before, after))
-            found.first_changed = (row + first // one.cols, first % one.cols, was, now)
+            at = slice(first * width, (first + 1) * width)
+            was, now = (block.reshape(-1)[at].tobytes()[::-1].hex() for block in (before, after))
+            row, col = divmod(window.first + first, mask.matrix_shape[1])
+            found.first_changed = (row, col, was, now)
         found.frozen_changed += frozen
         found.live_changed += live
         found.strange += strange
@@ -416,49 +335,190 @@ def _nothing(_: int) -> None:
     pass
 
 
-def _checked(plan: FreezePlan, stored: Mapping[str, _Stored], operation: str, word: str) -> None:
-    if not any(mask.frozen_count for mask in plan.values()):
-        raise ValueError(f"{operation}: the plan freezes nothing, so there is nothing to prove; is it the right one?")
-    for name, mask in plan.items():
-        if name not in stored:
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+class _Weights:
+    """The weights of a plan, and the names each goes by in the checkpoints.
+
+    Attributes:
+        plan: has each weight once, under the first of the plan's names for it.
+        names: of every weight that has more than one name, plan or not: that name -> all of them.
+        untied: what was said not to be one of them.
+        stored: word for a checkpoint -> its tensors.
+    """
+
+    def __init__(
+        self,
+        plan: FreezePlan,
+        tied: Mapping[str, str] | None,
+        untied: Collection[str],
+        opened: Mapping[str, Checkpoint],
+        operation: str,
+    ) -> None:
+        if not isinstance(plan, FreezePlan):
+            raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
+        if isinstance(untied, str):
+            raise TypeError(f"{operation}: untied is the text {untied!r}, expected a list of names")
+        self.stored = {word: checkpoint.tensors for word, checkpoint in opened.items()}
+        masks, self.names = dict(plan), {}
+        for group in _joined(tied or {}):
+            said = " and ".join(map(repr, sorted(group)))
+            for word, stored in self.stored.items():
+                if not group & stored.keys():
+                    raise ValueError(
+                        f"{operation}: {said} are said to be tied, so {word} should hold one of them; it holds none"
+                    )
+            planned = sorted(group & masks.keys())
+            if any(masks[name] != masks[planned[0]] for name in planned):
+                raise ValueError(f"{operation}: {said} are tied, but the plan has two different masks for them")
+            self.names[planned[0] if planned else min(group)] = group
+            for name in planned[1:]:
+                del masks[name]
+        self.plan = FreezePlan(masks)
+        self._check(operation)
+        for name in untied:
+            if not any(name in stored for stored in self.stored.values()):
+                raise ValueError(f"{operation}: untied names {name!r}, which is not among the tensors of a checkpoint")
+            if name in plan or any(name in group for group in self.names.values()):
+                raise ValueError(f"{operation}: untied names {name!r}, which the plan or tied names too")
+        self.untied = set(untied)
+
+    def _check(self, operation: str) -> None:
+        if not any(mask.frozen_count for mask in self.plan.values()):
             raise ValueError(
-                f"{operation}: the plan names {name!r}, which is not among the {len(stored)} tensors of {word}; is it "
-                "a plan for another model? (of tied weights checkpoints hold one name alone: say so with "
-                "tied={name: other}, --tied NAME=OTHER)"
+                f"{operation}: the plan freezes nothing, so there is nothing to prove; is it the right one?"
             )
-        if stored[name].shape != mask.shape:
-            raise ValueError(
-                f"{operation}: {name!r} of {word} has shape {stored[name].shape}, the plan expects {mask.shape}"
-            )
+        for word, stored in self.stored.items():
+            for name, mask in self.plan.items():
+                held = self.held(name, word)
+                if not held:
+                    raise ValueError(
+                        f"{operation}: the plan names {name!r}, which is not among the {len(stored)} tensors of "
+                        f"{word}; is it a plan for another model? (of tied weights a checkpoint may hold another name: "
+                        "say so with tied={name: other}, --tied NAME=OTHER)"
+                    )
+                for other in held:
+                    if stored[other].shape != mask.shape:
+                        raise ValueError(
+                            f"{operation}: {other!r} of {word} has shape {stored[other].shape}, the plan expects "
+                            f"{mask.shape}"
+                        )
+
+    def held(self, name: str, word: str) -> list[str]:
+        """The names under which a checkpoint holds a weight, its first one first."""
+        held = self.names.get(name, {name}) & self.stored[word].keys()
+        return sorted(held, key=lambda other: (other != name, other))
+
+    def tensor(self, name: str, word: str) -> Stored:
+        """A weight in a checkpoint, by its first name there."""
+        return self.stored[word][self.held(name, word)[0]]
+
+    @property
+    def known(self) -> set[str]:
+        """Every name of every weight of the plan, and of those that ``tied`` names."""
+        return {*self.plan, *(name for group in self.names.values() for name in group)}
+
+    def pairs(self) -> list[_Pair]:
+        """What is to be compared of base and tuned; of a weight every name that one of them holds it under."""
+        base, tuned = self.stored.values()
+        found = []
+        for name in {**self.plan, **self.names}:
+            usual = self.tensor(name, "base"), self.tensor(name, "tuned")
+            mask = self.plan.get(name) or FreezeMask(usual[0].shape)
+            found.append(_Pair(name, *usual, mask))
+            for other in sorted({*self.held(name, "base"), *self.held(name, "tuned")}):
+                both = base.get(other, usual[0]), tuned.get(other, usual[1])
+                if both != usual:
+                    found.append(_Pair(other, *both, mask))
+        rest = (base.keys() & tuned.keys()) - self.known
+        return found + [_Pair(name, base[name], tuned[name], FreezeMask(base[name].shape)) for name in rest]
+
+    def beside(self, files: Files) -> dict[str, str]:
+        """Tensors outside the plan that have the shape of a weight it freezes, so that a loader might find it there.
+
+        Returns:
+            name -> the weight of which it is a copy, in the base where that holds it; "" if it is none.
+        """
+        shapes = {mask.shape for mask in self.plan.values() if mask.frozen_count}
+        found: dict[str, str] = {}
+        for word, tensors in self.stored.items():
+            # what the base has is not looked for again
+            look = {name for name in tensors.keys() - self.known - found.keys() if tensors[name].shape in shapes}
+            found |= dict.fromkeys(look, "")
+            look -= self.untied
+            sought = {tensors[name].shape for name in look}
+            alike: dict[tuple[Any, ...], list[str]] = {}
+            for weight, mask in self.plan.items():
+                if mask.frozen_count and mask.shape in sought:
+                    alike.setdefault(self._looks(self.tensor(weight, word), files), []).append(weight)
+            for name in look:
+                alone = sum(name in others for others in self.stored.values()) == 1
+                for weight in alike.get(self._looks(tensors[name], files), ()):
+                    held = self.tensor(weight, word)
+                    # two biases that begin as zeros, and are compared each with its own, are not one for that
+                    if (alone or _varies(held, files)) and _equal(held, tensors[name], files):
+                        found[name] = weight
+                        break
+        return dict(sorted(found.items()))
+
+    @staticmethod
+    def _looks(stored: Stored, files: Files) -> tuple[str, tuple[int, ...], bytes]:
+        """What copies have in common, at the price of one read."""
+        return stored.dtype, stored.shape, files.head(stored, _HEAD)
+
+    def copied(self, beside: Mapping[str, str]) -> list[str]:
+        """Take copies for further names of what they are copies of; returns the notes that say so."""
+        notes = []
+        for name, weight in beside.items():
+            if weight:
+                self.names.setdefault(weight, {weight}).add(name)
+                notes.append(f"{name!r} is taken for {weight!r} under another name, of which it is or was a copy")
+        return notes
+
+    def said(self, files: Files) -> list[str]:
+        """What a report rests on. Names said to be one weight that a checkpoint contradicts are told."""
+        notes = []
+        for name, group in self.names.items():
+            notes.append(f"{' and '.join(map(repr, sorted(group)))} are one weight: so it was said")
+            for word, stored in self.stored.items():
+                held = self.held(name, word)
+                notes += [
+                    f"  but {other!r} and {held[0]!r} are not equal in {word}"
+                    for other in held[1:]
+                    if not _equal(stored[held[0]], stored[other], files)
+                ]
+        return notes + [f"{name!r} is no weight of the plan: so it was said" for name in sorted(self.untied)]
 
 
-def _told_names(
-    plan: FreezePlan, tied: Mapping[str, str] | None, opened: Mapping[str, _Checkpoint], operation: str
-) -> tuple[FreezePlan, list[dict[str, _Stored]]]:
-    """The plan, and the tensors of each checkpoint (by what it is called in errors), in which the two names of a tied
-    weight are one: the plan's. Nothing but ``tied`` tells: a checkpoint's own word for it could be forged."""
-    if not isinstance(plan, FreezePlan):
-        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
-    masks, tensors = dict(plan), [dict(one.tensors) for one in opened.values()]
-    for pair in (tied or {}).items():
-        names = [name for name in sorted(masks) if name in pair] or sorted(pair)
-        if len(names) > 1 and names[0] in masks and masks[names[0]] != masks.pop(names[1]):
-            both = f"{names[0]!r} and {names[1]!r}"
-            raise ValueError(f"{operation}: {both} are tied, but the plan has two different masks for them")
-        for word, stored in zip(opened, tensors, strict=True):
-            held = [name for name in pair if name in stored]
-            if len(held) != 1:
-                raise ValueError(
-                    f"{operation}: {pair[0]!r} and {pair[1]!r} are said to be tied, so {word} should hold one of them; "
-                    + ("it holds both" if held else "it holds neither")
-                )
-            stored[names[0]] = stored.pop(held[0])
-    return FreezePlan(masks), tensors
+def _joined(tied: Mapping[str, str]) -> list[set[str]]:
+    """Names of each weight, out of pairs of them."""
+    groups: list[set[str]] = []
+    for pair in tied.items():
+        joined = set(pair).union(*(group for group in groups if group & set(pair)))
+        groups = [group for group in groups if not group & joined] + [joined]
+    return groups
 
 
-def _said(tied: Mapping[str, str] | None) -> list[str]:
-    """What a report rests on."""
-    return [f"{name!r} and {other!r} are one weight: so it was said" for name, other in (tied or {}).items()]
+def _equal(one: Stored, other: Stored, files: Files) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    matrix = _Matrix(FreezeMask(one.shape), one.width)
+    blocks = (files.read(stored, matrix.windows()) for stored in (one, other))
+    return all(np.array_equal(a, b) for a, b in zip(*blocks, strict=True))
+
+
+def _varies(stored: Stored, files: Files) -> bool:
+    """Whether not all elements are the same."""
+    first = files.head(stored, stored.width)
+    matrix = _Matrix(FreezeMask(stored.shape), stored.width)
+    return any(
+        (block.view(f"<u{stored.width}") != np.frombuffer(first, f"<u{stored.width}")).any()
+        for block in files.read(stored, matrix.windows())
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
 
 
 def compare(
@@ -467,70 +527,77 @@ def compare(
     plan: FreezePlan,
     *,
     tied: Mapping[str, str] | None = None,
+    untied: Collection[str] = (),
     progress: Progress | None = None,
 ) -> AuditReport:
     """Compare two checkpoints on disk: did a frozen byte change, and how much did the rest?
 
-    Both are read once, in blocks; a few megabytes are in memory at any time.
+    Both are read once, in blocks; a few megabytes are in memory at any time, beside the plan.
+
+    A weight is compared under every name it goes by: those of ``tied``, and tensors outside the plan that are, byte for
+    byte, copies of a weight of the plan in the base (or in the tuned checkpoint, if the base has no such tensor).
+    Tensors that one checkpoint alone holds, or whose shape or dtype changed, are `AuditReport.uncompared`. Where one
+    that a single checkpoint holds has the shape of a weight the plan freezes, a loader might find that weight there:
+    then nothing is proven.
 
     Args:
         base, tuned: a safetensors file, or a folder as Hugging Face saves models to, sharded or not.
         plan: what was frozen.
-        tied: name -> other name of the same weight, where checkpoints hold one of the two and the plan, or the other
-            checkpoint, uses the other. Does the model that is loaded tie them (``tie_word_embeddings``)? Checkpoints
-            cannot prove that.
+        tied: name -> other name of the same weight, where checkpoints hold one of the two or both. Does the model that
+            is loaded tie them (``tie_word_embeddings``)? Checkpoints cannot prove that.
+        untied: names of tensors that are no weight of the plan under another name, though they look like it.
         progress: called with bytes that were gone through; `total_bytes` says of how many.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints the plan or ``tied`` does
-            not fit, a plan that freezes nothing.
-        TypeError: ``plan`` is something else.
+        ValueError: a damaged file, a folder whose index contradicts its files, checkpoints that the plan, ``tied`` or
+            ``untied`` does not fit, a plan that freezes nothing.
+        TypeError: ``plan`` or ``untied`` is something else.
     """
     operation = "audit.compare"
-    one, other = _opened(base, operation, "base"), _opened(tuned, operation, "tuned")
-    return _compare(one, other, plan, tied, operation, progress)
-
-
-def _compare(
-    base: _Checkpoint,
-    tuned: _Checkpoint,
-    plan: FreezePlan,
-    tied: Mapping[str, str] | None,
-    operation: str,
-    progress: Progress | None,
-) -> AuditReport:
-    told, stored = _told_names(plan, tied, {"base": base, "tuned": tuned}, operation)
-    for one, word in zip(stored, ("base", "tuned"), strict=True):
-        _checked(told, one, operation, word)
-    report = AuditReport(plan.fingerprint, notes=_said(tied))
-    for one, other, word in ((stored[0], stored[1], "base"), (stored[1], stored[0], "tuned")):
-        report.notes += [f"{name!r} is in {word} alone" for name in one if name not in other]
-    both = [name for name in stored[0] if name in stored[1]]
-    for name in both:
-        if stored[0][name].shape != stored[1][name].shape:
-            report.notes.append(f"{name!r} has shape {stored[0][name].shape}, then {stored[1][name].shape}")
-    both = [name for name in both if stored[0][name].shape == stored[1][name].shape]
+    one, other = opened(base, operation, "base"), opened(tuned, operation, "tuned")
+    weights = _Weights(plan, tied, untied, {"base": one, "tuned": other}, operation)
+    report, pairs, _ = _prepared(weights, plan)
     # in the order of the file, or the disk would have to jump about
-    jobs = sorted(both, key=lambda name: (stored[0][name].file, stored[0][name].start))
-    with _Files() as files, ThreadPoolExecutor(_THREADS) as pool:
-        found = dict(
-            zip(
-                jobs,
-                pool.map(
-                    lambda name: _changes(
-                        name, stored[0][name], stored[1][name], told.get(name) or FreezeMask(stored[0][name].shape),
-                        files, progress or _nothing,
-                    ),
-                    jobs,
-                ),
-                strict=True,
-            )
-        )  # fmt: skip
-    report.tensors = [found[name] for name in both]
-    base.unchanged(operation)
-    tuned.unchanged(operation)
+    pairs.sort(key=lambda pair: (pair.base.file, pair.base.start))
+    with Files() as files, ThreadPoolExecutor(_THREADS) as pool:
+        _fill(report, pool.map(lambda pair: _changes(pair, (files, files), progress or _nothing), pairs))
+    one.unchanged(operation)
+    other.unchanged(operation)
     return report
+
+
+def _prepared(weights: _Weights, plan: FreezePlan) -> tuple[AuditReport, list[_Pair], dict[str, str]]:
+    """A report to fill, what is to be compared for it, and `_Weights.beside`."""
+    with Files() as files:
+        report = AuditReport(plan.fingerprint, notes=weights.said(files))
+        beside = weights.beside(files)
+    report.notes += weights.copied(beside)
+    pairs = []
+    for pair in weights.pairs():
+        if pair.base.shape == pair.tuned.shape:
+            pairs.append(pair)
+        else:
+            report.uncompared[pair.name] = f"has shape {pair.base.shape}, then {pair.tuned.shape}"
+    (base, tuned), known = weights.stored.values(), weights.known
+    for word, tensors, others in (("base", base, tuned), ("tuned", tuned, base)):
+        for name in sorted(tensors.keys() - others.keys() - known):
+            report.uncompared[name] = f"is in {word} alone"
+            if name in beside and name not in weights.untied:
+                report.trouble.append(_unknown(name, f"is in {word} alone"))
+    return report, pairs, beside
+
+
+def _unknown(name: str, why: str) -> str:
+    return (
+        f"{name!r} {why}, and has the shape of a weight the plan freezes: is it one, under another name? say so with "
+        "tied (--tied NAME=OTHER), or with untied (--untied NAME) that it is none"
+    )
+
+
+def _fill(report: AuditReport, found: Iterable[TensorChanges]) -> None:
+    report.tensors += found
+    report.uncompared |= {one.name: one.trouble for one in report.tensors if one.trouble and not one.frozen}
 
 
 def total_bytes(*checkpoints: PathLike) -> int:
@@ -539,60 +606,16 @@ def total_bytes(*checkpoints: PathLike) -> int:
     Raises:
         FileNotFoundError: one is not there.
     """
-    return sum(file.stat().st_size for path in checkpoints for file in _located(path, "audit", "checkpoint")[0])
+    return sum(file.stat().st_size for path in checkpoints for file in located(path, "audit", "checkpoint")[0])
 
 
 # -------------------------------------------------------------------------------------------------------- statements
 
 
-def _packed(stored: _Stored, mask: FreezeMask, progress: Progress) -> Iterator[bytes]:
-    """The frozen bytes of a tensor in the order of `proof.snapshot`: whole rows, then columns of the other rows, then
-    single elements."""
-    flags, width = _Flags.of(mask), _DTYPES[stored.dtype][0]
-    cols = None if flags.cols is None else np.flatnonzero(flags.cols)
-    with _Files() as files:
-        reader = _Reader(stored, mask, files)
-        for part in ("rows", "cols", "elements"):
-            if not {"rows": flags.rows.any(), "cols": cols is not None, "elements": mask.bits is not None}[part]:
-                continue
-            for row in range(0, reader.rows, reader.block):
-                block = reader.read(row)
-                frozen = flags.rows[row : row + len(block)] != 0
-                if part == "rows":
-                    yield block[frozen].tobytes()
-                    continue
-                matrix = block.view(f"<u{width}")
-                if part == "cols":
-                    yield matrix[~frozen][:, cols].tobytes()
-                else:
-                    bits = flags.bits_from(row * reader.cols, matrix.size)
-                    assert bits is not None
-                    yield matrix.reshape(-1)[
-                        np.unpackbits(bits, count=matrix.size, bitorder="little").view(bool)
-                    ].tobytes()
-    progress(stored.nbytes)
-
-
-def _frozen_digest(stored: Mapping[str, _Stored], plan: FreezePlan, progress: Progress) -> str:
-    """SHA-256 (hex) over names, dtypes and frozen bytes: `proof.Snapshot.digest` of the same weights."""
-    digest = hashlib.sha256()
-    for name in sorted(plan):
-        mask = plan[name]
-        digest.update(f"{name}\0{_DTYPES[stored[name].dtype][2]}\0{mask.fingerprint}\0".encode())
-        for piece in _packed(stored[name], mask, progress):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _file_digests(files: Sequence[Path]) -> dict[str, str]:
-    found = {}
-    for path in files:
-        digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
-        with path.open("rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:size])
-        found[path.name] = digest.hexdigest()
-    return found
+def _titled(name: str, stored: Stored, mask: FreezeMask) -> bytes:
+    """What stands before a tensor's frozen bytes in their digest, which is `proof.Snapshot.digest` of the same weights:
+    SHA-256, tensors in the order of their names."""
+    return f"{name}\0{DTYPES[stored.dtype][2]}\0{mask.fingerprint}\0".encode()
 
 
 @dataclass(frozen=True)
@@ -604,6 +627,8 @@ class Statement:
         frozen: SHA-256 (hex) over names, dtypes and frozen bytes, as `snapshot(model, plan).digest`.
         frozen_elements: how many.
         base, tuned: file name -> SHA-256 (hex) of the whole file.
+        names: of each tensor outside the plan that has the shape of a weight it freezes, the weight of which it was
+            found to be a copy, and compared as such; "" if it is none.
         package: the version that wrote it.
     """
 
@@ -612,6 +637,7 @@ class Statement:
     frozen_elements: int
     base: dict[str, str]
     tuned: dict[str, str]
+    names: dict[str, str]
     package: str
 
     def save(self, path: PathLike) -> None:
@@ -646,8 +672,13 @@ class Statement:
                 f"{what}: {os.fspath(path)!r} is {kind!r} of version {version!r}, this package reads {_FORMAT!r} of "
                 f"version {_VERSION}"
             )
-        expected = {"plan": str, "frozen": str, "frozen_elements": int, "base": dict, "tuned": dict, "package": str}
-        if content.keys() != expected.keys() or any(type(content[key]) is not kind for key, kind in expected.items()):
+        texts = dict.fromkeys(("base", "tuned", "names"), dict)
+        expected = {"plan": str, "frozen": str, "frozen_elements": int, **texts, "package": str}
+        if (
+            content.keys() != expected.keys()
+            or any(type(content[key]) is not kind for key, kind in expected.items())
+            or not all(isinstance(value, str) for key in texts for value in content[key].values())
+        ):
             raise ValueError(f"{what}: {os.fspath(path)!r} does not hold {', '.join(expected)}; it is damaged")
         found = cls(**content)
         if found._checksum() != checksum:
@@ -662,30 +693,43 @@ def attest(
     path: PathLike | None = None,
     *,
     tied: Mapping[str, str] | None = None,
+    untied: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Statement:
     """`compare` two checkpoints, and state that no frozen byte differs, for `check`.
 
+    The bytes that are compared are those that are hashed: both checkpoints are read once, but for tensors that a file
+    holds in another order than that of their names, and for masks of more than one part (rows, columns, elements).
+
     Args:
-        base, tuned, plan, tied, progress: as in `compare`.
+        base, tuned, plan, tied, untied, progress: as in `compare`.
         path: where to write the statement.
 
     Raises:
-        FrozenBytesChangedError: frozen bytes differ; it carries the report. Nothing is written.
+        FrozenBytesChangedError: it is not proven that no frozen byte differs; it carries the report, and nothing is
+            written.
         FileNotFoundError, ValueError, TypeError: as `compare`.
     """
     from . import __version__
 
     operation = "audit.attest"
-    one, other = _opened(base, operation, "base"), _opened(tuned, operation, "tuned")
-    report = _compare(one, other, plan, tied, operation, progress)
-    if not report.ok:
-        raise FrozenBytesChangedError(report)
-    told, (stored,) = _told_names(plan, tied, {"tuned": other}, operation)
-    digest = _frozen_digest(stored, told, _nothing)
-    found = Statement(
-        plan.fingerprint, digest, report.frozen, _file_digests(one.files), _file_digests(other.files), __version__
-    )
+    one, other = opened(base, operation, "base"), opened(tuned, operation, "tuned")
+    weights = _Weights(plan, tied, untied, {"base": one, "tuned": other}, operation)
+    report, pairs, beside = _prepared(weights, plan)
+    digest = hashlib.sha256()
+    with Files(hashed=True) as before, Files(hashed=True) as after:
+        for pair in sorted(pairs, key=lambda pair: pair.name):
+            into = None
+            if pair.name in weights.plan:
+                into = digest
+                into.update(_titled(pair.name, pair.tuned, pair.mask))
+            report.tensors.append(_changes(pair, (before, after), progress or _nothing, into))
+        _fill(report, ())
+        if not report.ok:
+            raise FrozenBytesChangedError(report)
+        hashes = before.digests(one), after.digests(other)
+    frozen = sum(mask.frozen_count for mask in weights.plan.values())
+    found = Statement(plan.fingerprint, digest.hexdigest(), frozen, *hashes, beside, __version__)
     one.unchanged(operation)
     other.unchanged(operation)
     if path is not None:
@@ -694,14 +738,14 @@ def attest(
 
 
 class FrozenBytesChangedError(ValueError):
-    """Frozen bytes of two checkpoints differ.
+    """Frozen bytes of two checkpoints differ, or were not all compared.
 
     Attributes:
         report: what was found.
     """
 
     def __init__(self, report: AuditReport) -> None:
-        super().__init__(f"audit.attest: frozen bytes differ, nothing was attested\n{report}")
+        super().__init__(f"audit.attest: frozen bytes are not proven equal, nothing was attested\n{report}")
         self.report = report
 
 
@@ -711,29 +755,63 @@ def check(
     statement: Statement,
     *,
     tied: Mapping[str, str] | None = None,
+    untied: Collection[str] = (),
     progress: Progress | None = None,
 ) -> AuditReport:
     """Verify a tuned checkpoint against a statement, without the base: are its frozen bytes those attested?
 
+    Further names of a weight must hold the same frozen bytes: those of ``tied``, copies the statement knows of, and
+    copies found here. A tensor of the shape of a weight the plan freezes that is none of these, and that the statement
+    does not know, could be one too: then nothing is proven.
+
     Files with other hashes than those attested (trained further, saved anew) are a note, not a failure.
+
+    Args:
+        tuned, plan, tied, untied, progress: as in `compare`.
+        statement: what `attest` returned, or `Statement.load`.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as `compare`.
     """
     operation = "audit.check"
-    opened = _opened(tuned, operation, "tuned")
-    told, (stored,) = _told_names(plan, tied, {"tuned": opened}, operation)
-    _checked(told, stored, operation, "tuned")
-    report = AuditReport(plan.fingerprint, notes=_said(tied), attested=True)
-    report.tensors = [
-        TensorChanges(name, mask.shape, stored[name].dtype, mask.frozen_count, mask.live_count)
-        for name, mask in told.items()
-    ]
+    checkpoint = opened(tuned, operation, "tuned")
+    weights = _Weights(plan, tied, untied, {"tuned": checkpoint}, operation)
+    report = AuditReport(plan.fingerprint, attested=True)
     if plan.fingerprint != statement.plan:
         report.trouble.append(f"the statement is of another plan, {statement.plan[:12]}")
-    elif _frozen_digest(stored, told, progress or _nothing) != statement.frozen:
+        return report
+    stored, digest = checkpoint.tensors, hashlib.sha256()
+    with Files() as files:
+        report.notes += weights.said(files)
+        beside = {**weights.beside(files), **statement.names}
+    copies = {}
+    for name in beside.keys() & stored.keys() - weights.known - weights.untied:
+        mask = weights.plan.get(beside[name])
+        if mask is not None and mask.shape == stored[name].shape:
+            copies[name] = beside[name]
+        elif beside[name] or name not in statement.names:
+            report.trouble.append(_unknown(name, "is not known to the statement"))
+    report.notes += weights.copied(copies)
+    report.uncompared = dict.fromkeys(sorted(stored.keys() - weights.known), "is outside the plan")
+    with Files(hashed=True) as files:
+        for name, mask in sorted(weights.plan.items()):
+            held = weights.tensor(name, "tuned")
+            digest.update(_titled(name, held, mask))
+            for _, block in _blocks(files, held, _Matrix(mask, held.width), digest):
+                (progress or _nothing)(block.size)
+            report.tensors.append(TensorChanges(name, mask.shape, held.dtype, mask.frozen_count, mask.live_count))
+        hashes = files.digests(checkpoint)
+    with Files() as files:
+        for name in weights.names.keys() & weights.plan.keys():
+            first, *others = weights.held(name, "tuned")
+            for other in others:
+                pair = _Pair(other, stored[first], stored[other], weights.plan[name])
+                found = _changes(pair, (files, files), _nothing)
+                # how far its live elements are from the other's is no training
+                report.tensors.append(replace(found, live_changed=0, strange=0, largest=0.0, mean=0.0, rms=0.0))
+    if digest.hexdigest() != statement.frozen:
         report.trouble.append("frozen bytes are not those attested (which ones, a comparison with the base would tell)")
-    if sorted(_file_digests(opened.files).values()) != sorted(statement.tuned.values()):
+    if sorted(hashes.values()) != sorted(statement.tuned.values()):
         report.notes.append("the files are others than those attested: trained further, or saved anew")
-    opened.unchanged(operation)
+    checkpoint.unchanged(operation)
     return report

@@ -78,7 +78,7 @@ def _listed(given: str | None) -> list[str]:
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _PLAIN: Final[dict[str, Any]] = {"highlight": False, "markup": False}
 _ModelOption = Annotated[
-    str | None, typer.Option(help="A config.json, a model folder, or smollm2: what labels and plans are of.")
+    str | None, typer.Option(help="A model's config file, its folder, or smollm2: what labels and plans are of.")
 ]
 
 
@@ -268,7 +268,7 @@ def build(
         skeleton = load_skeleton(model) if model is not None else None
         if skeleton is None and isinstance(found, UnitLabels):
             raise ValueError(
-                "build: labels do not say which model they belong to, expected --model with its config.json, a model "
+                "build: labels do not say which model they belong to, expected --model with its config file, a model "
                 "folder, or smollm2"
             )
         builder = MaskBuilder(found, _ratios(ratios), recipe)  # type: ignore[arg-type]
@@ -426,7 +426,11 @@ _TunedArgument = Annotated[Path, typer.Argument(help="The fine-tuned checkpoint,
 _PlanArgument = Annotated[Path, typer.Argument(help="Plan file.")]
 _TiedOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=OTHER", help="Two names of one weight, of which a checkpoint holds one; repeatable."),
+    typer.Option(metavar="NAME=OTHER", help="Two names of one weight: all that a checkpoint holds count; repeatable."),
+]
+_UntiedOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A tensor that is no weight of the plan, though of that shape; repeatable."),
 ]
 
 
@@ -438,6 +442,14 @@ def _pairs(tied: Sequence[str] | None) -> dict[str, str]:
             raise ValueError(f"--tied is {given!r}, expected NAME=OTHER")
         found[name] = other
     return found
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file is no safetensors file but, as a statement is, text; whatever its name."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    with path.open("rb") as file:
+        return b"\0" not in file.read(8)  # safetensors: the size of a header of less than 100 MB
 
 
 @app.command()
@@ -452,6 +464,7 @@ def verify(
     plan: _PlanArgument,
     report: Annotated[Path | None, typer.Option("--json", help="Write the whole report here.")] = None,
     tied: _TiedOption = None,
+    untied: _UntiedOption = None,
 ) -> None:
     """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not; 2: bad input.
 
@@ -464,14 +477,14 @@ def verify(
 
         if report is not None:
             _check_writable(report)
-        read, names = FreezePlan.load(plan), _pairs(tied)
-        if base.is_file() and base.suffix != ".safetensors":
+        read, names, others = FreezePlan.load(plan), _pairs(tied), untied or []
+        if _is_text(base):
             statement = audit.Statement.load(base)
             with _byte_bar("verify", audit.total_bytes(tuned)) as progress:
-                found = audit.check(tuned, read, statement, tied=names, progress=progress)
+                found = audit.check(tuned, read, statement, tied=names, untied=others, progress=progress)
         else:
             with _byte_bar("verify", audit.total_bytes(base, tuned)) as progress:
-                found = audit.compare(base, tuned, read, tied=names, progress=progress)
+                found = audit.compare(base, tuned, read, tied=names, untied=others, progress=progress)
         _console().print(str(found), **_PLAIN)
         if report is not None:
             import json
@@ -491,6 +504,7 @@ def attest(
     plan: _PlanArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Statement to write.")] = Path("statement.json"),
     tied: _TiedOption = None,
+    untied: _UntiedOption = None,
 ) -> None:
     """Compare two checkpoints, and state for others that no frozen byte changed; `verify` takes it for the base."""
     with _foreseen():
@@ -500,7 +514,7 @@ def attest(
         _check_writable(output)
         read, names = FreezePlan.load(plan), _pairs(tied)
         with _byte_bar("attest", audit.total_bytes(base, tuned)) as progress:
-            found = audit.attest(base, tuned, read, output, tied=names, progress=progress)
+            found = audit.attest(base, tuned, read, output, tied=names, untied=untied or [], progress=progress)
         _console().print(
             f"{found.frozen_elements:,} frozen elements are as they were.\nStatement in {output}", **_PLAIN
         )
@@ -618,7 +632,7 @@ def _random_rows(network: torch.nn.Module, share: float, seed: int) -> FreezePla
 
 @app.command("plan-memory", cls=_Command)
 def plan_memory(
-    model: Annotated[str, typer.Option(help="A config.json, a model folder, or smollm2; weights are not needed.")],
+    model: Annotated[str, typer.Option(help="A model's config file, its folder, or smollm2; weights are not needed.")],
     plan: Annotated[Path | None, typer.Option(help="Plan file. Default: nothing frozen.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: {words}.")] = "float32",
     state_dtype: Annotated[str, typer.Option(help="Of the moments: float32 or bfloat16.")] = "float32",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .binding import bind, named_tensors
 from .kernels import STORAGE, Backend, NormKind, WorkList, choose_backend, compile_frozen, compile_live
@@ -51,11 +52,13 @@ class StepsGradients(Protocol):
 class _Bound:
     """A plan bound to a model: its trainable parameters, those the plan names first, and the lists compiled for them.
 
-    Refers to modules and parameters weakly, so that remembering a binding keeps no model alive.
+    Refers to modules and parameters weakly, so that remembering a binding keeps no model alive. ``named`` is all there
+    is of a model that is no module.
     """
 
     def __init__(self, model: Model, named: list[tuple[str, Tensor]], plan: FreezePlan, operation: str) -> None:
         entries = bind(plan, named, operation=operation)
+        self.plan_fingerprint = plan.fingerprint
         masked = {id(entry.param) for entry in entries}
         rest = {id(p): (name, p) for name, p in reversed(named) if id(p) not in masked}
         self.n_masked = len(entries)
@@ -64,11 +67,13 @@ class _Bound:
         self.masks = [entry.local_mask for entry in entries] + [FreezeMask(local(p).shape) for _, p in rest.values()]
         self.groups = list(map(reduce_groups, params))
         self.shapes = [p.shape for p in params]
+        self._places = _places(params)
+        self.sure = True  # the gradients were of the dtypes and on the device that the reader was made for
         self._params = [weakref.ref(p) for p in params]
         self._modules = (
-            [weakref.ref(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
+            [weakref.ref(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else None
         )
-        self._contents = _contents(self._modules)
+        self._contents = self._held(named)
         self.gradients, self.masked_gradients = GradientReader(params), GradientReader(params[: self.n_masked])
         # of a packed gradient, everything that is held is live
         for i, (packing, mask) in enumerate(zip(self.gradients.packings, self.masks, strict=True)):
@@ -78,14 +83,33 @@ class _Bound:
         self._live: WorkList | None = None
         self._frozen: WorkList | None = None
 
-    def params(self) -> list[Tensor] | None:
-        """The parameters, if the model still holds the same modules and parameters of the same shapes."""
-        params = [ref() for ref in self._params]
-        if _contents(self._modules) != self._contents or any(p is None for p in params):
+    def params(self, named: list[tuple[str, Tensor]] | None) -> list[Tensor] | None:
+        """The parameters, if the model still holds the same modules and parameters of the same looks.
+
+        ``named``: the pairs of a model that is no module.
+        """
+        params: list[Any] = [ref() for ref in self._params]
+        if self._held(named) != self._contents or any(p is None for p in params):
             return None
-        if [p.shape for p in params if p is not None] != self.shapes or not self.gradients.reads(params):  # type: ignore[arg-type]
+        if list(map(_SHAPE, params)) != self.shapes or not all(map(_TRAINS, params[: self.n_masked])):
             return None
-        return params  # type: ignore[return-value]
+        # The lists do not depend on these, and to look at them always would cost a third more.
+        if not self.sure and _places(params) != self._places:
+            return None
+        return params if self.gradients.reads(params) else None
+
+    def _held(self, named: list[tuple[str, Tensor]] | None) -> list[Any] | None:
+        """Which parameters and submodules each module holds, by identity, or the pairs; None if a module is gone."""
+        if self._modules is None:
+            return [item for name, p in named or () for item in (name, id(p))]
+        held: list[Any] = []
+        for ref in self._modules:
+            module = ref()
+            if module is None:
+                return None
+            held += module._parameters.values()
+            held += module._modules.values()
+        return list(map(id, held))
 
     @property
     def live(self) -> WorkList:
@@ -102,34 +126,34 @@ class _Bound:
         return self._frozen
 
 
-def _contents(modules: list[weakref.ref[torch.nn.Module]]) -> list[int] | None:
-    """Which parameters and submodules each module holds, by identity; None if a module is gone."""
-    found = [ref() for ref in modules]
-    if any(module is None for module in found):
-        return None
-    held = ((module._parameters.values(), module._modules.values()) for module in found if module is not None)
-    return list(map(id, chain.from_iterable(chain.from_iterable(held))))
-
-
-_bindings: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, _Bound]] = weakref.WeakKeyDictionary()
+_SHAPE: Final = attrgetter("shape")
+_TRAINS: Final = attrgetter("requires_grad")
+_REMEMBERED: Final = 4
+# A module, or the first tensor of what else was given -> its last bindings, newest first. They die with it.
+_bindings: Final = WeakIdKeyDictionary()
 
 
 def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bound, list[Tensor]]:
-    """The binding and its parameters; for a module the last one is remembered, since a model trains under one plan."""
+    """The binding and its parameters. The last ones are remembered: a model trains under one plan, but the parts of one
+    may be clipped apart, and clipped by another plan than zeroed."""
     plan = plan if plan is not None else FreezePlan()
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
-    if isinstance(model, torch.nn.Module):
-        fingerprint, known = _bindings.get(model, (None, None))
-        if known is not None and fingerprint == plan.fingerprint and (params := known.params()) is not None:
+    named = None if isinstance(model, torch.nn.Module) else named_tensors(model)
+    owner: Any = model if named is None else named[0][1] if named else None
+    remembered: list[_Bound] = _bindings.setdefault(owner, []) if owner is not None else []  # type: ignore[no-untyped-call]
+    for known in remembered:
+        if known.plan_fingerprint == plan.fingerprint and (params := known.params(named)) is not None:
             return known, params
-    named = named_tensors(model)
-    bound = _Bound(model, named, plan, operation)
-    params = bound.params()
+    bound = _Bound(model, named_tensors(model) if named is None else named, plan, operation)
+    params = bound.params(named)
     assert params is not None
-    if isinstance(model, torch.nn.Module):
-        _bindings[model] = plan.fingerprint, bound
+    remembered[:] = [bound, *remembered[: _REMEMBERED - 1]]
     return bound, params
+
+
+def _places(params: list[Tensor]) -> list[Any]:
+    return [(p.dtype, p.device) for p in params]
 
 
 def read_gradients(
@@ -245,12 +269,13 @@ def zero_listed_grads_(
     names: Sequence[str],
     shapes: Sequence[torch.Size],
     operation: str,
-) -> None:
-    """Zero what a frozen list visits in the gradients of ``params``."""
+) -> bool:
+    """Zero what a frozen list visits in the gradients of ``params``; whether these were `plain <GradientList>`."""
     ready = _Contiguous(read_gradients(reader, params, names, shapes, operation), names, operation)
     chosen = _one_backend(backend, ready.tensors, operation)
     chosen.zero_(work, ready.tensors)
     ready.finish()
+    return ready.plain
 
 
 @torch.no_grad()
@@ -269,7 +294,7 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     """
     bound, params = _bind(model, plan, "zero_frozen_grads_")
     n = bound.n_masked
-    zero_listed_grads_(
+    bound.sure = zero_listed_grads_(
         backend,
         bound.frozen,
         bound.masked_gradients,
@@ -378,6 +403,7 @@ def clip_grad_norm_(
         grads.finish()
     else:
         optimizer.multiply_gradients_(coefficient, grads.tensors if grads.tensors.own else None)
+    bound.sure = grads.plain
     return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
 
 

@@ -22,7 +22,9 @@ from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient
 from .sharding import is_sharded
 
-__all__ = ["LiveGradients", "LiveLayer", "Storage", "check_live_gradients", "live_gradients", "suited"]
+__all__ = [
+    "LiveGradients", "LiveLayer", "Storage", "check_live_gradients", "generation", "live_gradients", "suited",
+]  # fmt: skip
 
 Storage = Literal["dense", "packed"]
 
@@ -32,10 +34,6 @@ MOST_LIVE: Final = 0.75
 #: Modules beside `torch.nn.Linear` that compute the same: transformers' GPT-2 and Falcon layers, and `fully_shard`'s.
 _LINEAR: Final = ("Conv1D", "FalconLinear", "FSDPLinear", "FSDPFalconLinear", "FSDPConv1D")
 _MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient, and the storage
-
-
-def generation() -> int:
-    return 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,20 @@ def live_gradients(
     return LiveGradients(model, plan, most_live, storage)
 
 
+def generation() -> int:
+    """A number that has grown whenever live gradients of any model were switched on or off: what was read from
+    `check_live_gradients` holds as long as it stays."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+
+
+_generation = 0
+
+
 def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
     """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
     another mask."""
@@ -246,12 +258,14 @@ def _install(module: Any, entry: BoundMask, storage: Storage) -> Callable[[], No
     module.forward = forward
     param = entry.param
     setattr(param, _MARK, (entry.mask, storage))
+    _changed()
 
     def undo() -> None:
         if vars(module).get("forward") is forward:
             del module.forward
         if hasattr(param, _MARK):
             delattr(param, _MARK)
+        _changed()
 
     return undo
 

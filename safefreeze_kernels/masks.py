@@ -17,8 +17,8 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -136,6 +136,16 @@ class FreezeMask:
     def bits(self) -> np.ndarray | None:
         """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
         return self._bits
+
+    @property
+    def frozen_rows(self) -> np.ndarray:
+        """`rows` as a read-only array."""
+        return self._rows
+
+    @property
+    def frozen_cols(self) -> np.ndarray:
+        """`cols` as a read-only array."""
+        return self._cols
 
     @property
     def live_rows(self) -> np.ndarray:
@@ -581,17 +591,15 @@ def _checksum(header: Mapping[str, str]) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the target, sync, rename: at any moment the target holds the old bytes or the new, never a mix."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    # An ordinary file, so its mode follows the umask: the system applies it. Asking for it would set it, for a moment
+    # and for every thread.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a plan is an ordinary one, so it follows the user's umask like any other
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1133,7 +1133,7 @@ class _CapturableLaunch(_Launch):
         rows = [
             _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], self.exact)
             for group, members in self.set_of_group
-        ]
+        ] or [_scalars_on_device(groups[0], ages, self.exact)]  # nothing is live, so there are no sets
         return grads, torch.cat(rows), self.set_of_part
 
     def count(self, skip: Tensor | None) -> None:

@@ -455,6 +455,7 @@ def test_parameters_that_overlap_themselves(how: str) -> None:
 def test_guard_refuses_what_it_cannot_copy() -> None:
     for p, words in (
         (nn.Parameter(torch.zeros(6, 4).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "expected float32"]),
+        (nn.Parameter(torch.zeros(6, 4).to_sparse()), ["sparse", "expected a dense"]),
         (nn.Parameter(torch.zeros(1, 4).expand(6, 4)), ["overlaps itself", "clone()"]),
     ):
         model = nn.Module()

@@ -370,6 +370,58 @@ def test_a_skeleton_has_the_names_and_shapes_of_the_model(
         assert all(param.is_meta for param in skeleton.parameters())
 
 
+SMALL_CONFIG = {
+    **LLAMA_2_7B_CONFIG, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["my.json", "config-of-mine", "bert.json", "config.json.bak"])
+def test_a_config_has_any_name(scored: tuple[Path, str], model_folder: Path, tmp_path: Path, name: str) -> None:
+    config, plan, labels = tmp_path / name, tmp_path / "plan", tmp_path / "labels.safetensors"
+    config.write_bytes((model_folder / "config.json").read_bytes())
+    sf.MaskBuilder(UnitScores.load(scored[0])).labels.save(labels)
+    succeeds("build", labels, "--model", config, "-o", plan)
+    assert sf.FreezePlan.load(plan) == sf.MaskBuilder(UnitScores.load(scored[0])).freeze().build()
+    assert "frozen parameters of llama" in succeeds("inspect", plan, "--model", config)
+    succeeds("plan-memory", "--model", config, "--plan", plan)
+    fails(run("score", config), f"{name}' is a file, expected a local Hugging Face model folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+        (b"[]", "holds a list and no model_type"),
+        (b'{"version": 1, "added_tokens": []}', "holds keys version, added_tokens and no model_type"),
+        (b'{"model_type": 5}', "no model_type"),
+        (b'{"model_type": "nothing"}', "does not recognize this architecture"),
+        (b'{"model_type": "own", "auto_map": {"AutoConfig": "config.Own"}}', "trust_remote_code"),
+        ({**SMALL_CONFIG, "hidden_size": "16"}, "hidden_size"),
+        ({**SMALL_CONFIG, "num_attention_heads": 0}, "ZeroDivisionError"),
+        ({**SMALL_CONFIG, "architectures": 5}, "not iterable"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_other_files_are_no_configs(tmp_path: Path, content: Any, told: str) -> None:
+    """The name of one tells the library nothing, as of bert.json it would: what is in it counts."""
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for file in (tmp_path / "bert.json", folder / "config.json"):
+        file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        result = run("plan-memory", "--model", file)
+        fails(result, "bert", told, "error: load_")
+    fails(run("plan-memory", "--model", folder), "bert", told)
+
+
+def test_a_config_may_name_any_class(tmp_path: Path) -> None:
+    for architectures in (["AutoConfig"], ["nothing"], [7], [], None, "LlamaForCausalLM"):
+        (tmp_path / "my.json").write_text(json.dumps({**SMALL_CONFIG, "architectures": architectures}))
+        assert type(load_skeleton(tmp_path / "my.json")).__name__ == "LlamaForCausalLM"
+
+
 def test_pairs_are_read_from_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     lines = ['{"prompt": "a\u2028b", "response": "c", "source": 1}', "", '{"response": "ö", "prompt": "d"}']

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_normal, short
 from torch import Tensor, nn
 
-from safefreeze_kernels import FreezeMask, FreezePlan, clip_grad_norm_, zero_frozen_grads_
+from safefreeze_kernels import FreezeMask, FreezePlan, clip_grad_norm_, live_gradients, zero_frozen_grads_
+from safefreeze_kernels.gradients import _bindings
+from safefreeze_kernels.packed import PackedGradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -393,7 +396,7 @@ def live_norm(model: nn.Module, plan: FreezePlan = UP) -> float:
     return norm_of([p.grad[live[name]] for name, p in named.items() if p.grad is not None])
 
 
-def norm_now(model: nn.Module, plan: FreezePlan | None = UP) -> float:
+def norm_now(model: Any, plan: FreezePlan | None = UP) -> float:
     return clip_grad_norm_(model, 1e9, plan).item()
 
 
@@ -503,23 +506,176 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def itself(model: nn.Module) -> nn.Module:
+    return model
+
+
+def mapping(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def pairs(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(model.named_parameters())
+
+
+def generator(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return model.named_parameters()
+
+
+def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return model.named_parameters(remove_duplicate=False)
+
+
+FORMS = [itself, mapping, pairs, generator, every_name]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_model_that_changed_is_seen(change: Callable[[Net], Any]) -> None:
+def test_a_model_that_changed_is_seen(change: Callable[[Net], Any], form: Callable[[nn.Module], Any]) -> None:
     model = Net()
     if change in (untie, untie_the_first):
         model.head.weight = model.embed.weight
-    assert norm_now(model) == pytest.approx(live_norm(model), rel=1e-6)
-    zero_frozen_grads_(model, UP)
+    assert norm_now(form(model)) == pytest.approx(live_norm(model), rel=1e-6)
+    zero_frozen_grads_(form(model), UP)
     kept = change(model)
-    assert norm_now(model) == pytest.approx(live_norm(model), rel=1e-6), "the old parameters' norm"
-    clip_grad_norm_(model, 1e-3, UP)
+    assert norm_now(form(model)) == pytest.approx(live_norm(model), rel=1e-6), "the old parameters' norm"
+    clip_grad_norm_(form(model), 1e-3, UP)
     assert live_norm(model) == pytest.approx(1e-3, rel=0.02), "the old parameters were clipped"
     if model.up.weight.grad is not None:
         model.up.weight.grad.fill_(1.0)
-        zero_frozen_grads_(model, UP)
+        zero_frozen_grads_(form(model), UP)
         assert (model.up.weight.grad[1] == 0).all()
         assert (model.up.weight.grad[2] == 1).all()
     del kept
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The work lists that were compiled."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        compile_list = getattr(module, name)
+        return lambda *given: (calls.append(name), compile_list(*given))[1]
+
+    module = sys.modules[clip_grad_norm_.__module__]
+    for name in ("compile_live", "compile_frozen"):
+        monkeypatch.setattr(module, name, counting(name))
+    return calls
+
+
+OTHER = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[2, 3]), "head.weight": FreezeMask((8, 4), cols=[0])})
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_lists_are_compiled_once(form: Callable[[nn.Module], Any], compiled: list[str]) -> None:
+    """Anything but a module was bound anew at every call, with a blocking copy to a GPU each time."""
+    model = Net()
+    for _ in range(3):
+        clip_grad_norm_(form(model), 1.0, UP)
+        zero_frozen_grads_(form(model), UP)
+    assert compiled == ["compile_live", "compile_frozen"]
+
+
+def test_a_parameter_dict_is_bound_once(compiled: list[str]) -> None:
+    model = Net()
+    given = nn.ParameterDict({name.replace(".", "_"): p for name, p in model.named_parameters()})
+    plan = FreezePlan({"up_weight": UP["up.weight"]})
+    for _ in range(3):
+        clip_grad_norm_(given, 1.0, plan)
+        clip_grad_norm_(given.items(), 1.0, plan)
+    assert compiled == ["compile_live", "compile_live"], "once as a module, once as pairs"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_plans_and_parts_taken_in_turn_are_all_remembered(
+    form: Callable[[nn.Module], Any], compiled: list[str]
+) -> None:
+    model = Net()
+    for _ in range(3):
+        for plan in (UP, OTHER):
+            assert norm_now(form(model), plan) == pytest.approx(live_norm(model, plan), rel=1e-6)
+        part = [("up.weight", model.up.weight)]
+        assert clip_grad_norm_(part, 1e9, UP).item() == pytest.approx(norm_of([model.up.weight.grad[[0, 2, 3, 4, 5]]]))
+    assert compiled == ["compile_live"] * 3
+
+
+def test_what_is_remembered_is_little(compiled: list[str]) -> None:
+    model = Net()
+    tensors = pairs(model)
+    for rows in range(6):
+        for given in (model, tensors):
+            clip_grad_norm_(given, 1.0, FreezePlan({"up.weight": FreezeMask((6, 4), rows=range(rows))}))
+    assert len(compiled) == 12
+    assert sum(len(bindings) for owner, bindings in _bindings.items() if owner in (model, tensors[0][1])) <= 8
+
+
+def rename(given: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [({"up.weight": "head.weight", "head.weight": "up.weight"}.get(name, name), p) for name, p in given]
+
+
+def test_other_names_for_the_same_tensors_are_seen() -> None:
+    model = Net()
+    model.head = nn.Linear(4, 6, bias=False)
+    model.head.weight = with_gradient((6, 4), 61)
+    named = pairs(model)
+    zero_frozen_grads_(named, UP)
+    zero_frozen_grads_(rename(named), UP)
+    for weight in (model.up.weight, model.head.weight):
+        assert (weight.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_a_planned_weight_that_no_longer_trains_is_refused(form: Callable[[nn.Module], Any]) -> None:
+    model = Net()
+    zero_frozen_grads_(form(model), UP)
+    model.up.bias.requires_grad_(False)
+    zero_frozen_grads_(form(model), UP)  # not in the plan
+    model.up.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"zero_frozen_grads_: 'up\.weight' has requires_grad=False"):
+        zero_frozen_grads_(form(model), UP)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_another_dtype_is_bound_anew(form: Callable[[nn.Module], Any], compiled: list[str]) -> None:
+    """Otherwise every later call took the slow way."""
+    model = Net()
+    norm_now(form(model))
+    model.bfloat16()
+    for _ in range(4):
+        assert norm_now(form(model)) == pytest.approx(live_norm(model), rel=1e-6)
+    assert compiled == ["compile_live", "compile_live"]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_gradients_that_become_packed_are_seen(form: Callable[[nn.Module], Any]) -> None:
+    model, x = Net(), random_normal(7, 3, 4)
+    mostly = FreezePlan({"up.weight": FreezeMask((6, 4), rows=[0, 1, 3, 4])})
+
+    def norm() -> tuple[float, bool]:
+        model.zero_grad()
+        model.up(x).square().sum().backward()
+        return norm_now(form(model), mostly), isinstance(model.up.weight.grad, PackedGradient)
+
+    expected, packed = norm()
+    assert not packed
+    with live_gradients(model, mostly, storage="packed"):
+        assert norm() == (pytest.approx(expected, rel=1e-5), True)
+    assert norm() == (pytest.approx(expected, rel=1e-6), False)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_another_shape_of_the_same_parameter_is_seen(form: Callable[[nn.Module], Any]) -> None:
+    model = Net()
+    norm_now(form(model))
+    model.up.bias.grad = None
+    model.up.bias.data = torch.ones(7)
+    model.up.bias.grad = torch.ones(7)
+    assert norm_now(form(model)) == pytest.approx(live_norm(model), rel=1e-6)
+    model.up.weight.grad = None
+    model.up.weight.data = torch.ones(7, 4)
+    with pytest.raises(ValueError, match=r"'up\.weight' has shape \(7, 4\), the plan expects \(6, 4\)"):
+        norm_now(form(model))
 
 
 def test_a_changed_plan_is_seen() -> None:
@@ -571,9 +727,12 @@ def _cycle(model: Net) -> None:
 def test_a_deleted_model_is_let_go(also: Callable[[Net], None]) -> None:
     model = Net()
     also(model)
-    clip_grad_norm_(model, 1.0, UP)
-    zero_frozen_grads_(model, UP)
+    for form in FORMS:
+        clip_grad_norm_(form(model), 1.0, UP)
+        zero_frozen_grads_(form(model), UP)
     gone = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    gone += [weakref.ref(bound) for owner in (model, model.embed.weight) for bound in _bindings[owner]]
+    assert len(gone) > 6
     del model
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone), "a cache keeps the model's tensors alive"

@@ -15,7 +15,7 @@ from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_norma
 from torch import Tensor, nn
 
 from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard, snapshot
-from safefreeze_kernels.guard import guards_of
+from safefreeze_kernels.guards import guards_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,6 +184,22 @@ def test_every_mask_dtype_and_backend(kind: str, dtype: torch.dtype, backend: st
         live = ~frozen[name]
         assert p[live].isfinite().all(), f"the frozen gradients reached live {name}"
         assert not live.any() or not torch.equal(p[live], first[name][live]), f"live part of {name} did not train"
+
+
+@pytest.mark.filterwarnings("ignore:guard. using the slow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=short)
+def test_dtypes_that_no_compiled_kernel_takes(dtype: torch.dtype) -> None:
+    model = a_model(dtype)
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    before = copies(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+        proof.verify(model)
+    assert not torch.equal(model.masked, before["masked"])
 
 
 def test_weights_that_share_a_dtype_group_and_a_step_without_gradients() -> None:

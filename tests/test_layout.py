@@ -20,12 +20,12 @@ NAME = "safefreeze_kernels"
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
     ("_C", "sharding", "calibration", "state_dicts"),
-    ("masks",),
+    ("_C", "sharding", "calibration", "checkpoint", "state_dicts"),
     ("binding", "packed"),
     ("kernels",),
     ("gradients", "live"),
     ("optim", "attribution"),
-    ("guard", "proof", "audit", "watch"),
+    ("guards", "proof", "audit", "watch"),
     ("memory", "profiling"),
     ("integrations",),
     ("demo",),
@@ -124,6 +124,11 @@ def test_the_import_reader_sees_imports(tmp_path: Path, monkeypatch: pytest.Monk
     ]  # fmt: skip
 
 
+def test_the_extension_claims_no_safety_without_the_interpreter_lock() -> None:
+    """It borrows references and has no critical sections: on a free-threaded Python it must turn the lock on."""
+    assert "mod_gil" not in (PACKAGE.parent / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
+
+
 def test_no_drawer_for_everything() -> None:
     drawers = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
     assert not [path for path in PACKAGE.rglob("*") if path.stem in drawers]
@@ -164,6 +169,12 @@ def test_public_names(name: str) -> None:
     assert name in sf.__all__
     found = getattr(sf, name)
     assert not [attribute for attribute in PUBLIC[name] if not hasattr(found, attribute)]
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule puts it into the package under its name: ``sf.guard`` was a module then."""
+    hidden = [name for name in PUBLIC if (PACKAGE / f"{name}.py").exists()]
+    assert not hidden
 
 
 def test_all_is_sorted_true_and_complete() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import safefreeze_kernels as sf
+from safefreeze_kernels import live
 from safefreeze_kernels.attribution import find_units, units_from
 from safefreeze_kernels.live import _LiveLinear
 from safefreeze_kernels.packed import PackedGradient
@@ -199,6 +200,21 @@ def test_it_is_undone(storage: Any) -> None:
     net(batch()).backward()
     assert (net.layer.weight.grad[MASKS["rows"].dense()] != 0).any()
     sf.live_gradients(net, plan).remove()
+
+
+@STORAGE
+def test_the_generation_tells_of_every_change(storage: Any) -> None:
+    """Who remembers what `check_live_gradients` said must be told; nothing told it."""
+    net, plan = Net(), plan_of("rows")
+    seen = [live.generation()]
+    handle = sf.live_gradients(net, plan, storage=storage)
+    seen.append(live.generation())
+    net(batch()).backward()
+    assert live.generation() == seen[-1]  # training is no change
+    handle.remove()
+    seen.append(live.generation())
+    handle.remove()
+    assert live.generation() == seen[-1] and seen == sorted(set(seen))
 
 
 def test_what_is_left_alone_says_why() -> None:

