@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -63,9 +63,11 @@ def bind(
     named: Sequence[tuple[str, Tensor]],
     *,
     operation: str,
-    require_grad: Literal[True, False] = True,
+    require_grad: bool = True,
+    twins: bool = False,
 ) -> list[BoundMask]:
-    """Find the parameter of every mask. One entry per tensor, however many names it has.
+    """Find the parameter of every mask. One entry per tensor, however many names it has. ``twins``: a tied weight may
+    come as two tensors over the same bytes, as in a state dict: who only reads does not mind.
 
     Raises:
         ValueError: naming the parameter: missing, one of two of that name, of another shape, tied with two different
@@ -101,7 +103,10 @@ def bind(
                 "('critic.' + name, parameter)"
             )
         if tuple(param.shape) != mask.shape:
-            raise ValueError(f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}")
+            raise ValueError(
+                f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan for "
+                "the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
+            )
         if require_grad and not param.requires_grad:
             raise ValueError(
                 f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
@@ -114,8 +119,7 @@ def bind(
                 "give it one mask, for example the union"
             )
         bound.setdefault(id(param), BoundMask(name, param, mask, [])).plan_names.append(plan_name)
-    # Who only reads may meet a tied weight as two tensors over the same bytes, as in a state dict.
-    _refuse_overlap(list(bound.values()), named, operation, twins_allowed=not require_grad)
+    _refuse_overlap(list(bound.values()), named, operation, twins_allowed=twins)
     return list(bound.values())
 
 

@@ -544,7 +544,7 @@ class MaskedAdam(Optimizer):
                 if got != expected:
                     raise ValueError(
                         f"{type(self).__name__}: state {key!r} of {name!r} has {aspect} {got}, expected {expected}; "
-                        "load foreign state with load_state_dict"
+                        "load foreign state with load_state_dict; after a parameter grew, call set_freeze"
                     )
             plain = moment.resolve_conj().resolve_neg().contiguous()
             if plain is not moment:

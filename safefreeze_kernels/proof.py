@@ -89,7 +89,7 @@ def snapshot(model: Model, plan: FreezePlan) -> Snapshot:
 def _found(model: Model, plan: FreezePlan, operation: str) -> list[BoundMask]:
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
-    return bind(plan, named_tensors(model), operation=operation, require_grad=False)
+    return bind(plan, named_tensors(model), operation=operation, require_grad=False, twins=True)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""What changes between the steps of a training script, behind an optimizer's back: taken as it is, or an error that says
-what changed. Each of these once went by without a word (or crashed, or said something else)."""
+"""What changes between the steps of a training script, behind an optimizer's back: taken as it is, or an error that
+says what changed. Each of these once went by without a word (or crashed, or said something else)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from safefreeze_kernels.kernels import compile_live, reference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [0, 3]
+MORE = nn.Parameter(torch.ones(2))
 PLAN = sf.FreezePlan({"weight": sf.FreezeMask((6, 5), rows=ROWS)})
 
 
@@ -47,7 +48,7 @@ def trained(model: nn.Module, steps: int = 2, **options: Any) -> sf.MaskedAdamW:
     return optimizer
 
 
-# -- clip factors that wait for the step -------------------------------------------------------------------------------
+# -- clip factors that wait for the step -----------------------------------------------------------------------------
 
 LATER: dict[str, Callable[[nn.Module, sf.MaskedAdamW], Any]] = {
     "the plan changed": lambda model, opt: opt.set_freeze(None),
@@ -94,7 +95,7 @@ def test_a_clip_factor_goes_with_its_gradients(skip: str) -> None:
     assert_same_bits(model.weight.detach(), other.weight.detach(), "the step after a skipped batch")
 
 
-# -- state ---------------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["another optimizer", "a memory-mapped file"])
@@ -150,7 +151,7 @@ def test_the_step_by_which_distributed_checkpoint_makes_state_counts_nothing() -
     assert_same_bits(model.weight.detach(), expected.weight.detach(), "training after the state was made")
 
 
-# -- parameters ------------------------------------------------------------------------------------------------------------
+# -- parameters ------------------------------------------------------------------------------------------------------
 
 
 def reassigned(model: nn.Module) -> None:
@@ -177,7 +178,7 @@ def test_a_parameter_that_another_took_the_place_of_is_told_at_the_first_step(
     before = [bits(p).clone() for p in model.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        with pytest.raises(ValueError if planned else RuntimeWarning, match="'weight' has no gradient.*afterwards"):
+        with pytest.raises(ValueError if planned else RuntimeWarning, match=r"'weight' has no gradient.*afterwards"):
             optimizer.step()
     assert all(torch.equal(bits(p), old) for p, old in zip(model.parameters(), before, strict=True))
 
@@ -236,7 +237,7 @@ def test_storage_tied_later_is_told(when: str) -> None:
         optimizer.step()
     model["b"].weight.data = model["a"].weight.data
     kept = bits(model["a"].weight).clone()
-    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' share storage"):
+    with pytest.raises(ValueError, match=r"'a\.weight' and 'b\.weight' share storage"):
         optimizer.step()
     assert torch.equal(bits(model["a"].weight), kept)
 
@@ -261,7 +262,7 @@ def test_groups_without_names_are_told_how_to_have_them() -> None:
         sf.MaskedAdamW([{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}], freeze=PLAN)
 
 
-# -- grown parameters ------------------------------------------------------------------------------------------------------
+# -- grown parameters ------------------------------------------------------------------------------------------------
 
 GROWN = {
     "rows": ((6, 5), (8, 5)), "columns": ((6, 5), (6, 7)), "both": ((6, 5), (7, 9)), "a vector": ((6,), (9,)),
@@ -269,10 +270,10 @@ GROWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("object", ["the same", "another"])
+@pytest.mark.parametrize("which", ["the same", "another"])
 @pytest.mark.parametrize("where", GROWN)
 @pytest.mark.parametrize("planned", [True, False])
-def test_a_grown_parameter_keeps_its_state_and_grows_young(where: str, planned: bool, object: str) -> None:
+def test_a_grown_parameter_keeps_its_state_and_grows_young(where: str, planned: bool, which: str) -> None:
     """Old elements go on as if nothing had grown; what was added starts as a fresh AdamW element."""
     old_shape, shape = GROWN[where]
     old = tuple(map(slice, old_shape))
@@ -291,7 +292,7 @@ def test_a_grown_parameter_keeps_its_state_and_grows_young(where: str, planned: 
             opt.step()
     grown = more.clone()
     grown[old] = p.detach()
-    if object == "the same":
+    if which == "the same":
         p.data = grown
     else:
         new = nn.Parameter(grown)
@@ -326,7 +327,7 @@ def test_a_parameter_that_shrank_is_refused() -> None:
     assert optimizer.plan == PLAN
 
 
-# -- masters ---------------------------------------------------------------------------------------------------------------
+# -- masters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -347,7 +348,7 @@ def test_a_weight_written_from_outside_is_taken_as_written(backend: str) -> None
         assert_same_bits(p.detach(), weight, f"weights over remainders {left}", where=finite)
 
 
-# -- work lists, ranks, graphs ------------------------------------------------------------------------------------------------
+# -- work lists, ranks, graphs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda work: pickle.loads(pickle.dumps(work))], ids=["copy", "pickle"])
@@ -431,7 +432,7 @@ def test_live_gradients_of_another_plan_are_told_at_any_step() -> None:
         model(x).square().sum().backward()
         with pytest.raises(ValueError, match="learns where live_gradients computes no gradient"):
             optimizer.step()
-    with pytest.raises(ValueError, match="0.weight.*live_gradients"):  # the gradients are those still
+    with pytest.raises(ValueError, match=r"0\.weight.*live_gradients"):  # the gradients are those still
         optimizer.step()
     assert torch.equal(bits(model[0].weight), kept)
     optimizer.zero_grad()

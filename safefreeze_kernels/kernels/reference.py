@@ -35,12 +35,11 @@ def adamw(
 
 
 def from_remainder(p: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``; a zero that was written from
-    outside has none with an upper half of remainders, and is its own master."""
+    """The float32 master whose upper half, rounded to nearest, is the bfloat16 ``p``; zero and infinity that were
+    written from outside have none with some remainders, and are their own masters."""
     stored, lower = p.view(torch.int16).int(), remainder.int() & 0xFFFF
-    master = stored - (lower >> 15) << 16 | lower
-    rewritten = (stored & 0x7FFF == 0) & (lower >> 15 != 0)
-    return torch.where(rewritten, stored << 16, master).view(torch.float32)
+    master = (stored - (lower >> 15) << 16 | lower).view(torch.float32)
+    return torch.where(master.isnan(), (stored << 16).view(torch.float32), master)
 
 
 def to_remainder(master: Tensor) -> tuple[Tensor, Tensor]:

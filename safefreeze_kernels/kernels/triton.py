@@ -143,8 +143,8 @@ def _from_remainder(stored, remainder):
     low, word = remainder.to(tl.int32), stored.to(tl.int32)
     high = (word - (low >> 15)) & 0xFFFF
     bits = (high.to(tl.uint32) << 16) | low.to(tl.uint32)
-    rewritten = ((word & 0x7FFF) == 0) & ((low >> 15) != 0)
-    return tl.where(rewritten, word.to(tl.uint32) << 16, bits).to(tl.float32, bitcast=True)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, word.to(tl.uint32) << 16, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
