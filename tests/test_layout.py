@@ -19,7 +19,7 @@ NAME = "safefreeze_kernels"
 
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
-    ("_C", "sharding", "calibration"),
+    ("_C", "sharding", "calibration", "attached"),
     ("masks",),
     ("binding", "packed"),
     ("kernels",),
