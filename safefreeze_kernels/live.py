@@ -7,8 +7,9 @@ of one with frozen columns ``dY.T @ X[:, live]``, and only the live columns of `
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, get_args
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .attached import Attached, attach, detach
 from .binding import BoundMask, bind, named_tensors
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient
@@ -33,7 +35,6 @@ Storage = Literal["dense", "packed"]
 MOST_LIVE: Final = 0.75
 #: Modules beside `torch.nn.Linear` that compute the same: transformers' GPT-2 and Falcon layers, and `fully_shard`'s.
 _LINEAR: Final = ("Conv1D", "FalconLinear", "FSDPLinear", "FSDPFalconLinear", "FSDPConv1D")
-_MARK: Final = "_safefreeze_live_gradients"  # on a parameter: the mask of what has no gradient, and the storage
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class LiveLayer:
 
 
 class LiveGradients:
-    """Made by `live_gradients`; `remove` undoes it, and so does leaving a ``with`` block.
+    """Made by `live_gradients`; `remove` undoes it, and so does leaving a ``with`` block, which can be entered once.
+
+    A copy of it has nothing to undo, as a copy of the model has no live gradients.
 
     Attributes:
         layers: what became of each weight of the plan.
@@ -76,21 +79,23 @@ class LiveGradients:
                     f"{operation}: {entry.name!r} is sharded, and packed gradients are for one device; use "
                     "storage='dense'"
                 )
-            if hasattr(entry.param, _MARK):
+            if _of(entry.param) is not None:
                 raise ValueError(f"{operation}: {entry.name!r} has live gradients already; remove those first")
         self.storage, self.most_live = storage, most_live
         self.layers: list[LiveLayer] = []
-        self._undo: list[Callable[[], None]] = []
+        self._forwards: list[_LiveForward] = []
+        self._may_enter = True
         for entry, module, reason in suited(model, bound, most_live):
             live = entry.mask.live_count / entry.mask.numel if entry.mask.numel else 1.0
             self.layers.append(LiveLayer(entry.name, 1.0 if reason else live, reason))
             if module is not None:
-                self._undo.append(_install(module, entry, storage))
+                self._forwards.append(_LiveForward(module, entry, storage))
 
     def remove(self) -> None:
         """The model is as it was; gradients that are there stay."""
-        while self._undo:
-            self._undo.pop()()
+        self._may_enter = False
+        while self._forwards:
+            self._forwards.pop().remove()
 
     def summary(self) -> str:
         """A table: weights by what is done with them, and why."""
@@ -107,12 +112,21 @@ class LiveGradients:
         return "\n".join(lines)
 
     def __enter__(self) -> LiveGradients:
+        if not self._may_enter:
+            raise RuntimeError(
+                "live_gradients: this handle was entered or removed before, or is a copy, expected a new one; call "
+                "live_gradients again"
+            )
+        self._may_enter = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_forwards": [], "_may_enter": False}
 
     def __repr__(self) -> str:
         return f"LiveGradients({self.summary().splitlines()[0]})"
@@ -131,7 +145,11 @@ def live_gradients(
     outside the graph.
 
     Names, state dict and module classes stay as they are. Live values are those of plain autograd, but for the order of
-    sums inside smaller matrix products.
+    sums inside smaller matrix products. Parameters that take the place of others later (``to``, ``load_state_dict(...,
+    assign=True)``) have live gradients too, tensors that `torch.func.functional_call` lends have not.
+
+    The model alone has them: copies (``copy.deepcopy``, `torch.optim.swa_utils.AveragedModel`, ``pickle``,
+    ``torch.save``) are ordinary models, with ordinary gradients of their own.
 
     Done for `torch.nn.Linear` and transformers' ``Conv1D`` whose mask has whole rows or columns; other weights are left
     alone, as `LiveGradients.summary` tells: single elements, weights that several modules share, those of which too
@@ -148,7 +166,7 @@ def live_gradients(
 
     Raises:
         ValueError: the plan does not fit the model; a weight has live gradients already; packed gradients of a sharded
-            model.
+            model. From the model: a weight has another shape than it had.
     """
     return LiveGradients(model, plan, most_live, storage)
 
@@ -170,7 +188,8 @@ _generation = 0
 def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
     """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
     another mask."""
-    missing, storage = getattr(param, _MARK, (mask, "dense"))
+    forward = _of(param)
+    missing, storage = (mask, "dense") if forward is None else (forward.mask, forward.storage)
     if missing != mask and ((missing | mask) != mask or storage == "packed"):
         raise ValueError(
             f"{operation}: {name!r} learns where live_gradients computes no gradient; remove that and call it with the "
@@ -212,7 +231,8 @@ def _suitable(
         return None, f"{type(module).__name__}.{name} is no linear layer's weight"
     if entry.mask.bits is not None:
         return None, "single elements are frozen"
-    if "forward" in vars(module):
+    replaced = vars(module).get("forward")
+    if replaced is not None and not (isinstance(replaced, _LiveForward) and replaced.removed):
         return None, "its forward was replaced by something else"
     if not entry.mask.frozen_count:
         return None, "nothing is frozen"
@@ -221,53 +241,86 @@ def _suitable(
     return module, ""
 
 
-def _install(module: Any, entry: BoundMask, storage: Storage) -> Callable[[], None]:
-    """Give ``module`` a forward whose weight gradient is live; returns what undoes it."""
-    transposed = type(module).__name__.endswith("Conv1D")  # its weight is (in, out)
-    apart = type(module).__name__.endswith("FalconLinear")  # its bias is added to a rounded product
-    n_rows, n_cols = entry.mask.matrix_shape
-    rows, cols = entry.mask.live_rows, entry.mask.live_cols
-    places = [
-        None if index.size == size else torch.from_numpy(index) for index, size in ((rows, n_rows), (cols, n_cols))
-    ]
-    indices: dict[torch.device, list[Tensor | None]] = {}
-    plain = module.forward
-    packing = entry.mask if storage == "packed" else None
+class _LiveForward(Attached):
+    """The forward of one linear layer, by which its weight has live gradients.
 
-    def forward(x: Tensor) -> Tensor:
-        weight = module.weight
-        if is_sharded(weight) and packing is not None:
-            raise RuntimeError(
-                f"live_gradients: {entry.name!r} was sharded afterwards, and packed gradients are for one device; use "
-                "storage='dense'"
-            )
-        if not (torch.is_grad_enabled() and weight.requires_grad) or is_sharded(weight) or is_sharded(x):
-            result: Tensor = plain(x)
+    Wherever a copy of the layer would have it, the copy has the forward of its class instead, bound to itself.
+    """
+
+    attribute = "forward"
+
+    def __init__(self, layer: nn.Module, entry: BoundMask, storage: Storage) -> None:
+        self.mask, self.storage, self.removed = entry.mask, storage, False
+        self._layer, self._name = weakref.ref(layer), entry.name
+        self._transposed = type(layer).__name__.endswith("Conv1D")  # its weight is (in, out)
+        self._bias_apart = type(layer).__name__.endswith("FalconLinear")  # its bias is added to a rounded product
+        self._packing = entry.mask if storage == "packed" else None
+        index = (entry.mask.live_rows, entry.mask.live_cols)
+        self._places = [
+            None if live.size == size else torch.from_numpy(live)
+            for live, size in zip(index, entry.mask.matrix_shape, strict=True)
+        ]
+        self._on_device: dict[torch.device, list[Tensor | None]] = {}
+        attach(layer, self)
+        _forwards[layer] = self
+        _changed()
+
+    def remove(self) -> None:
+        """Undo it; if something else wrapped this, what it wraps is an ordinary forward from now on."""
+        self.removed = True
+        if (layer := self._layer()) is not None:
+            detach(layer, self)
+            _forwards.pop(layer, None)
+        _changed()
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._layer(), "forward")
+
+    def __call__(self, *given: Any, **named: Any) -> Tensor:
+        layer: Any = self._layer()
+        weight = layer.weight
+        (x,) = (*given, *named.values())
+        if self._is_ordinary(x, weight):
+            result: Tensor = type(layer).forward(layer, x)
             return result
-        if x.device not in indices:
-            indices[x.device] = [None if i is None else i.to(x.device) for i in places]
-        live_rows, live_cols = indices[x.device]
-        bias = module.bias
+        if x.device not in self._on_device:
+            self._on_device[x.device] = [None if i is None else i.to(x.device) for i in self._places]
+        live_rows, live_cols = self._on_device[x.device]
+        bias, packing, apart = layer.bias, self._packing, self._bias_apart
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         apply = _LiveLinear.apply if packing is None or not torch.compiler.is_compiling() else _outside_the_graph
-        found: Tensor = apply(x, weight, None if apart else bias, live_rows, live_cols, transposed, packing)
+        found: Tensor = apply(x, weight, None if apart else bias, live_rows, live_cols, self._transposed, packing)
         return found + bias if apart and bias is not None else found
 
-    module.forward = forward
-    param = entry.param
-    setattr(param, _MARK, (entry.mask, storage))
-    _changed()
+    def _is_ordinary(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the forward of the layer's class is to run. ``weight``: what the layer would compute with, which is
+        no parameter if `torch.func.functional_call` lent it."""
+        if self.removed or not (torch.is_grad_enabled() and weight.requires_grad and isinstance(weight, nn.Parameter)):
+            return True
+        if is_sharded(weight) and self._packing is not None:
+            raise RuntimeError(
+                f"live_gradients: {self._name!r} was sharded afterwards, and packed gradients are for one device; use "
+                "storage='dense'"
+            )
+        if weight.shape != self.mask.shape:
+            raise ValueError(
+                f"live_gradients: {self._name!r} has shape {tuple(weight.shape)}, expected {self.mask.shape} as "
+                "before; remove it and call it with a plan for the new shape"
+            )
+        return is_sharded(weight) or is_sharded(x)
 
-    def undo() -> None:
-        if vars(module).get("forward") is forward:
-            del module.forward
-        if hasattr(param, _MARK):
-            delattr(param, _MARK)
-        _changed()
 
-    return undo
+#: Layers that have live gradients now.
+_forwards: weakref.WeakKeyDictionary[nn.Module, _LiveForward] = weakref.WeakKeyDictionary()
+
+
+def _of(param: Tensor) -> _LiveForward | None:
+    """What computes live gradients of ``param``; None: nothing does. Asked of the layers, since parameters are swapped
+    and copied."""
+    layers = list(_forwards.items())
+    return next((forward for layer, forward in layers if layer._parameters.get("weight") is param), None)
 
 
 class _LiveLinear(torch.autograd.Function):

@@ -42,6 +42,16 @@ class PackedGradient(Tensor):
             register_optimizer_step_pre_hook(refuse_step)
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PackedGradient, (self.packed, self.mask)
+
+    def _set_data(self, other: PackedGradient) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.packed = other.packed
+
+    #: `torch.nn.Module.to` converts a gradient in place by setting this.
+    data = property(lambda self: Tensor.data.__get__(self), _set_data)  # type: ignore[attr-defined]
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedGradient({tuple(self.shape)}, {self.packed.numel():,} of {self.numel():,} elements held)"
 

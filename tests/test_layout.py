@@ -19,8 +19,8 @@ NAME = "safefreeze_kernels"
 
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
-    ("_C", "sharding", "calibration", "state_dicts"),
-    ("_C", "sharding", "calibration", "checkpoint", "state_dicts"),
+    ("_C", "attached", "sharding", "calibration", "checkpoint", "state_dicts"),
+    ("masks",),
     ("binding", "packed"),
     ("kernels",),
     ("gradients", "live"),

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import pytest
@@ -217,6 +223,36 @@ def test_the_generation_tells_of_every_change(storage: Any) -> None:
     assert live.generation() == seen[-1] and seen == sorted(set(seen))
 
 
+def test_a_handle_is_entered_once() -> None:
+    """A second ``with`` did nothing, or ended the first one's, without a word."""
+    net, plan = Net(), plan_of("rows")
+    handle = sf.live_gradients(net, plan)
+    with handle, pytest.raises(RuntimeError, match=r"entered or removed before.*call live_gradients again"):
+        handle.__enter__()
+    with pytest.raises(RuntimeError, match="entered or removed before"):
+        handle.__enter__()
+
+
+def test_the_input_may_be_given_by_its_name() -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"))
+    net.layer(input=torch.ones(8)).sum().backward()
+    assert_same_bits(net.layer.weight.grad, (~MASKS["rows"].dense()).float(), "gradient")
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    """Rows added later would have had no gradient."""
+    net = Net()
+    handle = sf.live_gradients(net, plan_of("rows"))
+    net.layer.weight = nn.Parameter(torch.ones(15, 8))
+    net.layer.bias = None
+    with pytest.raises(ValueError, match=r"'layer\.weight' has shape \(15, 8\), expected \(12, 8\) as before"):
+        net.layer(torch.ones(8))
+    handle.remove()
+    net.layer(torch.ones(8)).sum().backward()
+    assert_same_bits(net.layer.weight.grad, torch.ones(15, 8), "gradient")
+
+
 def test_what_is_left_alone_says_why() -> None:
     net = Net()
     net.tied, net.other = nn.Linear(8, 12), nn.Linear(8, 12)
@@ -291,7 +327,238 @@ def test_bad_input(arguments: tuple[Any, ...], error: type[Exception], words: st
         sf.live_gradients(Net(), plan_of("rows"), storage="sparse")  # type: ignore[arg-type]
 
 
+# ------------------------------------------------------------------------------- copies, wraps, swapped parameters
+
+
+def saved(net: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: Final[dict[str, Callable[[Any], Any]]] = {
+    "deepcopy": copy.deepcopy,
+    "a copy's copy": lambda net: copy.deepcopy(copy.deepcopy(net)),
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "torch.save": saved,
+    "a moving average": lambda net: torch.optim.swa_utils.AveragedModel(net).module,
+    "of a compiled model": lambda net: copy.deepcopy(torch.compile(net, backend="eager"))._orig_mod,
+    "of a list": lambda net: copy.deepcopy([net.layer, net])[1],
+    "of a module that holds it": lambda net: copy.deepcopy(nn.Sequential(net))[0],
+}
+
+
+@STORAGE
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_is_an_ordinary_model(way: str, storage: Any) -> None:
+    """It computed with the original's weights, while live gradients were on and after; its gradients went there."""
+    net, expected, plan = Net(), Net(), plan_of("rows")
+    with sf.live_gradients(net, plan, storage=storage):
+        found = COPIES[way](net)
+        assert vars(found.layer).keys() == vars(expected.layer).keys()
+        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+        net(batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = net.layer.weight.detach().clone()
+        for during in (True, False):
+            losses = [model(batch()) for model in (found, expected)]
+            assert_same_bits(losses[0].detach(), losses[1].detach(), "loss")
+            for loss in losses:
+                loss.backward()
+            assert net.layer.weight.grad is None
+            for (name, p), q in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+                assert_same_bits(p.grad, q[1].grad, name)
+            for model in (found, expected):
+                model.zero_grad()
+            if during:
+                # it trains by a plan of its own, and may have live gradients of its own
+                few = sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0])})
+                for model in (found, expected):
+                    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=1e-2, freeze=few)
+                    with sf.live_gradients(model, few, storage=storage, most_live=1.0):
+                        model(batch()).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+        net(batch()).backward()
+        assert isinstance(net.layer.weight.grad, PackedGradient) == (storage == "packed")
+    assert_same_bits(net.layer.weight.detach(), moved, "the original")
+
+
+@STORAGE
+def test_a_pickle_needs_nothing_of_ours(storage: Any) -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"), storage=storage)
+    net(batch()).backward()
+    assert b"safefreeze" not in pickle.dumps(net)
+
+
+def test_a_model_may_hold_its_handle() -> None:
+    net: Any = Net()
+    net.handle = sf.live_gradients(net, plan_of("rows"))
+    found = copy.deepcopy(net)
+    found.handle.remove()
+    with pytest.raises(RuntimeError, match="or is a copy"):
+        found.handle.__enter__()
+    net(batch()).backward()
+    assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+
+
+def test_neither_a_model_nor_its_copy_is_kept() -> None:
+    net: Any = Net()
+    handle = sf.live_gradients(net, plan_of("rows"))
+    gc.disable()
+    try:
+        gone = [weakref.ref(copy.deepcopy(net).layer.weight), weakref.ref(net.layer.weight)]
+        del net
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+    handle.remove()
+
+
+def wrapped(layer: Any) -> None:
+    """As accelerate's hooks do it."""
+    layer._old_forward = layer.forward
+    layer.forward = lambda *args: layer._old_forward(*args)
+
+
+def unwrapped(layer: Any) -> None:
+    layer.forward = layer._old_forward
+    del layer._old_forward
+
+
+def test_a_forward_that_something_else_wrapped() -> None:
+    """What it wraps must not go on leaving gradients out once live gradients were removed, nor come into a copy."""
+    net, expected, plan = Net(), Net(), plan_of("rows")
+    handle = sf.live_gradients(net, plan)
+    wrapped(net.layer)
+    net(batch()).backward()
+    assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+    found = copy.deepcopy(net)
+    assert found.layer._old_forward.__self__ is found.layer
+    handle.remove()
+    net.zero_grad()
+    for model in (net, expected):
+        model(batch()).backward()
+    assert_same_bits(net.layer.weight.grad, expected.layer.weight.grad, "while it is wrapped")
+    unwrapped(net.layer)
+    with sf.live_gradients(net, plan) as again:
+        assert not again.layers[0].left_alone
+        net.zero_grad()
+        net(batch()).backward()
+        assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+    assert "forward" not in vars(net.layer)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_notices_that_they_are_gone(backend: str) -> None:
+    net, expected, plan = Net(), Net(), plan_of("rows")
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend)
+    with sf.live_gradients(net, plan):
+        compiled(batch()).backward()
+        assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+        found = copy.deepcopy(compiled)
+    for model in (compiled, found, expected):
+        model.zero_grad()
+        model(batch()).backward()
+    for model in (net, found._orig_mod):
+        torch.testing.assert_close(model.layer.weight.grad, expected.layer.weight.grad)
+
+
+@contextmanager
+def conversion(way: str) -> Iterator[None]:
+    switch = getattr(torch.__future__, f"set_{way}_module_params_on_conversion", lambda on: None)
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
+
+
+def swap_parameters(net: nn.Module, way: str) -> None:
+    if way == "assign":
+        net.load_state_dict({name: p.to(torch.bfloat16) for name, p in net.state_dict().items()}, assign=True)
+    else:
+        with conversion(way):
+            net.to(torch.bfloat16)
+
+
+SWAPS: Final = pytest.mark.parametrize("way", ["data", "swap", "overwrite", "assign"])
+
+
+@STORAGE
+@SWAPS
+def test_swapped_parameters_have_live_gradients_too(way: str, storage: Any) -> None:
+    """The optimizer was not told that their gradients lack parts, and they could not be asked for a second time."""
+    net, plan = Net(), plan_of("rows")
+    handle = sf.live_gradients(net, plan, storage=storage)
+    swap_parameters(net, way)
+    net(batch(torch.bfloat16)).backward()
+    grad: Any = net.layer.weight.grad
+    assert grad.dtype == torch.bfloat16 and isinstance(grad, PackedGradient) == (storage == "packed")
+    assert not (grad if storage == "dense" else grad.to_dense())[MASKS["rows"].dense()].any()
+    few = sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0])})
+    with pytest.raises(ValueError, match="learns where live_gradients computes no gradient"):
+        sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=few).step()
+    with pytest.raises(ValueError, match="has live gradients already"):
+        sf.live_gradients(net, plan)
+    handle.remove()
+    net.zero_grad()
+    net(batch(torch.bfloat16)).backward()
+    assert type(net.layer.weight.grad) is Tensor and net.layer.weight.grad[MASKS["rows"].dense()].any()
+    sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=few).step()
+
+
+@STORAGE
+def test_lent_tensors_have_ordinary_gradients(storage: Any) -> None:
+    """A score of weights by their gradients found none where the training plan freezes; `torch.func` did not run."""
+    net, plan = Net(), plan_of("rows")
+    lent = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    net(batch()).backward()
+    expected = net.layer.weight.grad
+    net.zero_grad()
+    with sf.live_gradients(net, plan, storage=storage):
+        torch.func.functional_call(net, lent, batch()).backward()
+        held = {name: p.detach() for name, p in net.named_parameters()}
+        found = torch.func.grad(lambda held: torch.func.functional_call(net, held, batch()))(held)
+        assert net.layer.weight.grad is None
+    assert_same_bits(lent["layer.weight"].grad, expected, "functional_call")
+    assert_same_bits(found["layer.weight"], expected, "torch.func.grad")
+
+
 # ------------------------------------------------------------------------------------------------------- packed
+
+
+@pytest.mark.parametrize("way", ["data", "swap", "overwrite"])
+def test_a_packed_gradient_is_converted_with_its_weight(way: str) -> None:
+    """What it held kept its dtype when torch set ``data``: the gradient said bfloat16, and the optimizer float32."""
+    net, plan = Net(), plan_of("rows")
+    sf.live_gradients(net, plan, storage="packed")
+    net(batch()).backward()
+    right = net.layer.weight.grad.packed.to(torch.bfloat16)
+    swap_parameters(net, way)
+    grad = net.layer.weight.grad
+    assert isinstance(grad, PackedGradient) and grad.dtype == torch.bfloat16
+    assert_same_bits(grad.packed, right, "packed")
+    sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan).step()
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_packed_gradients(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net(batch()).backward()
+    grad = net.layer.weight.grad
+    right = grad.packed.clone()
+    monkeypatch.setattr(PackedGradient, "seen", False)  # as in another process
+    found = COPIES[way](grad)
+    assert PackedGradient.seen  # torch's own optimizers refuse it before they change anything
+    assert isinstance(found, PackedGradient) and found.mask == grad.mask and found.shape == SHAPE
+    grad.zero_()
+    assert_same_bits(found.packed, right, "its own values")
 
 
 def packed_and_dense(mask: str, dtype: torch.dtype = torch.float32) -> tuple[list[Net], sf.FreezePlan]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -75,6 +77,47 @@ def assert_close(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     """Eight steps of 1e-2 whose clip coefficients differ in the last bits of float32 (torch sums norms in float32)."""
     for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=8 * 1e-2 * 2**-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_copy_of_the_model_zeroes_nothing() -> None:
+    """As a reference model is made, after the optimizer: its backward zeroed the original's gradients, and it could not
+    be pickled."""
+    net = model()
+    optimizer = build_masked_adamw(net, plan(), **LR)
+    batch = {key: torch.stack([row[key] for row in dataset()]) for key in dataset()[0]}
+    found = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert not found._forward_hooks and vars(found).keys() == vars(model()).keys()
+    assert b"safefreeze" not in pickle.dumps(net)
+    net(**batch).loss.backward()
+    name, mask = next(iter(plan().items()))
+    frozen = mask.dense()
+    weight = net.get_parameter(name)
+    assert not weight.grad[frozen].any()
+    weight.grad.fill_(1.0)
+    found(**batch).loss.backward()
+    assert_same_bits(weight.grad, torch.ones_like(weight), "the original's gradient")
+    assert found.get_parameter(name).grad[frozen].any()
+    del optimizer
+    gc.collect()
+    assert not net._forward_hooks and vars(net).keys() == vars(model()).keys()
+
+
+@pytest.mark.parametrize("first", ["live gradients", "optimizer"])
+def test_a_layer_that_has_both_loses_each_by_itself(first: str) -> None:
+    """Live gradients and the optimizer's hook on one module."""
+    net = torch.nn.Linear(4, 4)
+    rows = sf.FreezePlan({"weight": sf.FreezeMask((4, 4), rows=range(3))})
+    attributes = vars(net).keys() - {"_forward_hooks"}
+    optimizer, live = build_masked_adamw(net, rows, **LR), sf.live_gradients(net, rows)
+    for last in (False, True):
+        if (first == "live gradients") != last:
+            live.remove()
+        else:
+            del optimizer
+            gc.collect()
+        found = copy.deepcopy(net)
+        assert not found._forward_hooks and vars(found).keys() - {"_forward_hooks"} == attributes
+    assert not net._forward_hooks and vars(net).keys() - {"_forward_hooks"} == attributes
 
 
 def test_training_is_a_plain_loop_with_live_clipping(tmp_path: Path) -> None:

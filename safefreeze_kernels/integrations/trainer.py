@@ -19,6 +19,7 @@ from torch.autograd import Variable
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..attached import Attached, attach, detach
 from ..binding import bind, named_tensors
 from ..gradients import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
 from ..guards import guards_of
@@ -115,11 +116,12 @@ def _drop_second_names(groups: list[list[tuple[str, Tensor]]]) -> None:
         group[:] = [(name, p) for name, p in group if home[id(p)] == number]
 
 
-class _ZeroesFrozen:
+class _ZeroesFrozen(Attached):
     """Zeroes frozen gradients once the backward pass before a step is over, so that whoever clips sees live ones only.
 
     Nothing of Trainer runs between backward and clip, and hooks of parameters never run under FSDP2; but the end of a
-    backward pass can be asked for by a hook of the tensor it begins with. Gone with the optimizer.
+    backward pass can be asked for by a hook of the tensor it begins with. A forward hook of the model, but not of its
+    copies; gone with the optimizer.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: MaskedAdamW) -> None:
@@ -127,11 +129,15 @@ class _ZeroesFrozen:
         self._asked = False
         self.norms: ClippedNorm | None = None
         self.watch_norms = False
-        handle = model.register_forward_hook(self._after_forward)
-        weakref.finalize(optimizer, handle.remove)
+        attach(model, self)
+        weakref.finalize(optimizer, self._detach)
         _zeroes[optimizer] = self
 
-    def _after_forward(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _detach(self) -> None:
+        if (model := self._model()) is not None:
+            detach(model, self)
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._asked = False  # a backward pass that failed never came to its end
         for tensor in _tensors(output):
             if tensor.requires_grad:
