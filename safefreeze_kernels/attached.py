@@ -48,7 +48,8 @@ def _bare_state(reference: weakref.ref[nn.Module]) -> Any:
     """What ``copy`` and ``pickle`` take of a module: what its class says, without ours."""
     module = reference()
     assert module is not None  # it is the one that asks
-    state = type(module).__getstate__(module)  # type: ignore[no-untyped-call]
+    of_class = getattr(type(module), _GETSTATE, None)  # before Python 3.11 there may be none
+    state = dict(vars(module)) if of_class is None else of_class(module)
     bare = {key: value for key, value in state.items() if key != _GETSTATE and not _is_ours(key, value)}
     hooks = OrderedDict(item for item in state["_forward_hooks"].items() if not _is_ours(*item))
     return {**bare, "_forward_hooks": hooks}

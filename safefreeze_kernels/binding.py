@@ -104,8 +104,8 @@ def bind(
             )
         if tuple(param.shape) != mask.shape:
             raise ValueError(
-                f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan for "
-                "the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
+                f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan "
+                "for the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
             )
         if require_grad and not param.requires_grad:
             raise ValueError(
