@@ -92,7 +92,7 @@ class LiveGradients:
                 self._forwards.append(_LiveForward(module, entry, storage))
 
     def remove(self) -> None:
-        """The model is as it was; gradients that are there stay."""
+        """The model is as it was; gradients that are there stay, without what was not computed."""
         self._may_enter = False
         while self._forwards:
             self._forwards.pop().remove()
@@ -255,10 +255,10 @@ class _LiveForward(Attached):
         self._transposed = type(layer).__name__.endswith("Conv1D")  # its weight is (in, out)
         self._bias_apart = type(layer).__name__.endswith("FalconLinear")  # its bias is added to a rounded product
         self._packing = entry.mask if storage == "packed" else None
-        index = (entry.mask.live_rows, entry.mask.live_cols)
+        n_rows, n_cols = entry.mask.matrix_shape
+        rows, cols = entry.mask.live_rows, entry.mask.live_cols
         self._places = [
-            None if live.size == size else torch.from_numpy(live)
-            for live, size in zip(index, entry.mask.matrix_shape, strict=True)
+            None if index.size == size else torch.from_numpy(index) for index, size in ((rows, n_rows), (cols, n_cols))
         ]
         self._on_device: dict[torch.device, list[Tensor | None]] = {}
         attach(layer, self)

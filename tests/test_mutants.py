@@ -176,6 +176,27 @@ MUTANTS: Final = (
         ("test_live.py",),
     ),
     Mutant(
+        "a copy takes along what hangs on the original",
+        "attached.py",
+        "vars(module)[_GETSTATE] = partial(_bare_state, weakref.ref(module))",
+        "pass",
+        ("test_live.py",),
+    ),
+    Mutant(
+        "what wraps a live forward brings it into a copy",
+        "live.py",
+        'return getattr, (self._layer(), "forward")',
+        "return (lambda: self), ()",
+        ("test_live.py",),
+    ),
+    Mutant(
+        "lent tensors have live gradients",
+        "live.py",
+        " and isinstance(weight, nn.Parameter)):",
+        "):",
+        ("test_live.py",),
+    ),
+    Mutant(
         "a packed gradient is taken for an ordinary one",
         "optim.py",
         "self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]",
