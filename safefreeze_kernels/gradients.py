@@ -345,7 +345,9 @@ def clip_grad_norm_(
         return_raw: also return the norm that counts frozen elements (one more pass, over the frozen part).
         optimizer: a `MaskedAdamW` or `MaskedAdam` of exactly these parameters. Gradients are then left as they are and
             the factor is applied inside its next step, which saves reading and writing them once more. The result is
-            the same, but for one rounding of 16-bit gradients. ``optimizer.zero_grad()`` drops a factor no step took,
+            the same, but for one rounding of 16-bit gradients. The factor belongs to these gradients, the plan and the
+            state as they are: whatever changes one of them comes before this call, or the step raises RuntimeError.
+            Gradients that are dropped take the factor with them; ``optimizer.zero_grad()`` drops a factor no step took,
             another call replaces it. The plan may be left out: it is the optimizer's.
 
     Returns:

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .attached import Attached, attach, detach
 from .binding import BoundMask, bind, named_tensors
@@ -187,7 +188,14 @@ _generation = 0
 
 def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
     """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
-    another mask."""
+    another mask; also if it has one that was computed so before live gradients were removed, and is as it was then."""
+    lacking, grad, version = _left.get(param, (mask, None, 0))  # type: ignore[no-untyped-call]
+    same = grad is not None and param.grad is not None and grad() is param.grad and version == param.grad._version
+    if same and (lacking | mask) != mask:
+        raise ValueError(
+            f"{operation}: grad of {name!r} was computed under live_gradients, without elements that learn now; call "
+            "zero_grad() and run the backward pass again"
+        )
     forward = _of(param)
     missing, storage = (mask, "dense") if forward is None else (forward.mask, forward.storage)
     if missing != mask and ((missing | mask) != mask or storage == "packed"):
@@ -271,6 +279,9 @@ class _LiveForward(Attached):
         if (layer := self._layer()) is not None:
             detach(layer, self)
             _forwards.pop(layer, None)
+            weight: Any = layer.weight
+            if weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
+                _left[weight] = self.mask, weakref.ref(weight.grad), weight.grad._version
         _changed()
 
     def __reduce__(self) -> Any:
@@ -314,6 +325,8 @@ class _LiveForward(Attached):
 
 #: Layers that have live gradients now.
 _forwards: weakref.WeakKeyDictionary[nn.Module, _LiveForward] = weakref.WeakKeyDictionary()
+#: Parameter -> what its gradient lacked when live gradients were removed, that gradient and its version.
+_left: Final = WeakIdKeyDictionary()
 
 
 def _of(param: Tensor) -> _LiveForward | None:

@@ -155,6 +155,7 @@ class MaskedAdam(Optimizer):
         self._plan: FreezePlan | None = None
         self._aliases: dict[str, str] = {}  # every name of a tied tensor -> the name in the groups
         self._ages: dict[str, Ages] = {}
+        self._in_force: dict[str, FreezeMask] = {}  # by name: what state is packed by, whatever shape a parameter took
         self._begin()
         super().__init__(_without_duplicates(params, self._aliases), defaults)
         if fused:
@@ -162,7 +163,7 @@ class MaskedAdam(Optimizer):
         if freeze is not None:
             self._plan = checked_plan(freeze, what)
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
-        self._masks(require_grad=True)
+        self._in_force = dict(zip(self._names(), self._masks(require_grad=True), strict=True))
         self._note_plan()
         params = [p for p in self._params() if p.requires_grad] or self._params()
         for device in {p.device for p in params} - {torch.device("meta")} or {torch.device("cpu")}:
@@ -568,52 +569,38 @@ class MaskedAdam(Optimizer):
         """
         plan = checked_plan(plan, f"{type(self).__name__}.set_freeze") if plan is not None else FreezePlan()
         new_masks = self._masks(plan, require_grad=True)
-        old_masks, grown = self._grown_masks(new_masks)
-        ages, states = {**self._ages, **grown}, {}
-        for p, name, old, new in zip(self._params(), self._names(), old_masks, new_masks, strict=True):
+        ages, states = dict(self._ages), {}
+        for p, name, new in zip(self._params(), self._names(), new_masks, strict=True):
             state = self.state.get(p)
-            if not state or old == new:
+            was = self._in_force.get(name)
+            if was is None or not was.frozen_count:  # a parameter that no plan names has state of its own shape
+                was = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
+            old = self._grown(was, new, name, p)
+            if not state or (old == new and was is old):
                 continue
-            age = ages.get(name) or Ages.none(old)
-            ages[name] = age.after(old, new, int(state["step"].item()))
+            age = ages.get(name) or Ages.none(was)
+            ages[name] = age.grown(was, old).after(old, new, int(state["step"].item()))
             part = held(p)
             states[p] = {key: _repack(state[key], old.piece(part), new.piece(part)) for key in _PACKED if key in state}
         for p, moments in states.items():
             self.state[p].update(moments)
         self._ages = {name: age for name, age in ages.items() if age}
-        self._plan = plan
+        self._plan, self._in_force = plan, dict(zip(self._names(), new_masks, strict=True))
         self._launch_key = None
         self._void_factor("the plan changed")
         self._note_plan()
 
-    def _grown_masks(self, new: list[FreezeMask]) -> tuple[list[FreezeMask], dict[str, Ages]]:
-        """The masks in force, in the shapes of ``new``, and ages of what grew: what was added counts as frozen."""
-        params, names = self._params(), self._names()
-        plan, found, ages = self._plan or FreezePlan(), [], {}
-        by_name = {**{name: name for name in names}, **self._aliases}
-        planned = {by_name.get(name, name): mask for name, mask in plan.items()}
-        if all(names[i] not in planned or planned[names[i]].shape == mask.shape for i, mask in enumerate(new)) and all(
-            not (state := self.state.get(p)) or name in planned or is_sharded(p) or state["exp_avg"].shape == p.shape
-            for p, name in zip(params, names, strict=True)
-        ):
-            return self._masks(), {}
-        for p, name, mask in zip(params, names, new, strict=True):
-            old = planned.get(name)
-            if old is None:
-                state = self.state.get(p)
-                old = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
-            try:
-                if is_sharded(p) and old.shape != mask.shape:
-                    raise ValueError("it is sharded")
-                found.append(old.grown(mask.shape))
-            except ValueError as error:
-                raise ValueError(
-                    f"{type(self).__name__}.set_freeze: {name!r} has another shape than before, and its state cannot "
-                    f"be carried over ({error}); build the optimizer anew"
-                ) from error
-            if old.shape != mask.shape and name in self._ages:
-                ages[name] = self._ages[name].grown(old, found[-1])
-        return found, ages
+    def _grown(self, old: FreezeMask, new: FreezeMask, name: str, p: Tensor) -> FreezeMask:
+        """``old`` in the shape of ``new``, to which its tensor may have grown: what was added counts as frozen."""
+        try:
+            if old.shape != new.shape and is_sharded(p):
+                raise ValueError("it is sharded")
+            return old.grown(new.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}.set_freeze: {name!r} has another shape than before, and its state cannot be "
+                f"carried over ({error}); build the optimizer anew"
+            ) from error
 
     def _note_plan(self) -> None:
         """The plan changed, or what it is for: groups tell of it, and other ranks must have the same."""
@@ -819,6 +806,7 @@ class MaskedAdam(Optimizer):
             "_plan",
             "_aliases",
             "_ages",
+            "_in_force",
             "_dense_checkpoints",
         )
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}

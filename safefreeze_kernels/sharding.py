@@ -164,9 +164,9 @@ def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
 class PlanAgreement:
     """Do all ranks that train the same parameters freeze the same? Nobody waits: ranks leave notes in the store.
 
-    Each writes down the plans that it had for these parameters, in order. The first to do so leads: the others look
-    for their plan among the leader's, and a plan that is missing is noted for all to see. A backward pass over several
-    ranks has everyone behind their note before anyone steps; who is ahead of the leader looks again at the next step.
+    The plans that a rank has for these parameters, one after the other, are numbered. Who is first with a number says
+    which plan it is; who then has another one notes the conflict for all to see. A backward pass over several ranks has
+    everyone behind their note before anyone steps. Two steps later all must have come to that number.
     """
 
     # key of a set of parameters -> plans this process had for them, while this process group is the default one
@@ -177,13 +177,16 @@ class PlanAgreement:
         text = "\n".join(f"{name} {tuple(shape)}" for name, shape in parameters)
         self._key: Final = f"safefreeze/{hashlib.sha256(text.encode()).hexdigest()[:32]}"
         self._plan = ""
+        self._number = 0
         self._noted_in: Any = None  # the process group that knows of `_plan`
         self.agreed = True  # nothing to look at
         self._looks = 0
 
     def note(self, fingerprint: str) -> None:
-        """The plan changed to this one."""
-        self._plan, self._noted_in, self.agreed, self._looks = fingerprint, None, False, 0
+        """The plan changed to this one, or something else did, so that it is to be compared again."""
+        if fingerprint != self._plan:
+            self._plan, self._noted_in = fingerprint, None
+        self.agreed, self._looks = False, 0
         self._leave_note()
 
     def check(self, operation: str) -> None:
@@ -192,9 +195,14 @@ class PlanAgreement:
             self.agreed = True
             return
         self._looks += 1
-        self._compare()
         store = _store()
+        if self._looks > 1:
+            here, all_ = (store.add(f"{self._key}/{number}/ranks", 0) for number in (self._number, 0))
+            if here < all_:
+                self._note_conflict(f"{all_ - here} of {all_} ranks did not change to {self._plan[:12]}")
+            self.agreed = True
         if store.check([f"{self._key}/conflict"]):
+            self.agreed = False
             ranks = store.get(f"{self._key}/conflict").decode()
             raise ValueError(
                 f"{operation}: ranks have different freeze plans ({ranks}), expected the same on all; load the plan "
@@ -212,20 +220,22 @@ class PlanAgreement:
         if self._noted_in is not world:
             self._noted_in = world
             history = self._histories.setdefault(self._key, [])
-            history.append(self._plan)
-            _store().set(f"{self._key}/{dist.get_rank()}", " ".join(history))
-            self._compare()
+            if not history or history[-1] != self._plan:
+                history.append(self._plan)
+                self._say(len(history) - 1)
+            self._number = len(history) - 1
         return True
 
-    def _compare(self) -> None:
-        """With the leader's plans; a difference is noted."""
+    def _say(self, number: int) -> None:
+        """That this rank's plan of this number is `_plan`."""
         rank, store = torch.distributed.get_rank(), _store()
-        leader = int(store.compare_set(f"{self._key}/leader", "", str(rank)))
-        theirs = store.get(f"{self._key}/{leader}").decode().split()
-        # the leader hears of the others, at its second step at the latest
-        self.agreed = self._plan in theirs and (leader != rank or self._looks > 1)
-        if self._plan not in theirs and len(theirs) >= len(self._histories[self._key]):
-            store.set(f"{self._key}/conflict", f"rank {leader}: {theirs[-1][:12]}, rank {rank}: {self._plan[:12]}")
+        first, plan = store.compare_set(f"{self._key}/{number}", "", f"{rank} {self._plan}").decode().split()
+        if plan != self._plan:
+            self._note_conflict(f"rank {first}: {plan[:12]}, rank {rank}: {self._plan[:12]}")
+        store.add(f"{self._key}/{number}/ranks", 1)
+
+    def _note_conflict(self, text: str) -> None:
+        _store().set(f"{self._key}/conflict", text)
 
 
 def _store() -> Any:

@@ -294,6 +294,10 @@ def test_a_thawed_weight_needs_its_gradient() -> None:
     for name, p in net.named_parameters():
         assert_same_bits(p.detach(), start[name], name)
     handle.remove()
+    with pytest.raises(ValueError, match=r"grad of 'layer\.weight' was computed under live_gradients, without"):
+        optimizer.step()
+    optimizer.zero_grad()
+    net(batch()).backward()
     optimizer.step()
     more = sf.FreezePlan({"layer.weight": MASKS["all"]})
     sf.live_gradients(net, plan)
@@ -588,9 +592,9 @@ def test_training_with_packed_gradients_is_the_same(mask: str, options: dict[str
         for net, optimizer in zip(nets, optimizers, strict=True):
             for seed in range(2):
                 net(batch(dtype, seed=2 * step + seed)).backward()
+            sf.zero_frozen_grads_(net, plan)  # nothing to do
             clipped_inside = {"optimizer": optimizer} if step % 2 else {}
             norms.append(sf.clip_grad_norm_(net, 0.05, plan, return_raw=True, **clipped_inside))
-            sf.zero_frozen_grads_(net, plan)  # nothing to do
             optimizer.step()
             optimizer.zero_grad(set_to_none=step != 3)
         # sums of the same squares, those of zeros left out

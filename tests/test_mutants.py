@@ -70,8 +70,8 @@ MUTANTS: Final = (
     Mutant(
         "a thawed row is as old as the tensor",
         "optim.py",
-        'ages[name] = age.after(old, new, int(state["step"].item()))',
-        "ages[name] = age",
+        'ages[name] = age.grown(was, old).after(old, new, int(state["step"].item()))',
+        "ages[name] = age.grown(was, old)",
         (CONTRACT,),
     ),
     Mutant(
@@ -84,7 +84,7 @@ MUTANTS: Final = (
     Mutant(
         "state keeps its places when as much is frozen as before",
         "optim.py",
-        "if not state or old == new:",
+        "if not state or (old == new and was is old):",
         "if not state or old.frozen_count == new.frozen_count:",
         (CONTRACT,),
     ),
@@ -99,7 +99,7 @@ MUTANTS: Final = (
     Mutant(
         "a plan of another checkpoint is taken",
         "optim.py",
-        "if note is not None and saved_under != (mask.fingerprint if mask.frozen_count else None):",
+        "if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):",
         "if False:",
         ("test_optimizer.py", "test_bad_input.py"),
     ),
@@ -136,7 +136,7 @@ MUTANTS: Final = (
     Mutant(
         "-0.0 counts as 0.0 in a proof",
         "kernels/drift.py",
-        "differs = old.view(width) != new.view(width)",
+        "differs = (_words(old) != _words(new)).any(dim=1)",
         "differs = (old != new) & ~(old.isnan() & new.isnan())",
         ("test_proof.py",),
     ),
@@ -248,9 +248,78 @@ MUTANTS: Final = (
     Mutant(
         "ranks with different plans are not told",
         "sharding.py",
-        "if self._plan not in theirs and len(theirs)",
-        "if False and len(theirs)",
+        "        if plan != self._plan:\n            self._note_conflict(f",
+        "        if False:\n            self._note_conflict(f",
         ("test_distributed.py",),
+    ),
+    Mutant(
+        "a load has ranks forget to compare plans",
+        "optim.py",
+        '        self._void_factor("state was loaded")\n        self._note_plan()\n',
+        '        self._void_factor("state was loaded")\n        self._agreement = None\n',
+    ),
+    Mutant(
+        "launches outlive a change of live gradients",
+        "optim.py",
+        "key = generation(), [",
+        "key = 0, [",
+    ),
+    Mutant(
+        "a clip factor outlives the plan", "optim.py", "            self._pending.void = why\n", "            pass\n"
+    ),
+    Mutant(
+        "a clip factor outlives its gradients",
+        "optim.py",
+        "isdisjoint(self._versions):\n            return None",
+        "isdisjoint(self._versions):\n            return self.factor",
+    ),
+    Mutant(
+        "a damaged note of the plan is taken as it is",
+        "state_dicts.py",
+        '            _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")\n',
+        "",
+    ),
+    Mutant(
+        "a load keeps the memory it was given",
+        "optim.py",
+        "return tensor.clone() if shared else tensor",
+        "return tensor",
+    ),
+    Mutant(
+        "a planned parameter that was replaced is only warned of",
+        "optim.py",
+        "        if planned:\n            raise ValueError(what)\n",
+        "",
+    ),
+    Mutant(
+        "guard looks at steps alone",
+        "guards.py",
+        "        _watch_methods(optimizer)\n",
+        "",
+    ),
+    Mutant(
+        "a first step at rate 0 makes state, whoever asks",
+        "optim.py",
+        "        return frame is not None\n",
+        "        return True\n",
+    ),
+    Mutant(
+        "copies of a model have its live gradients",
+        "attached.py",
+        "    vars(module)[_GETSTATE] = partial(_bare_state, weakref.ref(module))\n",
+        "",
+    ),
+    Mutant(
+        "a plan means the last of two parameters of a name",
+        "binding.py",
+        "twice = {name: param for name, param in named if by_name[name] is not param}",
+        "twice = dict[str, Tensor]()",
+    ),
+    Mutant(
+        "zero has a master below it",
+        "kernels/reference.py",
+        "    return torch.where(master.isnan(), (stored << 16).view(torch.float32), master)\n",
+        "    return master\n",
     ),
     Mutant(
         "compiled: frozen single elements are overwritten",

@@ -91,6 +91,8 @@ class Ages:
 
     def grown(self, old: FreezeMask, new: FreezeMask) -> Ages:
         """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`)."""
+        if old.shape == new.shape:
+            return self
         rows, cols = new.matrix_index([np.arange(size) for size in old.shape])
         ages = Ages.none(new)
         ages.rows[rows], ages.cols[cols] = self.rows, self.cols
