@@ -269,6 +269,7 @@ class _LiveForward(Attached):
             None if index.size == size else torch.from_numpy(index) for index, size in ((rows, n_rows), (cols, n_cols))
         ]
         self._on_device: dict[torch.device, list[Tensor | None]] = {}
+        self._ran = False  # so that the weight's gradient may lack something
         attach(layer, self)
         _forwards[layer] = self
         _changed()
@@ -280,7 +281,7 @@ class _LiveForward(Attached):
             detach(layer, self)
             _forwards.pop(layer, None)
             weight: Any = layer.weight
-            if weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
+            if self._ran and weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
                 _left[weight] = self.mask, weakref.ref(weight.grad), weight.grad._version
         _changed()
 
@@ -294,6 +295,7 @@ class _LiveForward(Attached):
         if self._is_ordinary(x, weight):
             result: Tensor = type(layer).forward(layer, x)
             return result
+        self._ran = True
         if x.device not in self._on_device:
             self._on_device[x.device] = [None if i is None else i.to(x.device) for i in self._places]
         live_rows, live_cols = self._on_device[x.device]

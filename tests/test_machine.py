@@ -8,6 +8,7 @@ here at once. Frozen gradients hold NaN and worse throughout.
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import pickle
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -114,6 +116,25 @@ def _note(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]],
     return damage
 
 
+def _ages(change: Callable[[list[str]], Any]) -> Callable[[dict[str, Any]], bool]:
+    def damage(state: dict[str, Any]) -> bool:
+        found = False
+        for group in state["param_groups"]:
+            note = json.loads(group.get("freeze", '{"ages": {}}'))
+            for ages in note["ages"].values():
+                change(ages)
+                found = True
+            group["freeze"] = json.dumps(note)
+        return found
+
+    return damage
+
+
+def _older(ages: list[str]) -> None:
+    years = zlib.decompress(base64.b64decode(ages[0]))
+    ages[0] = base64.b64encode(zlib.compress((10**6).to_bytes(8, "little") * (len(years) // 8))).decode()
+
+
 def _entry(key: str, value: Any) -> Callable[[dict[str, Any]], bool]:
     def damage(state: dict[str, Any]) -> bool:
         for entry in state["state"].values():
@@ -133,6 +154,8 @@ DAMAGES: Final = (
     _note(lambda note: note.update(packed="no")), _note(lambda note: note.update(version="1")),
     _note(lambda note: note.update(masks={"99": "x"})), _note(lambda note: note.update(ages={"0": []})),
     _note(lambda note: "[]"), _note(lambda note: "x"), _note(lambda note: 7), _note(lambda note: "[" * 9999),
+    _ages(_older), _ages(lambda ages: ages.pop()), _ages(lambda ages: ages.insert(0, "?")),
+    _ages(lambda ages: ages.__setitem__(1, ages[0])),
     _entry("step", math.nan), _entry("step", -1.0), _entry("step", math.inf), _entry("step", 1e30), _entry("step", "1"),
     _entry("step", torch.ones(2)), _entry("exp_avg", None), _entry("exp_avg", [0.0]), _entry("exp_avg_sq", 3),
     _entry("exp_avg", torch.zeros(99)), _entry("exp_avg_sq", torch.zeros(2, dtype=torch.int64)),
@@ -233,6 +256,7 @@ class Training(RuleBasedStateMachine):
     @rule(seed=SEEDS)
     def backward(self, seed: int) -> None:
         """A pass through the linear layers; with live gradients, some of their gradients are not computed."""
+        self.live |= {"ran": True} if self.live else {}
         for b in BACKENDS:
             rng, net = np.random.default_rng(seed), self.nets[b]
             for name in ("up", "wide"):
@@ -258,7 +282,7 @@ class Training(RuleBasedStateMachine):
         plan = sf.FreezePlan(same if which == "same" else other)
         handles = {b: sf.live_gradients(self.nets[b], plan, storage=storage, most_live=1.0) for b in BACKENDS}
         done = {layer.name for layer in handles[FIRST].layers if not layer.left_alone}
-        self.live = {"handles": handles, "storage": storage, "plan": plan, "names": done}
+        self.live = {"handles": handles, "storage": storage, "plan": plan, "names": done, "ran": False}
 
     @precondition(lambda self: self.live)
     @rule()
@@ -267,7 +291,7 @@ class Training(RuleBasedStateMachine):
             handle.remove()
         for name in self.live.get("names", ()):
             grad = self.params()[name].grad
-            if grad is not None:
+            if grad is not None and self.live["ran"] and self.live["storage"] == "dense":
                 self.left[name] = grad, grad._version, self.live["plan"][name].dense()
         self.live = {}
 
@@ -710,6 +734,17 @@ def test_frozen_bytes_outlive_ten_thousand_programs() -> None:
     programs, steps = run(int(os.environ.get("SAFEFREEZE_PROGRAMS", "10000")), 40)
     print(f"{programs:,} programs, {steps:,} steps on {', '.join(BACKENDS)}")
     assert programs >= int(os.environ.get("SAFEFREEZE_PROGRAMS", "10000"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_every_damage_of_a_state_dict_is_told(damage: Callable[[dict[str, Any]], bool]) -> None:
+    machine = Training()
+    machine.begin(KINDS[0], False, 0)
+    machine.freeze(3, "new")
+    machine.train(0, 2, False)
+    machine.freeze(4, "new")  # some rows are thawed, and have ages
+    assert damage(copy.deepcopy(machine.optimizers[FIRST].state_dict())), "nothing to damage"
+    machine.load_damaged(damage)
 
 
 def test_the_machine_sees_a_byte_that_moves() -> None:

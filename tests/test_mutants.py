@@ -276,8 +276,8 @@ MUTANTS: Final = (
     Mutant(
         "a damaged note of the plan is taken as it is",
         "state_dicts.py",
-        '            _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")\n',
-        "",
+        "_expect(isinstance(note.get(key), dict), what,",
+        "_expect(True, what,",
     ),
     Mutant(
         "a load keeps the memory it was given",
