@@ -500,7 +500,7 @@ class MaskedAdam(Optimizer):
         ]  # fmt: skip
         if not lost:
             return
-        planned = [name for name in lost if self._plan and name in self._plan]
+        planned = [name for name in lost if name in self._in_force and self._in_force[name].frozen_count]
         what = (
             f"{type(self).__name__}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
             f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
