@@ -135,6 +135,7 @@ PYBIND11_MODULE(_C, module) {
         return std::make_pair(reinterpret_cast<uintptr_t>(self.addresses.data()),
                               reinterpret_cast<uintptr_t>(self.dtypes.data()));
       });
+  module.def("trace", [](py::list tensors) { return trace(tensors.ptr()); });
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);
   module.def("scale", &launch_scale);

@@ -177,4 +177,28 @@ bool Gradients::read(PyObject* params, PyObject* grads) {
   return plain;
 }
 
+uint64_t trace(PyObject* tensors) {
+  static PyObject* const version = PyUnicode_InternFromString("_version");
+  expect_list(tensors, "tensors");
+  uint64_t sum = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors, i);
+    if (tensor == Py_None) continue;
+    PyObject* count = PyObject_GetAttr(tensor, version);
+    const long long writes = count != nullptr ? PyLong_AsLongLong(count) : -1;
+    Py_XDECREF(count);
+    if (writes < 0) {
+      PyErr_Clear();
+      throw std::invalid_argument("tensors must be tensors");
+    }
+    // the finaliser of SplitMix64 (Steele, Lea and Flood 2014), so that sums of such words tell tensors apart
+    uint64_t word = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(tensor)) * 0x9e3779b97f4a7c15u +
+                    static_cast<uint64_t>(writes);
+    word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9u;
+    word = (word ^ (word >> 27)) * 0x94d049bb133111ebu;
+    sum += word ^ (word >> 31);
+  }
+  return sum;
+}
+
 }  // namespace safefreeze

@@ -93,4 +93,8 @@ class Gradients {
   std::vector<int64_t> shapes_;
 };
 
+// A number for these very tensors (None is left out), in any order, and for how often autograd knows each to have been
+// written to. Numbers of two lists add up, modulo 2^64, to that of both.
+uint64_t trace(PyObject* tensors);
+
 }  // namespace safefreeze

@@ -19,6 +19,7 @@ class Gradients:
     @property
     def tables(self) -> tuple[int, int]: ...
 
+def trace(tensors: list[Tensor | None]) -> int: ...
 def adamw(
     work: Work,
     tensors: int,

@@ -7,11 +7,9 @@ import math
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from itertools import count as counter
-from operator import attrgetter
 from typing import Any, Final
 from weakref import WeakValueDictionary, ref
 
@@ -39,7 +37,7 @@ from .kernels import (
     moment_dtype,
 )
 from .kernels.reference import from_remainder
-from .kernels.tensors import GradientList, GradientReader, Whereabouts, whereabouts
+from .kernels.tensors import GradientList, GradientReader, Whereabouts, trace, whereabouts
 from .live import check_live_gradients, generation
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
@@ -51,7 +49,6 @@ __all__ = ["MaskedAdam", "MaskedAdamW", "check_parameter", "checked_plan"]
 _PACKED: Final = (*MOMENTS, REMAINDER)
 _SCALAR_ROW: Final = struct.Struct("=10fI")
 _SCALAR_ROW_DOUBLE: Final = struct.Struct("=10dI")
-_VERSION: Final = attrgetter("_version")  # autograd's count of writes to a tensor
 
 
 _handles: Final = counter()
@@ -345,10 +342,8 @@ class MaskedAdam(Optimizer):
             prepared.append(launch.prepare(self.param_groups, given))
         if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
             self._trains_nothing()
-        just_read = all(gradients.own for gradients, *_ in prepared)
-        factor = self._pending_factor(
-            chain.from_iterable(gradients for gradients, *_ in prepared) if just_read else None
-        )
+        just_read = [gradients for gradients, *_ in prepared if gradients.own]
+        factor = self._pending_factor(just_read if len(just_read) == len(prepared) else None)
         multiplier = _multiplier(grad_scale, factor)
         for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
@@ -364,7 +359,7 @@ class MaskedAdam(Optimizer):
             and not any(any(launch.operands.packed_grads) for launch in self._launches)
         )
 
-    def multiply_gradients_(self, factor: Tensor, gradients: Iterable[Tensor | None] | None = None) -> None:
+    def multiply_gradients_(self, factor: Tensor, gradients: list[Tensor | None] | None = None) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
         then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this.
 
@@ -374,16 +369,14 @@ class MaskedAdam(Optimizer):
         """
         self._pending = _PendingFactor(factor, self._present_gradients() if gradients is None else gradients)
 
-    def _present_gradients(self) -> Iterator[Tensor | None]:
-        return (p.grad for group in self.param_groups for p in group["params"])
+    def _present_gradients(self) -> list[Tensor | None]:
+        return [p.grad for group in self.param_groups for p in group["params"]]
 
-    def _pending_factor(self, gradients: Iterable[Tensor | None] | None = None) -> Tensor | None:
+    def _pending_factor(self, gradients: Sequence[list[Tensor | None]] | None = None) -> Tensor | None:
         """What this step multiplies gradients by (``gradients``: all of them, if just read); see `_PendingFactor`."""
         if self._pending is None:
             return None
-        return self._pending.factor_now(
-            self._present_gradients() if gradients is None else gradients, type(self).__name__
-        )
+        return self._pending.factor_now(gradients or [self._present_gradients()], type(self).__name__)
 
     def _void_factor(self, why: str) -> None:
         if self._pending is not None:
@@ -961,22 +954,23 @@ class _PendingFactor:
         void: why it no longer holds, though they may be there still; "": it does.
     """
 
-    def __init__(self, factor: Tensor, gradients: Iterable[Tensor | None]) -> None:
+    def __init__(self, factor: Tensor, gradients: list[Tensor | None]) -> None:
         self.factor, self.void = factor, ""
-        self._gradients = [g for g in gradients if g is not None]
-        self._versions = dict(zip(map(id, self._gradients), map(_VERSION, self._gradients), strict=True))
+        self._gradients = gradients
+        self._trace = trace(gradients)
 
-    def factor_now(self, gradients: Iterable[Tensor | None], what: str) -> Tensor | None:
-        """The factor, if ``gradients`` are as they were; None if none of them is there any more.
+    def factor_now(self, gradients: Sequence[list[Tensor | None]], what: str) -> Tensor | None:
+        """The factor, if ``gradients`` (in lists) are as they were; None if none of them is there any more.
 
         Raises:
             RuntimeError: some of them changed, or something else did that the factor depends on.
         """
-        present = [g for g in gradients if g is not None]
-        versions = dict(zip(map(id, present), map(_VERSION, present), strict=True))
-        if versions != self._versions and versions.keys().isdisjoint(self._versions):
-            return None
-        why = self.void if versions == self._versions else "gradients changed"
+        why = self.void
+        if sum(map(trace, gradients)) % 2**64 != self._trace:
+            kept = {id(g) for g in self._gradients if g is not None}
+            if kept.isdisjoint(id(g) for each in gradients for g in each):
+                return None
+            why = "gradients changed"
         if why:
             raise RuntimeError(
                 f"{what}: a clip factor waits for this step, but since it was computed {why}; call clip_grad_norm_ "

@@ -16,7 +16,7 @@ from ..masks import FreezeMask
 from ..packed import PackedGradient, packing
 from ..sharding import LocalGradients, is_sharded, local
 
-__all__ = ["GradientList", "GradientReader", "whereabouts"]
+__all__ = ["GradientList", "GradientReader", "trace", "whereabouts"]
 
 _STORAGE: Final = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -75,6 +75,14 @@ class GradientList(list[Tensor | None]):
     plain: bool = False
     own: bool = False
     tables: tuple[int, int] | None = None
+
+
+def trace(tensors: list[Tensor | None]) -> int:
+    """A number for these very tensors, in any order, and for how often each was written to, as far as autograd knows.
+    As long as they are kept, no others have it. Numbers of two lists add up, modulo 2**64, to that of both."""
+    if _C is not None:
+        return int(_C.trace(tensors))
+    return sum(hash((id(tensor), tensor._version)) for tensor in tensors if tensor is not None) % 2**64
 
 
 class _Holder:
