@@ -102,8 +102,8 @@ SAFEFREEZE_INLINE uint16_t to_f16(float value) {
 
 // A float32 master as bfloat16 and 16 more bits. The bfloat16 is the master rounded to nearest, ties away from zero (of
 // ties to even one could not tell which way they went); a NaN loses its payload. A weight that was written from outside
-// meets a remainder that is not its own: their master still rounds to the weight. Only zero has no such neighbour
-// below, and infinity none above (the bits would be a NaN's); they are then themselves.
+// meets a remainder that is not its own: their master still rounds to the weight. Only where the bits would be a NaN's
+// (zero has no neighbour below, infinity none above) the master is the weight itself.
 SAFEFREEZE_INLINE float from_remainder(uint16_t stored, uint16_t remainder) {
   FloatBits x;
   x.bits = ((static_cast<uint32_t>(stored) - (remainder >> 15)) << 16) | remainder;

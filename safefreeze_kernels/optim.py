@@ -172,6 +172,7 @@ class MaskedAdam(Optimizer):
         self._launch_key: Any = None
         self._whereabouts: Whereabouts | None = None
         self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
+        self._once_lacking: set[str] = set()  # names of parameters with state that had no gradient at some step
         self._pending: _PendingFactor | None = None  # what the next step multiplies gradients by
         self._given_names: dict[int, tuple[ref[Tensor], str]] = {}
         self._agreement: PlanAgreement | None = None
@@ -335,11 +336,12 @@ class MaskedAdam(Optimizer):
         launches = self._compiled() if grads is None else self._launches
         if first and launches and self._only_makes_state():
             return
-        prepared = []
-        for launch in launches:
-            given = None if grads is None else GradientList(_real(g).contiguous() for g in grads[: len(launch.owners)])
-            grads = None if grads is None else grads[len(launch.owners) :]
-            prepared.append(launch.prepare(self.param_groups, given))
+        prepared = self._prepared(launches, grads)
+        if grads is None and self._lacks_a_gradient_as_never_before(launches, prepared):
+            del launches, prepared
+            self._forget_launches()  # then nothing of this optimizer but groups and state refers to parameters
+            self._take_step()
+            return
         if not self._warned and not any(g.plain or any(x is not None for x in g) for g, *_ in prepared):
             self._trains_nothing()
         just_read = [gradients for gradients, *_ in prepared if gradients.own]
@@ -348,6 +350,30 @@ class MaskedAdam(Optimizer):
         for launch, (gradients, scalars, scalar_set) in zip(launches, prepared, strict=True):
             launch.run(gradients, scalars, scalar_set, multiplier, found_inf)
         self._pending = None
+
+    def _prepared(self, launches: list[_Launch], grads: Sequence[Tensor] | None) -> list[Any]:
+        prepared = []
+        for launch in launches:
+            given = None if grads is None else GradientList(_real(g).contiguous() for g in grads[: len(launch.owners)])
+            grads = None if grads is None else grads[len(launch.owners) :]
+            prepared.append(launch.prepare(self.param_groups, given))
+        return prepared
+
+    def _lacks_a_gradient_as_never_before(self, launches: list[_Launch], prepared: list[Any]) -> bool:
+        """Whether a parameter that was stepped has no gradient, for the first time: the model may have replaced it."""
+        lacking = {
+            name
+            for launch, (gradients, *_) in zip(launches, prepared, strict=True)
+            if not gradients.plain
+            for name, gradient in zip(launch.names, gradients, strict=True)
+            if gradient is None
+        }
+        news = not lacking <= self._once_lacking
+        self._once_lacking |= lacking
+        return news
+
+    def _forget_launches(self) -> None:
+        self._launches, self._launch_key, self._whereabouts, self._waiting = [], None, None, []
 
     @property
     def _traceable(self) -> bool:
@@ -482,14 +508,14 @@ class MaskedAdam(Optimizer):
         warnings.warn(f"{what}, and nothing trains; {remedy}", RuntimeWarning, stacklevel=3)
 
     def _look_for_abandoned(self) -> None:
-        """Look for parameters that a model took others for: they train, never had a gradient, and only this optimizer
-        refers to them. Raises ValueError for one that the plan freezes, else warns, once."""
+        """Look for parameters that a model took others for: they train, have no gradient, and only this optimizer, in
+        its groups and its state, refers to them. Raises ValueError for one that the plan freezes, else warns, once."""
         counts = [sys.getrefcount(p) for group in self.param_groups for p in group["params"]]
         (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
         lost = [
             name
             for p, name, count in zip(self._params(), self._names(), counts, strict=False)
-            if count <= alone and p.requires_grad and p.grad is None and not self.state.get(p)
+            if count <= alone + (p in self.state) and p.requires_grad and p.grad is None
         ]  # fmt: skip
         if not lost:
             return
@@ -498,7 +524,7 @@ class MaskedAdam(Optimizer):
             f"{type(self).__name__}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
             f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
             "place, as after load_state_dict(assign=True), resizing, weight_norm, sharding or wrapping; build the "
-            "optimizer afterwards"
+            "optimizer afterwards, or give it the new parameter in param_groups and state"
         )
         if planned:
             raise ValueError(what)

@@ -183,10 +183,44 @@ def test_a_parameter_that_another_took_the_place_of_is_told_at_the_first_step(
     assert all(torch.equal(bits(p), old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_parameter_replaced_in_mid_run_is_told(planned: bool) -> None:
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    plan = sf.FreezePlan({"a.weight": PLAN["weight"]} if planned else {})
+    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=plan)
+    for seed in range(2):
+        give(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+    replaced(model["a"])
+    give(model, 2)
+    before = [bits(p).clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(
+            ValueError if planned else RuntimeWarning, match=r"'a\.weight' has no gradient.*param_groups"
+        ):
+            optimizer.step()
+    assert all(torch.equal(bits(p), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_parameter_without_a_gradient_in_one_step_is_no_news() -> None:
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=sf.FreezePlan({"a.weight": PLAN["weight"]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for used in (model, model["b"], model, model["b"], model["a"]):
+            optimizer.zero_grad()
+            give(used, 0)
+            optimizer.step()
+    assert [int(optimizer.state[model[name].weight]["step"]) for name in "ab"] == [3, 4]
+
+
 def test_steps_that_train_nothing_are_told_once() -> None:
     model = layer()
     optimizer = trained(model)
     optimizer.zero_grad()
+    _held = list(model.parameters())  # by someone else than the optimizer, so that nobody knows they were replaced
     reassigned(model)
     model(torch.ones(2, 5)).sum().backward()
     with pytest.warns(RuntimeWarning, match=r"no parameter has a gradient.*load_state_dict\(assign=True\)") as told:
