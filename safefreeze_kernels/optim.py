@@ -161,7 +161,7 @@ class MaskedAdam(Optimizer):
             self._plan = checked_plan(freeze, what)
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._in_force = dict(zip(self._names(), self._masks(require_grad=True), strict=True))
-        self._note_plan()
+        self._note_plan(anew=True)
         params = [p for p in self._params() if p.requires_grad] or self._params()
         for device in {p.device for p in params} - {torch.device("meta")} or {torch.device("cpu")}:
             choose_backend(backend, device, what, _kernel_dtypes(p for p in params if p.device == device))
@@ -607,7 +607,7 @@ class MaskedAdam(Optimizer):
         self._plan, self._in_force = plan, dict(zip(self._names(), new_masks, strict=True))
         self._launch_key = None
         self._void_factor("the plan changed")
-        self._note_plan()
+        self._note_plan(anew=True)
 
     def _grown(self, old: FreezeMask, new: FreezeMask, name: str, p: Tensor) -> FreezeMask:
         """``old`` in the shape of ``new``, to which its tensor may have grown: what was added counts as frozen."""
@@ -621,13 +621,13 @@ class MaskedAdam(Optimizer):
                 f"carried over ({error}); build the optimizer anew"
             ) from error
 
-    def _note_plan(self) -> None:
-        """The plan changed, or what it is for: groups tell of it, and other ranks must have the same."""
+    def _note_plan(self, *, anew: bool = False) -> None:
+        """A plan came into force (``anew``), or what it is for changed: groups tell of it, ranks must have the same."""
         self._mark_groups()
         if self._agreement is None:
             params = (p for p in zip(self._names(), self._params(), strict=True))
             self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in params)
-        self._agreement.note((self._plan or FreezePlan()).fingerprint)
+        self._agreement.note((self._plan or FreezePlan()).fingerprint, anew=anew)
 
     def _mark_groups(self) -> None:
         # In `state_dict` there is more; here, distributed checkpoint looks which entries a group has.

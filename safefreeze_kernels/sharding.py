@@ -164,9 +164,9 @@ def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
 class PlanAgreement:
     """Do all ranks that train the same parameters freeze the same? Nobody waits: ranks leave notes in the store.
 
-    The plans that a rank has for these parameters, one after the other, are numbered. Who is first with a number says
-    which plan it is; who then has another one notes the conflict for all to see. A backward pass over several ranks has
-    everyone behind their note before anyone steps. Two steps later all must have come to that number.
+    The plans that a rank puts into force for these parameters, one after the other, are numbered. Who is first with a
+    number says which plan it is; who then has another one notes the conflict for all to see. A backward pass over
+    several ranks has everyone behind their note before anyone steps. Two steps later all must have come to that number.
     """
 
     # key of a set of parameters -> plans this process had for them, while this process group is the default one
@@ -176,16 +176,16 @@ class PlanAgreement:
     def __init__(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> None:
         text = "\n".join(f"{name} {tuple(shape)}" for name, shape in parameters)
         self._key: Final = f"safefreeze/{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-        self._plan = ""
+        self._plan, self._anew = "", True
         self._number = 0
         self._noted_in: Any = None  # the process group that knows of `_plan`
         self.agreed = True  # nothing to look at
         self._looks = 0
 
-    def note(self, fingerprint: str) -> None:
-        """The plan changed to this one, or something else did, so that it is to be compared again."""
-        if fingerprint != self._plan:
-            self._plan, self._noted_in = fingerprint, None
+    def note(self, fingerprint: str, *, anew: bool) -> None:
+        """This plan comes into force (``anew``, also if it is the one that was), or is to be compared again."""
+        if anew or fingerprint != self._plan:
+            self._plan, self._anew, self._noted_in = fingerprint, anew, None
         self.agreed, self._looks = False, 0
         self._leave_note()
 
@@ -220,7 +220,8 @@ class PlanAgreement:
         if self._noted_in is not world:
             self._noted_in = world
             history = self._histories.setdefault(self._key, [])
-            if not history or history[-1] != self._plan:
+            if self._anew or not history or history[-1] != self._plan:
+                self._anew = False
                 history.append(self._plan)
                 self._say(len(history) - 1)
             self._number = len(history) - 1
