@@ -12,6 +12,7 @@ from torch import nn
 __all__ = ["Attached", "attach", "detach"]
 
 _GETSTATE: Final = "__getstate__"  # copy and pickle ask the instance for it before its class
+_REPLICATE: Final = "_replicate_for_data_parallel"  # and so does torch.nn.DataParallel
 
 
 class Attached:
@@ -27,6 +28,7 @@ def attach(module: nn.Module, thing: Attached) -> None:
     else:
         module.register_forward_hook(thing)  # type: ignore[arg-type]
     vars(module)[_GETSTATE] = partial(_bare_state, weakref.ref(module))
+    vars(module)[_REPLICATE] = partial(_bare_replica, weakref.ref(module))
 
 
 def detach(module: nn.Module, thing: Attached) -> None:
@@ -37,6 +39,7 @@ def detach(module: nn.Module, thing: Attached) -> None:
             del place[key]  # type: ignore[arg-type]
     if not any(_is_ours(*item) for item in (*attributes.items(), *hooks.items())):
         attributes.pop(_GETSTATE, None)
+        attributes.pop(_REPLICATE, None)
 
 
 def _is_ours(key: object, value: object) -> bool:
@@ -50,6 +53,21 @@ def _bare_state(reference: weakref.ref[nn.Module]) -> Any:
     assert module is not None  # it is the one that asks
     of_class = getattr(type(module), _GETSTATE, None)  # before Python 3.11 there may be none
     state = dict(vars(module)) if of_class is None else of_class(module)
-    bare = {key: value for key, value in state.items() if key != _GETSTATE and not _is_ours(key, value)}
-    hooks = OrderedDict(item for item in state["_forward_hooks"].items() if not _is_ours(*item))
-    return {**bare, "_forward_hooks": hooks}
+    bare = {
+        key: value for key, value in state.items() if key not in (_GETSTATE, _REPLICATE) and not _is_ours(key, value)
+    }
+    if "_forward_hooks" in bare:
+        bare["_forward_hooks"] = OrderedDict(item for item in bare["_forward_hooks"].items() if not _is_ours(*item))
+    return bare
+
+
+def _bare_replica(reference: weakref.ref[nn.Module]) -> Any:
+    """What `torch.nn.DataParallel` makes of a module: without ours among its attributes. Hooks go along, as torch has
+    it: the gradients of replicas are those of the module."""
+    module = reference()
+    assert module is not None
+    replica: Any = getattr(type(module), _REPLICATE)(module)
+    attributes = vars(replica)
+    for key in [key for key, value in attributes.items() if key in (_GETSTATE, _REPLICATE) or _is_ours(key, value)]:
+        del attributes[key]
+    return replica

@@ -226,7 +226,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def _settled(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, its values in memory: autograd may only note that they are negated or conjugate."""
-    return tensor if tensor is None else tensor.resolve_conj().resolve_neg().contiguous()
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()):
+        return tensor
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 class _Contiguous:
@@ -379,7 +381,7 @@ def clip_grad_norm_(
         plan = plan if plan is not None else optimizer.plan
     bound, params = _bind(model, plan, operation)
     if optimizer is not None:
-        _check_same_gradients(optimizer, params, bound.names, plan or FreezePlan())
+        same = _check_same_gradients(optimizer, params, bound.names, plan or FreezePlan())
     grads = _Contiguous(
         read_gradients(bound.gradients, params, bound.names, bound.shapes, operation), bound.names, operation
     )
@@ -403,8 +405,8 @@ def clip_grad_norm_(
     if optimizer is None:
         chosen.scale_(bound.live, grads.tensors, coefficient)
         grads.finish()
-    else:
-        optimizer.multiply_gradients_(coefficient, grads.tensors if grads.tensors.own else None)
+    elif any(g is not None for g in grads.tensors):
+        optimizer.multiply_gradients_(coefficient, grads.tensors if same and grads.tensors.own else None)
     bound.sure = grads.plain
     return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
 
@@ -438,8 +440,9 @@ def _norm_over_ranks(
 
 def _check_same_gradients(
     optimizer: StepsGradients, params: Sequence[Tensor], names: Sequence[str], plan: FreezePlan
-) -> None:
-    """Raise unless ``optimizer`` steps exactly these parameters, under the same plan."""
+) -> bool:
+    """Raise unless ``optimizer`` steps exactly these parameters, under the same plan. Returns whether neither has
+    others, that do not train: then the gradients of one are those of the other."""
     operation, what = "clip_grad_norm_", type(optimizer).__name__
     if (optimizer.plan or FreezePlan()).fingerprint != plan.fingerprint:
         raise ValueError(
@@ -458,3 +461,4 @@ def _check_same_gradients(
             f"{operation}: optimizer has {len(known)} parameters, expected the model's {len(params)}: others would be "
             "scaled by a norm that does not count them; pass the model that holds them all, or clip without optimizer="
         )
+    return len(params) == len(known) == sum(len(group["params"]) for group in optimizer.param_groups)

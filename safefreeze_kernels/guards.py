@@ -237,7 +237,7 @@ def _guarded(name: str, method: Any, own: Any) -> Callable[..., Any]:
     """``name`` of an optimizer with its guards around it. ``own``: what the instance had under the name."""
     around = _failing if name == "step" else _around
 
-    @functools.wraps(method)
+    @functools.wraps(method if own is None else own)
     def guarded(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         with around(self):
             found = own(*args, **kwargs) if own is not None else getattr(type(self), name)(self, *args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, get_args
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .attached import Attached, attach, detach
 from .binding import BoundMask, bind, named_tensors
+from .kernels.tensors import writes
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient
 from .sharding import is_sharded
@@ -74,13 +75,14 @@ class LiveGradients:
         if storage not in get_args(Storage):
             raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
         bound = bind(plan, named_tensors(model), operation=operation)
+        taken = forwards()
         for entry in bound:
             if storage == "packed" and is_sharded(entry.param):
                 raise ValueError(
                     f"{operation}: {entry.name!r} is sharded, and packed gradients are for one device; use "
                     "storage='dense'"
                 )
-            if _of(entry.param) is not None:
+            if id(entry.param) in taken:
                 raise ValueError(f"{operation}: {entry.name!r} has live gradients already; remove those first")
         self.storage, self.most_live = storage, most_live
         self.layers: list[LiveLayer] = []
@@ -186,17 +188,26 @@ def _changed() -> None:
 _generation = 0
 
 
-def check_live_gradients(param: Tensor, mask: FreezeMask, name: str, operation: str) -> None:
+def forwards() -> dict[int, _LiveForward]:
+    """id of a weight -> what computes live gradients of it now. Asked of the layers, since parameters are swapped and
+    copied."""
+    return {id(layer._parameters.get("weight")): forward for layer, forward in list(_forwards.items())}
+
+
+def check_live_gradients(
+    param: Tensor, mask: FreezeMask, name: str, operation: str, found: Mapping[int, _LiveForward]
+) -> None:
     """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
-    another mask; also if it has one that was computed so before live gradients were removed, and is as it was then."""
+    another mask; also if it has one that was computed so before live gradients were removed, and is as it was then.
+    ``found``: `forwards`."""
     lacking, grad, version = _left.get(param, (mask, None, 0))  # type: ignore[no-untyped-call]
-    same = grad is not None and param.grad is not None and grad() is param.grad and version == param.grad._version
+    same = grad is not None and param.grad is not None and grad() is param.grad and version == writes(param.grad)
     if same and (lacking | mask) != mask:
         raise ValueError(
             f"{operation}: grad of {name!r} was computed under live_gradients, without elements that learn now; call "
             "zero_grad() and run the backward pass again"
         )
-    forward = _of(param)
+    forward = found.get(id(param))
     missing, storage = (mask, "dense") if forward is None else (forward.mask, forward.storage)
     if missing != mask and ((missing | mask) != mask or storage == "packed"):
         raise ValueError(
@@ -282,7 +293,7 @@ class _LiveForward(Attached):
             _forwards.pop(layer, None)
             weight: Any = layer.weight
             if self._ran and weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
-                _left[weight] = self.mask, weakref.ref(weight.grad), weight.grad._version
+                _left[weight] = self.mask, weakref.ref(weight.grad), writes(weight.grad)
         _changed()
 
     def __reduce__(self) -> Any:
@@ -329,13 +340,6 @@ class _LiveForward(Attached):
 _forwards: weakref.WeakKeyDictionary[nn.Module, _LiveForward] = weakref.WeakKeyDictionary()
 #: Parameter -> what its gradient lacked when live gradients were removed, that gradient and its version.
 _left: Final = WeakIdKeyDictionary()
-
-
-def _of(param: Tensor) -> _LiveForward | None:
-    """What computes live gradients of ``param``; None: nothing does. Asked of the layers, since parameters are swapped
-    and copied."""
-    layers = list(_forwards.items())
-    return next((forward for layer, forward in layers if layer._parameters.get("weight") is param), None)
 
 
 class _LiveLinear(torch.autograd.Function):

@@ -38,7 +38,7 @@ from .kernels import (
 )
 from .kernels.reference import from_remainder
 from .kernels.tensors import GradientList, GradientReader, Whereabouts, trace, whereabouts
-from .live import check_live_gradients, generation
+from .live import check_live_gradients, forwards, generation
 from .masks import FreezeMask, FreezePlan
 from .packed import PackedGradient, refuse_step
 from .sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
@@ -172,7 +172,6 @@ class MaskedAdam(Optimizer):
         self._launch_key: Any = None
         self._whereabouts: Whereabouts | None = None
         self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no launch
-        self._once_lacking: set[str] = set()  # names of parameters with state that had no gradient at some step
         self._pending: _PendingFactor | None = None  # what the next step multiplies gradients by
         self._given_names: dict[int, tuple[ref[Tensor], str]] = {}
         self._agreement: PlanAgreement | None = None
@@ -281,7 +280,7 @@ class MaskedAdam(Optimizer):
                 )
             for name, p in zip(names, params, strict=True):
                 known, given = self._given_names.get(id(p), (None, name))
-                if known is not None and known() is p and given != name:
+                if known is not None and known() is p and bare_name(given) != bare_name(name):
                     raise ValueError(
                         f"{what}: param_groups[{index}] has {given!r} where its 'param_names' say {name!r}: "
                         "parameters were reordered after the optimizer was built; reorder 'param_names' with them"
@@ -337,7 +336,7 @@ class MaskedAdam(Optimizer):
         if first and launches and self._only_makes_state():
             return
         prepared = self._prepared(launches, grads)
-        if grads is None and self._lacks_a_gradient_as_never_before(launches, prepared):
+        if grads is None and self._may_have_lost_a_parameter(launches, prepared):
             del launches, prepared
             self._forget_launches()  # then nothing of this optimizer but groups and state refers to parameters
             self._take_step()
@@ -359,18 +358,14 @@ class MaskedAdam(Optimizer):
             prepared.append(launch.prepare(self.param_groups, given))
         return prepared
 
-    def _lacks_a_gradient_as_never_before(self, launches: list[_Launch], prepared: list[Any]) -> bool:
-        """Whether a parameter that was stepped has no gradient, for the first time: the model may have replaced it."""
-        lacking = {
-            name
+    def _may_have_lost_a_parameter(self, launches: list[_Launch], prepared: list[Any]) -> bool:
+        """Whether a parameter has no gradient, and fewer refer to it than when launches were compiled."""
+        return any(
+            gradient is None and sys.getrefcount(p) < count
             for launch, (gradients, *_) in zip(launches, prepared, strict=True)
             if not gradients.plain
-            for name, gradient in zip(launch.names, gradients, strict=True)
-            if gradient is None
-        }
-        news = not lacking <= self._once_lacking
-        self._once_lacking |= lacking
-        return news
+            for p, gradient, count in zip(launch.owners, gradients, launch.holders, strict=True)
+        )
 
     def _forget_launches(self) -> None:
         self._launches, self._launch_key, self._whereabouts, self._waiting = [], None, None, []
@@ -393,7 +388,13 @@ class MaskedAdam(Optimizer):
         are gone it is dropped; if some are, or if one was written to, or the plan, the state or the groups changed, the
         next step raises RuntimeError.
         """
-        self._pending = _PendingFactor(factor, self._present_gradients() if gradients is None else gradients)
+        gradients = self._present_gradients() if gradients is None else gradients
+        if all(gradient is None for gradient in gradients):
+            raise RuntimeError(
+                f"{type(self).__name__}.multiply_gradients_: no parameter has a gradient, expected those that the "
+                "factor is for; call it after the backward pass"
+            )
+        self._pending = _PendingFactor(factor, gradients)
 
     def _present_gradients(self) -> list[Tensor | None]:
         return [p.grad for group in self.param_groups for p in group["params"]]
@@ -432,8 +433,9 @@ class MaskedAdam(Optimizer):
         self._sharded = any(map(is_sharded, params))
         pieces = list(map(local, params))
         local_masks = [mask.piece(part) for mask, part in zip(masks, parts, strict=True)]
+        live = forwards()
         for p, mask, name in zip(params, masks, names, strict=True):
-            check_live_gradients(p, mask, name, type(self).__name__)
+            check_live_gradients(p, mask, name, type(self).__name__, live)
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         kinds: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
@@ -487,6 +489,9 @@ class MaskedAdam(Optimizer):
             )
         self._launches, self._launch_key, self._whereabouts = launches, key, whereabouts(self._local_state())
         self._waiting = [p for p in params if p.grad is None and not self.state.get(p)]
+        del params, pieces, p  # so that this counts who else refers to them, in the way it is asked later
+        for launch in launches:
+            launch.holders = [sys.getrefcount(p) for p, _ in zip(launch.owners, launch.names, strict=True)]
         return launches
 
     def _local_state(self) -> Mapping[Tensor, dict[str, Any]]:
@@ -604,9 +609,10 @@ class MaskedAdam(Optimizer):
         for p, moments in states.items():
             self.state[p].update(moments)
         self._ages = {name: age for name, age in ages.items() if age}
+        if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
+            self._void_factor("the plan changed")
         self._plan, self._in_force = plan, dict(zip(self._names(), new_masks, strict=True))
-        self._launch_key = None
-        self._void_factor("the plan changed")
+        self._forget_launches()
         self._note_plan(anew=True)
 
     def _grown(self, old: FreezeMask, new: FreezeMask, name: str, p: Tensor) -> FreezeMask:
@@ -743,7 +749,7 @@ class MaskedAdam(Optimizer):
             for hook in hooks:
                 hook.remove()
         self._ages = loaded["ages"]
-        self._launch_key = None
+        self._forget_launches()
         self._void_factor("state was loaded")
         self._note_plan()
 
@@ -848,6 +854,8 @@ class MaskedAdam(Optimizer):
                 group.setdefault(key, self.defaults[key])
         if copied:
             self._given_names = _named_by_identity(self.param_groups)
+            if "_in_force" not in state:  # pickled by an earlier version
+                self._in_force = dict(zip(self._names(), self._masks(), strict=True))
             self._note_plan()
 
 
@@ -1024,6 +1032,7 @@ class _Launch:
         self.pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
         params = list(map(local, owners))
         self.owners, self.params, self.names = owners, params, names
+        self.holders: list[int] = []  # how many references there are to each owner
         self.flags: dict[str, Any] = {"l2": l2, "amsgrad": amsgrad, "stochastic": stochastic, "seed": seed}
         self.group_of_part = group_of[work.tensor_of_part]
         groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)

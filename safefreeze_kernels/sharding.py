@@ -206,7 +206,7 @@ class PlanAgreement:
             ranks = store.get(f"{self._key}/conflict").decode()
             raise ValueError(
                 f"{operation}: ranks have different freeze plans ({ranks}), expected the same on all; load the plan "
-                "from one file on every rank"
+                "from one file on every rank (and give parameters of another model names of their own)"
             )
 
     def _leave_note(self) -> bool:

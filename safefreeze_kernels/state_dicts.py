@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -90,7 +91,7 @@ def _check_hyper_parameters(
     for key in ("lr", "betas", "eps", "weight_decay"):
         value = group.get(key)
         numbers = value if key == "betas" and isinstance(value, (list, tuple)) else [value]
-        right = all(isinstance(n, (int, float, Tensor)) and not isinstance(n, bool) for n in numbers)
+        right = all(isinstance(n, (Real, Tensor)) and not isinstance(n, bool) for n in numbers)
         _expect(right and (key != "betas" or len(numbers) == 2), what, f"{label}[{key!r}]", value,
                 "two numbers" if key == "betas" else "a number")  # fmt: skip
     for key in _FLAGS:
@@ -113,7 +114,7 @@ def _check_state(state: Any, label: str, what: str) -> None:
     if "step" in state:
         step = state["step"]
         one = isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex() and step.device.type != "meta"
-        number = isinstance(step, (int, float)) and not isinstance(step, bool)
+        number = isinstance(step, Real) and not isinstance(step, bool)
         _expect(one or number, what, f"{label}['step']", step, "a number or a one-element tensor")
         count = step.item() if isinstance(step, Tensor) else step
         whole = isinstance(count, int) or (math.isfinite(count) and count == int(count))

@@ -832,3 +832,13 @@ def test_every_family_of_the_mask_builder(case: str, storage: Any) -> None:
             assert_same_bits(grad, torch.zeros_like(grad), name, where=plan[name].dense())
         # sums of 18 products in another order, in each of the layers that gradients come through
         torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)
+
+
+def test_replicas_for_data_parallel_compute_with_their_own_weights() -> None:
+    net = Net()
+    with sf.live_gradients(net, plan_of("rows")):
+        replica = net.layer._replicate_for_data_parallel()
+        replica._parameters = {"weight": torch.zeros_like(net.layer.weight), "bias": None}
+        x = torch.ones(2, net.layer.weight.shape[1])
+        assert (replica(x) == 0).all()
+    assert "_replicate_for_data_parallel" not in vars(net.layer)

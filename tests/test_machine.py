@@ -432,6 +432,20 @@ class Training(RuleBasedStateMachine):
             self.step(False, None)
             self.forget(True, by)
 
+    @rule(seed=SEEDS, what=st.sampled_from(["plan", "group", "gradients", "nothing"]))
+    def change_after_clip(self, seed: int, what: str) -> None:
+        """What the factor depends on changes before the step."""
+        self.live_off()
+        self.learn(seed, False, 0.0)
+        self.clip(0.5, True)
+        if what == "plan":
+            self.freeze(seed, "new")
+        elif what == "group" and len(self.names) < 3:
+            self.add_group(seed)
+        elif what == "gradients":
+            self.learn(seed + 1, False, 0.0, True)
+        self.step(False, None)
+
     @rule(seed=SEEDS)
     def threads(self, seed: int) -> None:
         """Two optimizers that step at once disturb neither each other nor the one they were copied from."""
@@ -465,10 +479,11 @@ class Training(RuleBasedStateMachine):
                 optimizer.set_freeze(plan)
         if off:
             return
-        self.plan = plan
+        changed, self.plan = plan.fingerprint != self.plan.fingerprint, plan
         for name, weight in self.weights.items():
             weight.freeze(plan[name].dense() if name in plan else torch.zeros(weight.value.shape, dtype=torch.bool))
-        self.void()
+        if changed:
+            self.void()
         self.remember()
 
     def void(self) -> None:

@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,33 @@ def test_a_clip_factor_goes_with_its_gradients(skip: str) -> None:
     assert_same_bits(model.weight.detach(), other.weight.detach(), "the step after a skipped batch")
 
 
+def test_a_clip_factor_needs_gradients() -> None:
+    model = layer()
+    optimizer = trained(model)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"multiply_gradients_: no parameter has a gradient"):
+        optimizer.multiply_gradients_(torch.tensor(0.5))
+    assert sf.clip_grad_norm_(model, 1.0, PLAN, optimizer=optimizer) == 0  # as in torch
+
+
+def test_gradients_that_others_left_do_not_disturb_a_clip_factor() -> None:
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    give(model, 0)
+    model["b"].requires_grad_(False)
+    optimizer = sf.MaskedAdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=0.1)
+    sf.clip_grad_norm_(model, 1.0, optimizer=optimizer)
+    optimizer.step()
+
+
+def test_gradients_of_inference_mode_are_clipped_inside_the_step() -> None:
+    model = layer()
+    optimizer = trained(model)
+    with torch.inference_mode():
+        give(model, 3)
+    sf.clip_grad_norm_(model, 1.0, PLAN, optimizer=optimizer)
+    optimizer.step()
+
+
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +179,46 @@ def test_the_step_by_which_distributed_checkpoint_makes_state_counts_nothing() -
     assert_same_bits(model.weight.detach(), expected.weight.detach(), "training after the state was made")
 
 
+@pytest.mark.parametrize(
+    "number", [lambda x: x, float, lambda x: torch.tensor(x).numpy()[()]], ids=["own", "float", "numpy"]
+)
+def test_what_schedulers_and_frameworks_write_is_loaded(number: Callable[[float], Any]) -> None:
+    model = layer()
+    optimizer = trained(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = number(0.25)
+    state["state"][0]["step"] = number(2.0)
+    optimizer.load_state_dict(state)
+    give(model, 4)
+    optimizer.step()
+    assert optimizer.state[model.weight]["step"] == 3
+
+
+def test_an_optimizer_pickled_by_an_earlier_version_goes_on() -> None:
+    model, other = layer(), layer()
+    optimizer, expected = trained(model), trained(other)
+    state = {key: value for key, value in optimizer.__getstate__().items() if key != "_in_force"}
+    restored = sf.MaskedAdamW.__new__(sf.MaskedAdamW)
+    restored.__setstate__(state)
+    for each, opt in ((model, restored), (other, expected)):
+        opt.set_freeze(sf.FreezePlan({"weight": sf.FreezeMask((6, 5), rows=[0])}))
+        give(each, 5)
+        opt.step()
+    assert_same_bits(model.weight.detach(), other.weight.detach(), "a thaw and a step")
+
+
+@pytest.mark.parametrize("act", ["load_state_dict", "set_freeze"])
+def test_state_that_was_replaced_is_let_go(act: str) -> None:
+    model = layer()
+    optimizer = trained(model)
+    gone = weakref.ref(optimizer.state[model.weight]["exp_avg"])
+    if act == "set_freeze":
+        optimizer.set_freeze(None)
+    else:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert gone() is None
+
+
 # -- parameters ------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +270,20 @@ def test_a_parameter_replaced_in_mid_run_is_told(planned: bool) -> None:
         ):
             optimizer.step()
     assert all(torch.equal(bits(p), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_parameter_replaced_after_it_was_idle_is_told() -> None:
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=sf.FreezePlan({"a.weight": PLAN["weight"]}))
+    for used in (model, model["b"], model):
+        optimizer.zero_grad()
+        give(used, 0)
+        optimizer.step()
+    optimizer.zero_grad()
+    replaced(model["a"])
+    give(model, 2)
+    with pytest.raises(ValueError, match=r"'a\.weight' has no gradient"):
+        optimizer.step()
 
 
 def test_a_parameter_without_a_gradient_in_one_step_is_no_news() -> None:

@@ -16,7 +16,7 @@ from ..masks import FreezeMask
 from ..packed import PackedGradient, packing
 from ..sharding import LocalGradients, is_sharded, local
 
-__all__ = ["GradientList", "GradientReader", "trace", "whereabouts"]
+__all__ = ["GradientList", "GradientReader", "trace", "whereabouts", "writes"]
 
 _STORAGE: Final = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -82,7 +82,12 @@ def trace(tensors: list[Tensor | None]) -> int:
     As long as they are kept, no others have it. Numbers of two lists add up, modulo 2**64, to that of both."""
     if _C is not None:
         return int(_C.trace(tensors))
-    return sum(hash((id(tensor), tensor._version)) for tensor in tensors if tensor is not None) % 2**64
+    return sum(hash((id(tensor), writes(tensor))) for tensor in tensors if tensor is not None) % 2**64
+
+
+def writes(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to, as far as autograd knows: of inference tensors it does not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Holder:
