@@ -200,9 +200,9 @@ def check_live_gradients(
     """Raise ValueError if ``param`` lacks gradients of elements that ``mask`` does not freeze, or if they are packed by
     another mask; also if it has one that was computed so before live gradients were removed, and is as it was then.
     ``found``: `forwards`."""
-    lacking, grad, version = _left.get(param, (mask, None, 0))  # type: ignore[no-untyped-call]
-    same = grad is not None and param.grad is not None and grad() is param.grad and version == writes(param.grad)
-    if same and (lacking | mask) != mask:
+    grad: Any = param.grad  # which may have gone from one parameter to another
+    lacking, version = (mask, 0) if grad is None else _incomplete.get(grad, (mask, 0))  # type: ignore[no-untyped-call]
+    if lacking.shape == mask.shape and lacking != mask and version == writes(grad) and (lacking | mask) != mask:
         raise ValueError(
             f"{operation}: grad of {name!r} was computed under live_gradients, without elements that learn now; call "
             "zero_grad() and run the backward pass again"
@@ -293,7 +293,7 @@ class _LiveForward(Attached):
             _forwards.pop(layer, None)
             weight: Any = layer.weight
             if self._ran and weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
-                _left[weight] = self.mask, weakref.ref(weight.grad), writes(weight.grad)
+                _incomplete[weight.grad] = self.mask, writes(weight.grad)
         _changed()
 
     def __reduce__(self) -> Any:
@@ -338,8 +338,8 @@ class _LiveForward(Attached):
 
 #: Layers that have live gradients now.
 _forwards: weakref.WeakKeyDictionary[nn.Module, _LiveForward] = weakref.WeakKeyDictionary()
-#: Parameter -> what its gradient lacked when live gradients were removed, that gradient and its version.
-_left: Final = WeakIdKeyDictionary()
+#: Gradient -> what it lacked when live gradients were removed, and how often it had been written to.
+_incomplete: Final = WeakIdKeyDictionary()
 
 
 class _LiveLinear(torch.autograd.Function):
