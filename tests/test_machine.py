@@ -791,7 +791,7 @@ def test_the_machine_sees_a_byte_that_moves() -> None:
 
 # -- two ranks ----------------------------------------------------------------------------------------------------
 
-STAGES: Final = ("step", "load", "other state", "group", "plan", "same plan", "pickle")
+STAGES: Final = ("step", "load", "other state", "pickle", "group", "plan", "same plan")
 
 
 def train_together(rank: int, seeds: list[int]) -> list[tuple[str, bool, list[float]]]:
@@ -813,7 +813,7 @@ def train_together(rank: int, seeds: list[int]) -> list[tuple[str, bool, list[fl
         plan, differs = drawn()
         optimizer = sf.MaskedAdamW(zip(names, ddp.parameters(), strict=True), lr=0.1, freeze=plan)
         try:
-            for stage in rng.choice(STAGES, 5):
+            for stage in (STAGES[1 + seed % 3], *rng.choice(STAGES, 4)):  # first what once made ranks forget to compare
                 if stage == "step":
                     for _ in range(2):  # who leads hears of the others at its second step
                         ddp(torch.ones(2, 5)).square().sum().backward()

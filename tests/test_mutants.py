@@ -86,7 +86,6 @@ MUTANTS: Final = (
         "optim.py",
         "if not state or (old == new and was is old):",
         "if not state or old.frozen_count == new.frozen_count:",
-        (CONTRACT,),
     ),
     Mutant(
         "ages are lost on resume",
