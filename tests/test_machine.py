@@ -433,7 +433,7 @@ class Training(RuleBasedStateMachine):
             self.step(False, None)
             self.forget(True, by)
 
-    @rule(seed=SEEDS, what=st.sampled_from(["plan", "group", "gradients", "nothing"]))
+    @rule(seed=SEEDS, what=st.sampled_from(["plan", "group", "gradients", "skip", "nothing"]))
     def change_after_clip(self, seed: int, what: str) -> None:
         """What the factor depends on changes before the step."""
         self.live_off()
@@ -445,6 +445,18 @@ class Training(RuleBasedStateMachine):
             self.add_group(seed)
         elif what == "gradients":
             self.learn(seed + 1, False, 0.0, True)
+        elif what == "skip":
+            self.forget(True, "model")
+            self.learn(seed + 1, False, 0.0)
+        self.step(False, None)
+
+    @rule(seed=SEEDS)
+    def live_in_mid_run(self, seed: int) -> None:
+        """Live gradients of any plan go on when a step was taken."""
+        self.live_off()
+        self.train(seed, 1, False)
+        self.live_on(seed, "dense", "other")
+        self.backward(seed)
         self.step(False, None)
 
     @rule(seed=SEEDS)
@@ -608,6 +620,16 @@ class Training(RuleBasedStateMachine):
         frozen = any(m.frozen_count for m in self.plan.values())
         with pytest.raises(ValueError, match="another parameter") if frozen else pytest.warns(RuntimeWarning):
             optimizer.step()
+
+    @rule()
+    def warm_up(self) -> None:
+        """A first step at rate 0 with gradients of zero counts, as in torch."""
+        net = network({name: p.detach() for name, p in self.params().items()})
+        optimizer = self.make(net.named_parameters(), freeze=self.plan, lr=0.0)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert all(float(optimizer.state[p]["step"]) == 1 for p in net.parameters())
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
