@@ -154,7 +154,7 @@ DAMAGES: Final = (
     _note(lambda note: note.update(packed="no")), _note(lambda note: note.update(version="1")),
     _note(lambda note: note.update(masks={"99": "x"})), _note(lambda note: note.update(ages={"0": []})),
     _note(lambda note: "[]"), _note(lambda note: "x"), _note(lambda note: 7), _note(lambda note: "[" * 9999),
-    _ages(_older), _ages(lambda ages: ages.pop()), _ages(lambda ages: ages.insert(0, "?")),
+    _ages(_older), _ages(lambda ages: ages.clear()), _ages(lambda ages: ages.insert(0, "?")),
     _ages(lambda ages: ages.__setitem__(1, "AAAA")),
     _entry("step", math.nan), _entry("step", -1.0), _entry("step", math.inf), _entry("step", 1e30), _entry("step", "1"),
     _entry("step", torch.ones(2)), _entry("exp_avg", None), _entry("exp_avg", [0.0]), _entry("exp_avg_sq", 3),
