@@ -224,9 +224,9 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _settled(tensor: Tensor | None) -> Tensor | None:
+def settled(tensor: Tensor) -> Tensor:
     """Contiguous, its values in memory: autograd may only note that they are negated or conjugate."""
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()):
+    if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
         return tensor
     return tensor.resolve_conj().resolve_neg().contiguous()
 
@@ -242,7 +242,7 @@ class _Contiguous:
                     "written to; assign its .contiguous() copy"
                 )
         self.originals, self.plain = tensors, tensors.plain
-        self.tensors = tensors if self.plain else GradientList(map(_settled, tensors))
+        self.tensors = tensors if self.plain else GradientList(t if t is None else settled(t) for t in tensors)
 
     def finish(self) -> None:
         """The originals hold what was written, and autograd knows."""

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .binding import bare_name, bind
-from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients
+from .gradients import check_gradient, check_packing, overlaps_itself, read_gradients, settled
 from .kernels import (
     SCALARS,
     SCALARS_DOUBLE,
@@ -443,6 +443,7 @@ class MaskedAdam(Optimizer):
                 self._check_trained(p, names[i])
                 double = p.dtype in (torch.float64, torch.complex128)
                 kinds.setdefault((_flags(groups[group_of[i]]), pieces[i].device, double), []).append(i)
+        backends = []
         for (_, device, _), members in kinds.items():
             if device.type == "meta" and any(groups[group_of[i]]["fused"] for i in members):
                 raise RuntimeError(  # torch's words, in torch's error: callers match them
@@ -455,12 +456,13 @@ class MaskedAdam(Optimizer):
                     check_packing(grad.mask, masks[i], names[i], type(self).__name__)
                 elif grad is not None:
                     check_gradient(pieces[i], grad, names[i], type(self).__name__, (params[i].dtype,))
-            choose_backend(self._backend, device, type(self).__name__, _kernel_dtypes(params[i] for i in members))
+            dtypes = _kernel_dtypes(params[i] for i in members)
+            backends.append(choose_backend(self._backend, device, type(self).__name__, dtypes))
         launches = []
         for ((_, amsgrad, *_), *_), members in kinds.items():
             for i in members:
                 self._init_state(params[i], local_masks[i], amsgrad, names[i])
-        for ((_, amsgrad, l2, capturable), device, double), members in kinds.items():
+        for (((_, amsgrad, l2, capturable), _, double), members), backend in zip(kinds.items(), backends, strict=True):
             geometry = [
                 (local_masks[i], age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i]))
                 for i in members
@@ -469,11 +471,10 @@ class MaskedAdam(Optimizer):
                 _of_real_view(*each) if params[i].is_complex() else each
                 for i, each in zip(members, geometry, strict=True)
             ]
-            dtypes = _kernel_dtypes(params[i] for i in members)
             launches.append(
                 (_CapturableLaunch if capturable else _Launch)(
                     optimizer=type(self).__name__,
-                    backend=choose_backend(self._backend, device, type(self).__name__, dtypes),
+                    backend=backend,
                     work=compile_live([mask for mask, _ in geometry], [age for _, age in geometry]),
                     double=double,
                     owners=[params[i] for i in members],
@@ -571,9 +572,7 @@ class MaskedAdam(Optimizer):
                         f"{type(self).__name__}: state {key!r} of {name!r} has {aspect} {got}, expected {expected}; "
                         "load foreign state with load_state_dict; after a parameter grew, call set_freeze"
                     )
-            plain = moment.resolve_conj().resolve_neg().contiguous()
-            if plain is not moment:
-                state[key] = plain
+            state[key] = settled(moment)
 
     # -- changing the plan --------------------------------------------------------------------------------------
 

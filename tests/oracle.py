@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 
+def rounded_master(master: Tensor) -> Tensor:
+    """A float32 master as its bfloat16 parameter: to nearest, ties away from zero."""
+    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32)).to(torch.int64)  # which may pass 2**31
+    return ((bits + 0x8000 >> 16) << 16).to(torch.int32).view(torch.float32).to(torch.bfloat16)
+
+
 @dataclass
 class Weight:
     """One parameter: its values, and what an optimizer knows of it."""
@@ -65,8 +71,7 @@ class Weight:
         live = ~self.frozen
         if self.master is not None:
             self.master = torch.where(live, p, self.master)
-            bits = torch.where(p.isnan(), 0x7FC00000, p.view(torch.int32))
-            p = ((bits + 0x8000 >> 16) << 16).view(torch.float32)  # to nearest, ties away from zero
+            p = rounded_master(p)
         self.value = torch.where(live, p.to(self.value.dtype), self.value)
         self.moments = [
             torch.where(live, new.to(old.dtype), old) for new, old in zip((m, v, largest), self.moments, strict=True)

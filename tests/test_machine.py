@@ -36,7 +36,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from oracle import Weight
+from oracle import Weight, rounded_master
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -590,7 +590,7 @@ class Training(RuleBasedStateMachine):
             master = self.optimizers[FIRST].master_weights()[name]
             wrong = master.isnan() & ~value.isnan()
             assert not wrong.any(), f"the master of a rewritten {name} is NaN"
-            assert_same_bits(rounded(master), value, f"the master of a rewritten {name}, rounded", any_nan=True)
+            assert_same_bits(rounded_master(master), value, f"the master of a rewritten {name}, rounded", any_nan=True)
         self.weights[name].rewrite(value, master)
         self.remember()
 
@@ -752,12 +752,6 @@ class Training(RuleBasedStateMachine):
                 for key, value in optimizer.state.get(p, {}).items():
                     if key != "step":
                         assert tuple(value.shape) == shape, f"{b}: {key} of {name}"
-
-
-def rounded(master: Tensor) -> Tensor:
-    """As bfloat16: to nearest, ties away from zero."""
-    wide = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32)).to(torch.int64)
-    return ((wide + 0x8000 >> 16) << 16).to(torch.int32).view(torch.float32).to(torch.bfloat16)
 
 
 def run(programs: int, operations: int) -> tuple[int, int]:

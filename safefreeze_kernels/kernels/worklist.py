@@ -104,8 +104,8 @@ class Ages:
     def after(self, old: FreezeMask, new: FreezeMask, step: int) -> Ages:
         """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now."""
         rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
-        rows[np.setdiff1d(old.rows.numpy(), new.rows.numpy())] = step
-        cols[np.setdiff1d(old.cols.numpy(), new.cols.numpy())] = step
+        rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
+        cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
         if old.bits is not None:
             was = np.unpackbits(old.bits, count=old.numel, bitorder="little").view(bool).reshape(old.matrix_shape)
             thawed = was & ~new.dense().numpy().reshape(old.matrix_shape)
@@ -264,7 +264,7 @@ def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
     parts: list[Part] = []
     for tensor, mask in enumerate(masks):
         shape = mask.matrix_shape
-        rows, cols = mask.rows.numpy(), mask.cols.numpy()
+        rows, cols = mask.frozen_rows, mask.frozen_cols
         start = 0
         if rows.size:
             parts.append(Part(tensor, shape, shape[1], rows))
