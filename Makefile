@@ -65,7 +65,7 @@ define sanitized
 	$(PY) setup.py -q build --build-base build/$@/base --build-lib build/$@/lib
 	cd build/$@/lib && LD_PRELOAD="$(foreach library,$(2),$$($(CXX) -print-file-name=$(library)))" $(3) \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
-	$(4) $(patsubst %,$(CURDIR)/tests/test_%.py,$(5))
+	$(4) $(wildcard $(patsubst %,$(CURDIR)/tests/*/test_%.py,$(5)))
 endef
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -86,7 +86,7 @@ wheel: $(VENV)/.installed
 	for version in $(WHEEL_TORCHES); do \
 	  $(PYTHON) -m venv build/wheel/$$version && \
 	  build/wheel/$$version/bin/python -m pip install --quiet torch==$$version dist/*.whl && \
-	  (cd build/wheel && $$version/bin/python ../../tests/wheel_smoke.py $$(command -v nvcc >/dev/null && echo --cuda)) || exit 1; \
+	  (cd build/wheel && $$version/bin/python ../../tests/helpers/wheel_smoke.py $$(command -v nvcc >/dev/null && echo --cuda)) || exit 1; \
 	done
 
 # Dependencies change seldom, sources often: two stamps.

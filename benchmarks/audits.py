@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 import safefreeze_kernels as sf
-from safefreeze_kernels import audit
 from safefreeze_kernels.attribution import UnitSelection, find_units
 from safefreeze_kernels.integrations.transformers import load_model
+from safefreeze_kernels.proof import audit
 
 from .measure import describe_machine, quartiles
 

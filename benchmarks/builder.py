@@ -31,8 +31,8 @@ from safefreeze_kernels.attribution import (
     plan_from_weights,
     read_labels,
     scores_from_weights,
-)  # fmt: skip
-from safefreeze_kernels.masks import FreezePlan
+)
+from safefreeze_kernels.plan.plan import FreezePlan
 
 from .claims import LABELS_FILE, generated_labels, llama_7b_shapes
 

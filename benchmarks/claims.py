@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import UnitLabels, find_units, read_labels
-from safefreeze_kernels.kernels import compile_live
+from safefreeze_kernels.kernels.parts import compile_live
 
 __all__ = [
     "CLAIMS", "LABELS_FILE", "STATE", "Claim", "generated_labels", "llama_7b_shapes", "measure_claims", "state_claim",

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import safefreeze_kernels as sf
-from safefreeze_kernels.kernels import BackendUnavailableError
+from safefreeze_kernels.kernels.backend import BackendUnavailableError
 
 from .cases import FUSED, NOTHING, Case, Contender, Freeze, Storage, TensorSet, rows
 from .contenders import CHECKED_STEPS, Inputs, ResultDiffersError, Runner, UnavailableError
@@ -345,10 +345,12 @@ def steps() -> Iterator[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     build = {"SAFEFREEZE_CUDA": "1", "SAFEFREEZE_REQUIRE_NATIVE": "1", "SAFEFREEZE_CUDA_ARCHS": arch}
     yield Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 60, build)
-    yield Step("tests, CUDA", [*pytest, "tests/test_gpu.py", "tests/test_cuda.py", "-k", "gpu"], 110, {})
+    yield Step(
+        "tests, CUDA", [*pytest, "tests/kernels/test_gpu.py", "tests/kernels/test_cuda.py", "-k", "gpu"], 110, {}
+    )
     # every combination of what kernels are specialised for would be compiled first: the interpreter's part in the suite
     few = "freeze_rows or MaskedAdamW or guard or zero_frozen_grads_ or clip_grad_norm_"
-    yield Step("tests, Triton", [*pytest, "tests/test_triton.py", "-k", few], 60, {})
+    yield Step("tests, Triton", [*pytest, "tests/kernels/test_triton.py", "-k", few], 60, {})
     yield Step("memcheck", [*sanitizer, "memcheck", *small], 40, {})
     yield Step("racecheck", [*sanitizer, "racecheck", *small], 30, {})
     yield Step("machine code", [python, "-m", "benchmarks.sass", "--quick", "--arch", arch], 30, {})

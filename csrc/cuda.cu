@@ -2,7 +2,7 @@
 // whole, that is neighbours, 16 bytes to an access, where all operands are aligned; else apart, with the elements of
 // neighbouring threads side by side. All loads come before the arithmetic.
 //
-// tests/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads meet.
+// tests/helpers/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads meet.
 #include "cuda.h"
 
 #include <cuda_runtime.h>

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from . import attribution, integrations
     from .attribution import MaskBuilder, score_units
-    from .gradients import clip_grad_norm_, zero_frozen_grads_
-    from .guards import guard
-    from .kernels.drift import FrozenDriftError
-    from .kernels.report import info
-    from .live import live_gradients
-    from .masks import FreezeMask, FreezePlan, PlanFileError
-    from .memory import memory_plan
-    from .optim import MaskedAdam, MaskedAdamW
-    from .profiling import profile_step
-    from .proof import snapshot
-    from .watch import RefusalWatch
+    from .attribution.watch import RefusalWatch
+    from .grads.clip import clip_grad_norm_, zero_frozen_grads_
+    from .grads.live import live_gradients
+    from .measure.info import info
+    from .measure.memory import memory_plan
+    from .measure.step import profile_step
+    from .optim.adam import MaskedAdam, MaskedAdamW
+    from .optim.guard import guard
+    from .plan.mask import FreezeMask
+    from .plan.plan import FreezePlan, PlanFileError
+    from .proof.drift import FrozenDriftError
+    from .proof.snapshot import snapshot
 
-__version__ = "0.1.0"
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
     "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "memory_plan",
@@ -28,18 +28,20 @@ __all__ = [
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
 _HOMES: Final = {
-    **dict.fromkeys(("FreezeMask", "FreezePlan", "PlanFileError"), ".masks"),
-    **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".gradients"),
-    **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim"),
-    "guard": ".guards",
+    "__version__": "._version",
+    "FreezeMask": ".plan.mask",
+    **dict.fromkeys(("FreezePlan", "PlanFileError"), ".plan.plan"),
+    **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".grads.clip"),
+    "live_gradients": ".grads.live",
+    **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim.adam"),
+    "guard": ".optim.guard",
     **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
-    "FrozenDriftError": ".kernels.drift",
-    "info": ".kernels.report",
-    "live_gradients": ".live",
-    "memory_plan": ".memory",
-    "profile_step": ".profiling",
-    "snapshot": ".proof",
-    "RefusalWatch": ".watch",
+    "RefusalWatch": ".attribution.watch",
+    "FrozenDriftError": ".proof.drift",
+    "snapshot": ".proof.snapshot",
+    "info": ".measure.info",
+    "memory_plan": ".measure.memory",
+    "profile_step": ".measure.step",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from safefreeze_kernels import kernels
+from safefreeze_kernels.kernels import backend as kernels
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]

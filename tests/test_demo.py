@@ -134,7 +134,7 @@ def test_demo_prints_one_table_that_fits_a_terminal(finished) -> None:  # type: 
 
 
 def test_a_busy_machine_is_noticed(finished) -> None:  # type: ignore[no-untyped-def]
-    from safefreeze_kernels.demo import DemoReport, Timing
+    from safefreeze_kernels.cli.demo import DemoReport, Timing
 
     _, text, numbers = finished
     for step_ms, busy in (([10.0, 11.0, 14.0], False), ([10.0, 19.0, 40.0], True)):
@@ -240,7 +240,7 @@ def test_the_default_model_names_what_to_install(monkeypatch: pytest.MonkeyPatch
 
 def test_drift_is_an_error(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An optimizer that ignores the plan: the proof must fail the run."""
-    from safefreeze_kernels import demo as module
+    from safefreeze_kernels.cli import demo as module
 
     monkeypatch.setattr(
         module,
@@ -255,7 +255,7 @@ def test_drift_is_an_error(model_folder: Path, tmp_path: Path, monkeypatch: pyte
 def test_optimizers_that_disagree_are_not_timed(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safefreeze_kernels import demo as module
+    from safefreeze_kernels.cli import demo as module
 
     def careless(*args, **kwargs):  # type: ignore[no-untyped-def]
         return sf.MaskedAdamW(*args, **{**kwargs, "weight_decay": 0.3})
@@ -283,7 +283,7 @@ def test_the_console_script_does_not_load_heavy_libraries_to_show_help() -> None
         "import sys; from safefreeze_kernels import cli\n"
         "try: cli.app(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'transformers', 'matplotlib', 'safefreeze_kernels.attribution', 'safefreeze_kernels.demo'}\n"
+        "heavy = {'transformers', 'matplotlib', 'safefreeze_kernels.attribution', 'safefreeze_kernels.cli.demo'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -19,27 +20,17 @@ NAME = "safefreeze_kernels"
 
 # Lower floors first; what shares a floor does not import each other. `_C` is the compiled extension.
 FLOORS = (
-    ("_C", "attached", "sharding", "calibration", "checkpoint", "state_dicts"),
-    ("masks",),
-    ("binding", "packed"),
-    ("kernels",),
-    ("gradients", "live"),
-    ("optim", "attribution"),
-    ("guards", "proof", "audit", "watch"),
-    ("memory", "profiling"),
+    ("_C", "_version", "calibration", "plan"),
+    ("model",),
+    ("kernels", "attribution"),
+    ("grads", "proof"),
+    ("optim",),
+    ("measure",),
     ("integrations",),
-    ("demo",),
     ("cli",),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-ONLY = {"attribution": {"masks"}}  # of all that lies below
-# What functions import from above, late: (file, imported unit). Each needs a reason.
-LATE_FROM_ABOVE = {
-    ("kernels/report.py", NAME),  # the version number, for a bug report
-    ("cli.py", NAME),  # the command line is a user of the package
-    ("audit.py", NAME),  # the version number, for a statement
-    ("masks.py", "binding"),  # FreezePlan.check
-}
+ONLY = {"attribution": {"plan"}}  # of all that lies below
 
 
 def sources() -> list[Path]:
@@ -51,31 +42,30 @@ def unit_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
-    """(unit of this package that is imported, late, line); late: inside a function or for the type checker only."""
-    inside = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    package = inside[:-1]  # of a module or, for __init__, the package itself
+def module_of(path: Path) -> str:
+    """A file's module, without the package's name: "plan.mask"; of the package itself, its name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or NAME
 
-    def visit(node: ast.AST, late: bool) -> Iterator[tuple[str, bool, int]]:
-        for child in ast.iter_child_nodes(node):
-            checker_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-            deeper = late or checker_only or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            if isinstance(child, ast.Import):
-                for alias in child.names:
-                    parts = alias.name.split(".")
-                    if parts[0] == NAME:
-                        yield (parts[1] if len(parts) > 1 else NAME), late, child.lineno
-            elif isinstance(child, ast.ImportFrom):
-                base = list(package[: len(package) - child.level + 1]) if child.level else []
-                module = [*base, *(child.module.split(".") if child.module else [])]
-                if module[:1] == [NAME]:
-                    for alias in child.names:
-                        full = [*module, alias.name]
-                        known = full[1] in FLOOR_OF or (PACKAGE / full[1]).exists()
-                        yield (full[1] if known else NAME), late, child.lineno
-            yield from visit(child, deeper)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), False)
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """(module of this package that is imported, line), late imports and those for the type checker too. The package's
+    own names count as `NAME`; a module is written without it: "plan.mask"."""
+    package = path.relative_to(PACKAGE.parent).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == NAME:
+                    yield alias.name.partition(".")[2] or NAME, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            if module[:1] == [NAME]:
+                for alias in node.names:
+                    inner = [*module[1:], alias.name]
+                    place = PACKAGE.joinpath(*inner)
+                    known = place.is_dir() or place.with_suffix(".py").exists() or inner == ["_C"]
+                    yield ".".join(inner if known else module[1:]) or NAME, node.lineno
 
 
 def test_every_module_has_a_floor() -> None:
@@ -84,44 +74,46 @@ def test_every_module_has_a_floor() -> None:
 
 
 def test_imports_point_down() -> None:
-    wrong, late = [], set()
+    """Late ones, and those for the type checker, too."""
+    wrong = []
     for path in sources():
         unit, file = unit_of(path), path.relative_to(PACKAGE).as_posix()
-        if unit == "__init__":
-            continue
-        for imported, is_late, line in imports(path):
-            if imported == unit:
-                continue
-            below = FLOOR_OF.get(imported, len(FLOORS)) < FLOOR_OF[unit]
-            if below and imported in ONLY.get(unit, {imported}):
-                continue
-            if is_late and (file, imported) in LATE_FROM_ABOVE:
-                late.add((file, imported))
-                continue
-            wrong.append(f"{file}:{line} imports {imported}")
+        for module, line in imports(path):
+            imported = module.partition(".")[0]
+            below = FLOOR_OF.get(imported, len(FLOORS)) < FLOOR_OF.get(unit, len(FLOORS))
+            if imported != unit and not (below and imported in ONLY.get(unit, {imported})):
+                wrong.append(f"{file}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
-    assert late == {entry for entry in LATE_FROM_ABOVE if (PACKAGE / entry[0]).exists()}, "an exception nobody needs"
+
+
+def test_no_circle_of_files() -> None:
+    graph = {module_of(path): {module for module, _ in imports(path)} for path in sources()}
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as circle:
+        pytest.fail(" imports ".join(reversed(circle.args[1])))
 
 
 def test_the_import_reader_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above is worth what this reader finds."""
+    """The tests above are worth what this reader finds."""
     package = tmp_path / NAME
-    (package / "kernels").mkdir(parents=True)
-    (package / "masks.py").touch()
-    source = package / "kernels" / "report.py"
+    for file in ("plan/mask.py", "kernels/cpu.py", "kernels/gpu.py"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).touch()
+    source = package / "kernels" / "gpu.py"
     source.write_text(
         "from .. import _C, __version__\n"
-        "from ..masks import FreezeMask\n"
-        "from . import native\n"
+        "from ..plan.mask import FreezeMask\n"
+        "from . import cpu\n"
         "import safefreeze_kernels.optim\n"
-        "def late():\n    from ..proof import snapshot\n"
+        "def late():\n    from ..proof.snapshot import snapshot\n"
         "import torch\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", package)
-    assert list(imports(source)) == [
-        ("_C", False, 1), (NAME, False, 1), ("masks", False, 2), ("kernels", False, 3), ("optim", False, 4),
-        ("proof", True, 6),
+    assert sorted(imports(source), key=lambda found: found[1]) == [
+        ("_C", 1), (NAME, 1), ("plan.mask", 2), ("kernels.cpu", 3), ("optim", 4), ("proof.snapshot", 6),
     ]  # fmt: skip
+    assert module_of(source) == "kernels.gpu" and module_of(package / "plan" / "__init__.py") == "plan"
 
 
 def test_the_extension_claims_no_safety_without_the_interpreter_lock() -> None:
@@ -212,7 +204,7 @@ answer = sorted(first), names, "safefreeze_kernels.attribution" in sys.modules
     loaded, own, attribution_on_demand = answer
     heavy = {"transformers", "matplotlib", "rich", "typer", "safetensors", "tqdm", "pandas", "triton", "accelerate"}
     assert not heavy & set(loaded)
-    for late in ("attribution", "integrations", "cli", "demo", "calibration"):
+    for late in ("attribution", "integrations", "cli", "calibration"):
         assert f"{NAME}.{late}" not in own
     assert attribution_on_demand
 
@@ -226,7 +218,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import torch
 import safefreeze_kernels as sf
-from safefreeze_kernels.kernels import BackendUnavailableError
+from safefreeze_kernels.kernels.backend import BackendUnavailableError
 
 answer = {"import": True}
 start = torch.arange(12.0).reshape(4, 3)

@@ -24,8 +24,10 @@ from model_folders import fails, png_size, run, save_model
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
-from safefreeze_kernels import FreezeMask, FreezePlan, profiling
-from safefreeze_kernels.profiling import PHASES, StepCost, StepProfile, profile_step
+from safefreeze_kernels import FreezeMask, FreezePlan
+from safefreeze_kernels.measure import step as profiling
+from safefreeze_kernels.measure.result import PHASES, StepCost, StepProfile, _median_interval
+from safefreeze_kernels.measure.step import profile_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,13 +400,13 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     for n in (6, 7, 10, 25):
         held = 0
         for values in draw.standard_exponential((2000, n)):
-            low, high = profiling._median_interval(values.tolist())
+            low, high = _median_interval(values.tolist())
             held += low <= math.log(2) <= high
         assert held > 0.94 * 2000, n
         if n == 25:
             assert held < 0.98 * 2000, "wider than needed"
     for n in range(1, 6):
-        assert profiling._median_interval([1.0] * n) == (0.0, math.inf)
+        assert _median_interval([1.0] * n) == (0.0, math.inf)
 
 
 def test_a_difference_smaller_than_the_spread_is_none() -> None:

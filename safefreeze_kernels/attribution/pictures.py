@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..masks import FreezeMask, FreezePlan, frozen_counts
+from ..plan.mask import FreezeMask
+from ..plan.plan import FreezePlan
+from ..plan.summary import frozen_counts
 from .scores import UnitScores
 from .selections import LABELS, Stability, UnitLabels, UnitSelection
 from .units import UnitLayout

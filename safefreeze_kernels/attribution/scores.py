@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..masks import write_atomically
+from ..plan.files import write_atomically
 from .activations import (
     FORMULAS,
     ActivationMoments,

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import FreezePlan, write_atomically
+from ..plan.files import write_atomically
+from ..plan.plan import FreezePlan
 from .scores import UnitScores
 from .units import KvPolicy, Preset, UnitLayout, find_units, unit_masks
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import FreezeMask, FreezePlan
+from ..plan.mask import FreezeMask
+from ..plan.plan import FreezePlan
 from .selections import LABELS, UnitLabels, UnitRanking, UnitSelection
 from .units import Piece, UnitLayout
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, NamedTuple, cast, get_args
 import numpy as np
 import torch
 
-from ..masks import FreezeMask
+from ..plan.mask import FreezeMask
 
 __all__ = [
     "FAMILIES",

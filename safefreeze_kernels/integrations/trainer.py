@@ -19,14 +19,15 @@ from torch.autograd import Variable
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..attached import Attached, attach, detach
-from ..binding import bind, named_tensors
-from ..gradients import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
-from ..guards import guards_of
-from ..masks import FreezePlan, write_atomically
-from ..optim import MaskedAdam, MaskedAdamW
-from ..proof import Snapshot, snapshot
-from ..watch import RefusalWatch
+from ..attribution.watch import RefusalWatch
+from ..grads.clip import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
+from ..model.attached import Attached, attach, detach
+from ..optim.adam import MaskedAdam, MaskedAdamW
+from ..optim.guard import guards_of
+from ..plan.binding import bind, named_tensors
+from ..plan.files import write_atomically
+from ..plan.plan import FreezePlan
+from ..proof.snapshot import Snapshot, snapshot
 
 __all__ = ["FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"]
 

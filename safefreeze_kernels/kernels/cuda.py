@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import SCALARS, AdamWOperands, NormKind, WorkList
-from .device import TILE, TILE_ELEMENTS, TILE_PART, AdamWTables, DeviceList, addresses, device_of
+from .operands import SCALARS, AdamWOperands, NormKind
+from .parts import WorkList
+from .tiles import TILE, TILE_ELEMENTS, TILE_PART, AdamWTables, DeviceList, addresses, device_of
 
 __all__ = ["CudaBackend", "load", "versions"]
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import AdamWOperands, NormKind, Part, WorkList, host_scalars
+from .operands import AdamWOperands, NormKind, host_scalars
+from .parts import Part, WorkList
 
 
 def adamw(

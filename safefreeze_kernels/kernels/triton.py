@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import SCALARS, AdamWOperands, NormKind, WorkList
-from .device import TILE, TILE_PART, AdamWTables, DeviceList, Rounding, addresses, device_of
+from .operands import SCALARS, AdamWOperands, NormKind
+from .parts import WorkList
+from .tiles import TILE, TILE_PART, AdamWTables, DeviceList, Rounding, addresses, device_of
 
 __all__ = ["INTERPRETED", "TritonBackend"]
 

@@ -1,0 +1,1 @@
+"""Gradients: read, checked, zeroed, clipped, and computed only where the model learns."""

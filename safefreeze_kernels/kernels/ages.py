@@ -1,0 +1,100 @@
+"""The work list: a plan compiled against tensor shapes into the pieces a kernel visits.
+
+A live list visits what trains; a frozen row or column is simply not in it. A frozen list visits what does not train.
+Nothing here knows addresses, dtypes of parameters, or hyper-parameters, so a list lives as long as its plan.
+
+Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state without the frozen rows and
+columns (live list), or a copy of the frozen elements (frozen list).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..plan.mask import FreezeMask
+
+
+@dataclass
+class Ages:
+    """When the live elements of one tensor were thawed, counted in that tensor's own steps; 0 = live from the start.
+
+    An element is as old as the youngest of its row, its column and itself.
+    """
+
+    rows: np.ndarray  # int64 [rows]
+    cols: np.ndarray  # int64 [cols]
+    elements: np.ndarray | None = None  # int64 [rows, cols]; only once single elements were thawed
+
+    @classmethod
+    def none(cls, mask: FreezeMask) -> Ages:
+        n_rows, n_cols = mask.matrix_shape
+        return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
+
+    def piece(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
+        """Ages in a piece of the tensor (`sharding.held`), whose whole mask is ``mask``."""
+        if held is None:
+            return self
+        rows, cols = mask.matrix_index(held)
+        elements = None if self.elements is None else self.elements[rows][:, cols]
+        return Ages(self.rows[rows], self.cols[cols], elements)
+
+    def encode(self) -> list[str]:
+        """As text: rows, columns and, if there are any, elements."""
+        arrays = [self.rows, self.cols] + ([] if self.elements is None else [self.elements])
+        return [base64.b64encode(zlib.compress(a.astype("<i8").tobytes())).decode("ascii") for a in arrays]
+
+    @classmethod
+    def decode(cls, texts: Sequence[str], mask: FreezeMask, step: int) -> Ages:
+        """What `encode` made of the ages of a tensor with this mask, which took ``step`` steps.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        n_rows, n_cols = mask.matrix_shape
+        shapes: list[tuple[int, ...]] = [(n_rows,), (n_cols,), (n_rows, n_cols)]
+        arrays = []
+        for text, shape in zip(texts, shapes, strict=False):
+            size = 8 * math.prod(shape)
+            try:  # never more memory than the tensor's shape calls for
+                data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+            except (ValueError, TypeError, zlib.error) as error:
+                raise ValueError(f"ages of a thawed tensor of shape {mask.shape} are damaged ({error})") from error
+            if len(data) != size:
+                raise ValueError(f"ages of a thawed tensor hold {len(data)} bytes, expected {size} for {mask.shape}")
+            arrays.append(np.frombuffer(data, "<i8").astype(np.int64).reshape(shape))
+            if arrays[-1].size and not 0 <= arrays[-1].min() <= arrays[-1].max() <= step:
+                raise ValueError(f"ages of a thawed tensor are not within its {step} steps; they are damaged")
+        return cls(*arrays)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows.any() or self.cols.any() or (self.elements is not None and self.elements.any()))
+
+    def grown(self, old: FreezeMask, new: FreezeMask) -> Ages:
+        """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`)."""
+        if old.shape == new.shape:
+            return self
+        rows, cols = new.matrix_index([np.arange(size) for size in old.shape])
+        ages = Ages.none(new)
+        ages.rows[rows], ages.cols[cols] = self.rows, self.cols
+        if self.elements is not None:
+            ages.elements = np.zeros(new.matrix_shape, np.int64)
+            ages.elements[np.ix_(rows, cols)] = self.elements
+        return ages
+
+    def after(self, old: FreezeMask, new: FreezeMask, step: int) -> Ages:
+        """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now."""
+        rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
+        rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
+        cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
+        if old.bits is not None:
+            was = np.unpackbits(old.bits, count=old.numel, bitorder="little").view(bool).reshape(old.matrix_shape)
+            thawed = was & ~new.dense().numpy().reshape(old.matrix_shape)
+            elements = np.zeros(old.matrix_shape, np.int64) if elements is None else elements.copy()
+            elements[thawed] = step
+        return Ages(rows, cols, elements)

@@ -1,0 +1,122 @@
+"""What a step is given: tensors, and its hyper-parameters as finished scalars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STORAGE: Final = (torch.float32, torch.bfloat16, torch.float16)
+WIDE: Final = (torch.float64, torch.complex64, torch.complex128)  # of which the reference alone takes tensors
+NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
+
+# Mirror of struct Scalars in csrc/arithmetic.h.
+SCALARS: Final = np.dtype([
+    (name, "f4")
+    for name in ("grad_multiplier", "weight_decay", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2",
+                 "step_size", "bias2_sqrt", "eps")
+] + [("step", "u4")])  # fmt: skip
+# The same for float64 parameters.
+SCALARS_DOUBLE: Final = np.dtype([(name, "f8" if name != "step" else "u4") for name in SCALARS.names or ()])
+# Mirror of struct AdamWTensor in csrc/work.h.
+ADAMW_TENSOR: Final = np.dtype([
+    (name, "i8")
+    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "number", "packed_grad")
+])  # fmt: skip
+
+
+def adamw_scalars(
+    *,
+    lr: Any,
+    betas: tuple[Any, Any],
+    eps: float,
+    weight_decay: float,
+    step: Any,
+    decoupled: bool,
+    maximize: bool = False,
+    grad_multiplier: Any = 1.0,
+) -> tuple[Any, ...]:
+    """A row of `SCALARS` or `SCALARS_DOUBLE`: each hyper-parameter, in double, finished. Rounded once, when stored.
+
+    ``step`` and what goes with it may be float64 tensors.
+
+    Source of the formulas: Kingma & Ba 2015, algorithm 1 (bias correction folded into ``step_size`` and
+    ``bias2_sqrt``); Loshchilov & Hutter 2019, algorithm 2 (``decay``).
+    """
+    beta1, beta2 = betas
+    return (
+        -grad_multiplier if maximize else grad_multiplier,
+        weight_decay,
+        1.0 - lr * weight_decay if decoupled else 1.0,
+        beta1,
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        lr / (1.0 - beta1**step),
+        (1.0 - beta2**step) ** 0.5 if isinstance(step, Tensor) else math.sqrt(1.0 - beta2**step),
+        eps,
+        step,
+    )
+
+
+class GradientList(list[Tensor | None]):
+    """The gradient of each parameter.
+
+    ``plain``: all are there, contiguous, on one device, and of the shape and dtype their parameters had.
+    ``own``: plain, and the very objects that the parameters have for gradients.
+    ``tables``: addresses of an int64 table of their addresses and an int32 table of their dtypes, if known. They belong
+    to the reader and hold until it reads again.
+    """
+
+    plain: bool = False
+    own: bool = False
+    tables: tuple[int, int] | None = None
+
+
+@dataclass
+class AdamWOperands:
+    """Tensors of a masked AdamW step, one entry per tensor of the work list; state is packed."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor] | None = None
+    remainders: list[Tensor | None] | None = None  # int16, packed as state is: what bf16 parameters lack of fp32
+    numbers: Sequence[int] = ()  # tell tensors apart in the noise of stochastic rounding; () = their places here
+    grads: GradientList = field(default_factory=GradientList)
+    packed_grads: Sequence[bool] = ()  # of which tensors the gradient is packed, as state is; () = of none
+    native: Any = None  # address and dtype tables, kept by the compiled backend that ran last
+
+    def table(self) -> np.ndarray:
+        """Rows of `ADAMW_TENSOR`, one per tensor: int64 [tensors, 7]."""
+        table = np.zeros((len(self.params), ADAMW_TENSOR.itemsize // 8), np.int64)
+        columns = (self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.remainders)
+        for column, tensors in enumerate(columns):
+            if tensors is not None:
+                table[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        table[:, 5] = self.numbers or range(len(table))
+        table[:, 6] = self.packed_grads or 0
+        return table
+
+
+def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:
+    """Rows of `SCALARS` or `SCALARS_DOUBLE`, for a backend that runs on the host, ``multiplier`` worked in."""
+    if not isinstance(scalars, np.ndarray):
+        row = next(row for row in (SCALARS, SCALARS_DOUBLE) if row.itemsize == 4 * scalars.shape[1])
+        scalars = scalars.cpu().numpy().view(row).reshape(-1)
+    if multiplier is not None:
+        scalars = scalars.copy()
+        column = scalars["grad_multiplier"]
+        column *= column.dtype.type(multiplier.item())
+    return scalars
+
+
+def moment_dtype(param: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the moments of a parameter: ``state_dtype`` speaks of `STORAGE`; `WIDE` ones have moments like
+    themselves, as in torch."""
+    return param if param in WIDE else state_dtype

@@ -1,0 +1,185 @@
+"""What training will hold in memory, told before anything is allocated: `memory_plan`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Final, get_args
+
+import torch
+
+from ..grads.live import Storage, suited
+from ..kernels.operands import STORAGE, moment_dtype
+from ..model.sharding import held, local
+from ..plan.binding import bind, named_tensors
+from ..plan.mask import FreezeMask
+from ..plan.plan import FreezePlan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_GB: Final = 10**9
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes that training holds on one device."""
+
+    parameters: int = 0  # buffers included
+    gradients: int = 0
+    state: int = 0
+    masters: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    def __add__(self, other: Holding) -> Holding:
+        return Holding(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What `memory_plan` found.
+
+    Attributes:
+        masked: device -> bytes under `MaskedAdamW`.
+        stock: device -> bytes under `torch.optim.AdamW` with nothing frozen, whose state has the weights' dtype.
+        capacity: bytes of each device, if given.
+    """
+
+    masked: dict[str, Holding]
+    stock: dict[str, Holding]
+    capacity: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether each device holds what falls to it; None: no capacity was given."""
+        return None if self.capacity is None else all(h.total <= self.capacity for h in self.masked.values())
+
+    def table(self) -> Table:
+        """GB (10^9 bytes) by device; for `rich.print`."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        table.add_column("GB")
+        columns = [(device, word, holding) for device, pair in self._pairs() for word, holding in pair]
+        for device, word, _ in columns:
+            table.add_column(word if len(self.masked) == 1 else f"{device} {word}", justify="right")
+        for name in [f.name for f in fields(Holding)] + ["total"]:
+            values = [getattr(holding, name) for _, _, holding in columns]
+            if any(values):
+                table.add_row(name, *(f"{value / _GB:.3f}" for value in values), end_section=name == "activations")
+        return table
+
+    def _pairs(self) -> list[tuple[str, list[tuple[str, Holding]]]]:
+        return [(device, [("masked", own), ("stock", self.stock[device])]) for device, own in self.masked.items()]
+
+    def verdict(self) -> str:
+        """One line per device: whether it fits, and by how much."""
+        if self.capacity is None:
+            return ""
+        lines = []
+        for device, holding in self.masked.items():
+            left = self.capacity - holding.total
+            word = f"fits, {left / _GB:.2f} GB left" if left >= 0 else f"does not fit, {-left / _GB:.2f} GB too much"
+            lines.append(f"{device}: {word} of {self.capacity / _GB:.2f}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        buffer = StringIO()
+        Console(file=buffer, width=80, color_system=None).print(self.table())
+        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+        return "\n".join(lines + ([self.verdict()] if self.capacity is not None else []))
+
+
+def memory_plan(
+    model: torch.nn.Module,
+    plan: FreezePlan | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    amsgrad: bool = False,
+    master: str | None = None,
+    storage: Storage = "dense",
+    activation_bytes: int = 0,
+    capacity: int | None = None,
+) -> MemoryPlan:
+    """Predict the bytes of parameters, gradients, optimizer state and masters that training holds, by device.
+
+    Nothing is allocated: the model may be on the meta device, as `integrations.transformers.load_skeleton` makes it
+    from a config. Tied weights count once; of sharded parameters what this rank holds. Not counted: activations, unless
+    you say how many bytes they take, and what libraries and allocators keep for themselves.
+
+    Args:
+        model: as it will be trained; parameters with ``requires_grad=False`` have no gradient and no state.
+        plan: what is frozen; None: nothing.
+        dtype: of the weights and gradients, if not those the parameters have.
+        state_dtype, amsgrad, master: as `MaskedAdamW` will have them.
+        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where a linear layer's weight
+            learns.
+        activation_bytes: to be added on every device.
+        capacity: bytes of a device; `MemoryPlan.fits` then tells whether it is enough.
+
+    Raises:
+        TypeError: ``model`` or ``plan`` is something else.
+        ValueError: the plan does not fit the model; an argument out of range.
+    """
+    operation = "memory_plan"
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module")
+    if plan is not None and not isinstance(plan, FreezePlan):
+        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
+    if dtype is not None and dtype not in (*STORAGE, torch.float64):
+        raise ValueError(f"{operation}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{operation}: state_dtype is {state_dtype}, expected torch.float32 or torch.bfloat16")
+    if master not in (None, "remainder"):
+        raise ValueError(f"{operation}: master is {master!r}, expected None or 'remainder'")
+    for word, number in (("activation_bytes", activation_bytes), ("capacity", capacity)):
+        if number is not None and number < 0:
+            raise ValueError(f"{operation}: {word} is {number}, expected a number of bytes >= 0")
+    if storage not in get_args(Storage):
+        raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
+    bound = bind(plan or FreezePlan(), named_tensors(model), operation=operation)
+    masks = {id(entry.param): entry.mask for entry in bound}
+    packed = {
+        id(entry.param) for entry, module, _ in suited(model, bound) if module is not None and storage == "packed"
+    }
+    moments = 3 if amsgrad else 2
+    masked: dict[str, Holding] = {}
+    stock: dict[str, Holding] = {}
+
+    def add(holdings: dict[str, Holding], device: str, **amounts: int) -> None:
+        holdings[device] = holdings.get(device, Holding(activations=activation_bytes)) + Holding(**amounts)
+
+    for p in model.parameters():
+        piece, device = local(p), str(local(p).device)
+        kept = dtype if dtype is not None and p.dtype.is_floating_point else p.dtype
+        own = piece.numel() * kept.itemsize
+        if not p.requires_grad:
+            for holdings in (masked, stock):
+                add(holdings, device, parameters=own)
+            continue
+        mask = masks.get(id(p), FreezeMask(p.shape)).piece(held(p))
+        live = math.prod(mask.packed_shape)
+        step = torch.float32.itemsize  # torch's count of the parameter's steps
+        add(
+            masked, device, parameters=own, gradients=live * kept.itemsize if id(p) in packed else own,
+            state=moments * live * moment_dtype(kept, state_dtype).itemsize + step,
+            masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
+        )  # fmt: skip
+        add(stock, device, parameters=own, gradients=own, state=moments * own + step)
+    seen: set[int] = set()
+    for buffer in model.buffers():
+        if id(buffer) not in seen:
+            seen.add(id(buffer))
+            for holdings in (masked, stock):
+                add(holdings, str(buffer.device), parameters=buffer.numel() * buffer.element_size())
+    return MemoryPlan(masked, stock, capacity)

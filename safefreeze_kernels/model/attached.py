@@ -1,0 +1,71 @@
+"""What this package hangs on a module is that module's alone: copies and pickles of the module go without it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from functools import partial
+from typing import Any, ClassVar, Final
+
+from torch import nn
+
+_GETSTATE: Final = "__getstate__"  # copy and pickle ask the instance for it before its class
+_REPLICATE: Final = "_replicate_for_data_parallel"  # and so does torch.nn.DataParallel
+
+
+class Attached:
+    """Base class of what acts on the module that it is attached to."""
+
+    attribute: ClassVar[str] = ""  #: of the module, where this stands; "": among its forward hooks
+
+
+def attach(module: nn.Module, thing: Attached) -> None:
+    """Put ``thing`` into its attribute of ``module``, or among its forward hooks."""
+    if thing.attribute:
+        vars(module)[thing.attribute] = thing
+    else:
+        module.register_forward_hook(thing)  # type: ignore[arg-type]
+    vars(module)[_GETSTATE] = partial(_bare_state, weakref.ref(module))
+    vars(module)[_REPLICATE] = partial(_bare_replica, weakref.ref(module))
+
+
+def detach(module: nn.Module, thing: Attached) -> None:
+    """Undo `attach`; what was put in the place of ``thing`` since stays."""
+    attributes, hooks = vars(module), module._forward_hooks
+    for place in (attributes, hooks):
+        for key in [key for key, value in place.items() if value is thing and _is_ours(key, value)]:
+            del place[key]  # type: ignore[arg-type]
+    if not any(_is_ours(*item) for item in (*attributes.items(), *hooks.items())):
+        attributes.pop(_GETSTATE, None)
+        attributes.pop(_REPLICATE, None)
+
+
+def _is_ours(key: object, value: object) -> bool:
+    """Whether an attribute or a hook is what `attach` put there."""
+    return isinstance(value, Attached) and value.attribute in ("", key)
+
+
+def _bare_state(reference: weakref.ref[nn.Module]) -> Any:
+    """What ``copy`` and ``pickle`` take of a module: what its class says, without ours."""
+    module = reference()
+    assert module is not None  # it is the one that asks
+    of_class = getattr(type(module), _GETSTATE, None)  # before Python 3.11 there may be none
+    state = dict(vars(module)) if of_class is None else of_class(module)
+    bare = {
+        key: value for key, value in state.items() if key not in (_GETSTATE, _REPLICATE) and not _is_ours(key, value)
+    }
+    if "_forward_hooks" in bare:
+        bare["_forward_hooks"] = OrderedDict(item for item in bare["_forward_hooks"].items() if not _is_ours(*item))
+    return bare
+
+
+def _bare_replica(reference: weakref.ref[nn.Module]) -> Any:
+    """What `torch.nn.DataParallel` makes of a module: without ours among its attributes. Hooks go along, as torch has
+    it: the gradients of replicas are those of the module."""
+    module = reference()
+    assert module is not None
+    replica: Any = getattr(type(module), _REPLICATE)(module)
+    attributes = vars(replica)
+    for key in [key for key, value in attributes.items() if key in (_GETSTATE, _REPLICATE) or _is_ours(key, value)]:
+        del attributes[key]
+    return replica

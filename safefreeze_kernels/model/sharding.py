@@ -1,0 +1,237 @@
+"""Parameters spread over ranks: `torch.distributed.tensor.DTensor`, as FSDP2, tensor parallelism and both make them.
+
+A rank holds one piece of such a tensor. Which piece is known here alone; everything above works on ordinary tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from ..plan.mask import FreezeMask
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor (one that every rank holds whole included)."""
+    # Whoever made one has imported this; nobody else waits half a second for it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece this rank holds, over the same memory; an ordinary tensor is its own."""
+    if not is_sharded(tensor):
+        return tensor
+    piece: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    # what a collective still fills is a subclass; to_local waits for it
+    return piece if type(piece) is Tensor else tensor.detach().to_local()  # type: ignore[attr-defined]
+
+
+def held(tensor: Tensor) -> list[np.ndarray] | None:
+    """Per dimension, which indices of the whole tensor this rank holds: int64, in the order of `local`. None: all.
+
+    A tensor cut along one dimension by two dimensions of the mesh may be held in several runs (``_StridedShard``).
+
+    Raises:
+        ValueError: the ranks hold terms of a sum (``Partial``), not pieces.
+    """
+    if not is_sharded(tensor):
+        return None
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    index = [np.arange(size) for size in tensor.shape]
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank has no part in it
+        return [i[:0] for i in index]
+    for n_ranks, rank, placement in zip(mesh.shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            continue
+        if placement.is_partial():
+            raise ValueError(
+                f"parameter of shape {tuple(tensor.shape)} has placements {placements}: its ranks hold terms of a sum, "
+                "expected pieces or copies; redistribute it"
+            )
+        dim = placement.dim
+        runs = _chunks(index[dim], getattr(placement, "split_factor", 1))
+        index[dim] = np.concatenate([_chunks(run, n_ranks)[rank] for run in runs])
+    return index
+
+
+def local_mask(mask: FreezeMask, param: Tensor) -> FreezeMask:
+    """The mask of the shard of ``param`` that this rank holds, where ``mask`` is of all of it."""
+    return mask.piece(held(param))
+
+
+def _chunks(index: np.ndarray, n: int) -> list[np.ndarray]:
+    """As `torch.chunk` cuts, with empty chunks where it gives fewer than ``n``."""
+    size = max(-(-len(index) // n), 1)
+    return [index[i * size : (i + 1) * size] for i in range(n)]
+
+
+def piece_number(tensor: Tensor) -> int:
+    """A number for the piece this rank holds; copies of a piece have the same."""
+    number = 0
+    if is_sharded(tensor):
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        for n_ranks, rank, placement in zip(mesh.shape, mesh.get_coordinate() or (), placements, strict=False):
+            if not placement.is_replicate():
+                number = number * n_ranks + rank
+    return number
+
+
+def spread(piece: Tensor, like: Tensor) -> Tensor:
+    """``piece`` as this rank's piece of a tensor placed as ``like`` is; an ordinary ``like``: ``piece`` itself."""
+    if not is_sharded(like):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    # Without shape and stride, sizes that do not divide evenly would be guessed from this rank's.
+    return DTensor.from_local(
+        piece, like.device_mesh, like.placements,  # type: ignore[attr-defined]
+        run_check=False, shape=like.shape, stride=torch.empty(like.shape, device="meta").stride(),
+    )  # fmt: skip
+
+
+def take(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of ``tensor``, which has the shape of ``like`` and is whole or placed in any way, as ``like``
+    is placed; an ordinary ``like``: all of it."""
+    if is_sharded(tensor):
+        if not is_sharded(like):
+            return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+        if tensor.placements != like.placements:  # type: ignore[attr-defined]
+            tensor = tensor.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined]
+        return local(tensor)
+    for dim, index in enumerate(held(like) or []):
+        if len(index) != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+    return tensor
+
+
+def local_gradient(param: Tensor) -> Tensor | None:
+    """This rank's piece of ``param.grad``. Terms of a sum are summed first, and ``param.grad`` becomes the sum."""
+    grad = param.grad
+    if grad is None or not is_sharded(param) or not is_sharded(grad):
+        return grad
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+        param.grad = grad
+    return local(grad)
+
+
+class LocalGradients:
+    """`local_gradient` of many parameters, at every step: what does not change is looked up once."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._specs = [getattr(p, "_spec", None) for p in params]
+
+    def read(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for p, spec in zip(params, self._specs, strict=True):
+            grad: Any = p.grad
+            if grad is not None and spec is not None:
+                # the usual case, without a call; FSDP2 gives parameter and gradient one object
+                piece = getattr(grad, "_local_tensor", None)
+                same = piece is not None and (grad._spec is spec or grad._spec.placements == spec.placements)
+                grad = piece if same and type(piece) is Tensor else local_gradient(p)
+            found.append(grad)
+        return found
+
+
+def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """The process groups whose ranks hold different pieces of ``tensor``: a sum over elements is a sum over those."""
+    if not is_sharded(tensor):
+        return ()
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+
+
+class PlanAgreement:
+    """Do all ranks that train the same parameters freeze the same? Nobody waits: ranks leave notes in the store.
+
+    The plans that a rank puts into force for these parameters, one after the other, are numbered. Who is first with a
+    number says which plan it is; who then has another one notes the conflict for all to see. A backward pass over
+    several ranks has everyone behind their note before anyone steps. Two steps later all must have come to that number.
+    """
+
+    # key of a set of parameters -> plans this process had for them, while this process group is the default one
+    _histories: ClassVar[dict[str, list[str]]] = {}
+    _world: ClassVar[Any] = None
+
+    def __init__(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> None:
+        text = "\n".join(f"{name} {tuple(shape)}" for name, shape in parameters)
+        self._key: Final = f"safefreeze/{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        self._plan, self._anew = "", True
+        self._number = 0
+        self._noted_in: Any = None  # the process group that knows of `_plan`
+        self.agreed = True  # nothing to look at
+        self._looks = 0
+
+    def note(self, fingerprint: str, *, anew: bool) -> None:
+        """This plan comes into force (``anew``, also if it is the one that was), or is to be compared again."""
+        if anew or fingerprint != self._plan:
+            self._plan, self._anew, self._noted_in = fingerprint, anew, None
+        self.agreed, self._looks = False, 0
+        self._leave_note()
+
+    def check(self, operation: str) -> None:
+        """Raise ValueError if a rank is known to freeze something else."""
+        if not self._leave_note():
+            self.agreed = True
+            return
+        self._looks += 1
+        store = _store()
+        if self._looks > 1:
+            here, all_ = (store.add(f"{self._key}/{number}/ranks", 0) for number in (self._number, 0))
+            if here < all_:
+                self._note_conflict(f"{all_ - here} of {all_} ranks did not change to {self._plan[:12]}")
+            self.agreed = True
+        if store.check([f"{self._key}/conflict"]):
+            self.agreed = False
+            ranks = store.get(f"{self._key}/conflict").decode()
+            raise ValueError(
+                f"{operation}: ranks have different freeze plans ({ranks}), expected the same on all; load the plan "
+                "from one file on every rank (and give parameters of another model names of their own)"
+            )
+
+    def _leave_note(self) -> bool:
+        """False where there is no other rank."""
+        dist = torch.distributed
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return False
+        world = dist.group.WORLD
+        if PlanAgreement._world is not world:
+            PlanAgreement._world, PlanAgreement._histories = world, {}
+        if self._noted_in is not world:
+            self._noted_in = world
+            history = self._histories.setdefault(self._key, [])
+            if self._anew or not history or history[-1] != self._plan:
+                self._anew = False
+                history.append(self._plan)
+                self._say(len(history) - 1)
+            self._number = len(history) - 1
+        return True
+
+    def _say(self, number: int) -> None:
+        """That this rank's plan of this number is `_plan`."""
+        rank, store = torch.distributed.get_rank(), _store()
+        first, plan = store.compare_set(f"{self._key}/{number}", "", f"{rank} {self._plan}").decode().split()
+        if plan != self._plan:
+            self._note_conflict(f"rank {first}: {plan[:12]}, rank {rank}: {self._plan[:12]}")
+        store.add(f"{self._key}/{number}/ranks", 1)
+
+    def _note_conflict(self, text: str) -> None:
+        _store().set(f"{self._key}/conflict", text)
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -1,0 +1,1 @@
+"""The optimizers, and the guard around those of others."""

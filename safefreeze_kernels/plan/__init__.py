@@ -1,0 +1,1 @@
+"""What is frozen: masks, plans and their files. Knows no model."""

@@ -1,0 +1,249 @@
+"""`FreezePlan`: what is frozen of a model, and the plan file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from .binding import Model, bind, named_tensors
+from .files import write_atomically
+from .mask import FreezeMask
+from .summary import summarize
+
+if TYPE_CHECKING:  # auditors read plans without torch, which takes as much memory as the audit may
+    pass
+
+_FORMAT: Final = "safefreeze.plan"
+_VERSION: Final = 1
+_MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged file may claim at most
+#: Elements of a tensor whose frozen ones a plan file may list: a mask takes a bit for each, however few are listed, and
+#: a small file must not make a reader allocate much.
+_MOST_LISTED: Final = 1 << 29
+
+
+class PlanFileError(ValueError):
+    """A plan file is truncated, altered, or not a plan file."""
+
+
+# ------------------------------------------------------------------------------------------------ FreezePlan
+
+
+class FreezePlan(Mapping[str, FreezeMask]):
+    """What is frozen in a model: parameter name -> `FreezeMask`. Read-only, like a frozen dict.
+
+    Args:
+        masks: mapping (or pairs) of parameter names, as in ``model.named_parameters()``, to masks.
+        metadata: anything JSON can hold: where the plan came from. Not part of the fingerprint.
+
+    >>> plan = FreezePlan({"up.weight": FreezeMask((4, 6), rows=[1])})
+    >>> plan.frozen_fraction
+    0.25
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, FreezeMask] | Iterable[tuple[str, FreezeMask]] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._masks: dict[str, FreezeMask] = dict(masks)
+        for name, mask in self._masks.items():
+            if not isinstance(name, str) or not isinstance(mask, FreezeMask):
+                raise TypeError(
+                    f"FreezePlan: entry {name!r} is a {type(mask).__name__}, expected parameter name -> FreezeMask"
+                )
+        try:
+            self.metadata: dict[str, Any] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"FreezePlan: metadata must be what JSON can hold ({error})") from None
+
+    def __getitem__(self, name: str) -> FreezeMask:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __or__(self, other: FreezePlan) -> FreezePlan:
+        """Freeze what either plan freezes. Metadata of the right-hand plan wins where keys meet."""
+        if not isinstance(other, FreezePlan):
+            return NotImplemented
+        masks = dict(self._masks)
+        for name, mask in other.items():
+            if name in masks and masks[name].shape != mask.shape:
+                raise ValueError(
+                    f"FreezePlan union: {name!r} has shape {masks[name].shape} in one plan and {mask.shape} in the "
+                    "other, expected plans for the same model"
+                )
+            masks[name] = masks[name] | mask if name in masks else mask
+        return FreezePlan(masks, {**self.metadata, **other.metadata})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FreezePlan):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Frozen elements / all elements, over the parameters the plan names; 0.0 for an empty plan."""
+        total = sum(mask.numel for mask in self.values())
+        return sum(mask.frozen_count for mask in self.values()) / total if total else 0.0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, shapes and what is frozen: the same in every process, for any insertion order
+        and however the masks were written down. Metadata does not count."""
+        digest = hashlib.sha256(f"{_FORMAT}/{_VERSION}".encode())
+        for name in sorted(self._masks):
+            encoded = name.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded + self._masks[name].fingerprint.encode())
+        return digest.hexdigest()
+
+    def check(self, model: Model) -> None:
+        """Raise if this plan does not fit ``model``: a missing name, another shape, tied weights with two masks,
+        overlapping storage, or a parameter that does not require gradients (contract 6)."""
+        bind(self, named_tensors(model), operation="FreezePlan.check")
+
+    def summary(self) -> str:
+        """A table: frozen share of each kind of module, layer by layer, in at most 80 columns."""
+        return summarize(self, self.fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"FreezePlan({len(self)} parameters, {self.frozen_fraction:.1%} frozen, "
+            f"fingerprint {self.fingerprint[:12]})"
+        )
+
+    # -- file ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as one safetensors file; a crash or a full disk leaves an older file as it was.
+
+        Rows, columns and elements are bit-packed or written as indices, whichever is smaller. The header carries the
+        format, its version, the fingerprint, the metadata and a checksum over all of it.
+        """
+        from safetensors.numpy import save
+
+        tensors: dict[str, np.ndarray] = {}
+        entries: dict[str, Any] = {}
+        for name in sorted(self._masks):
+            mask = self._masks[name]
+            n_rows, n_cols = mask.matrix_shape
+            entry: dict[str, Any] = {"shape": list(mask.shape)}
+            for part, index, size in (("rows", mask._rows, n_rows), ("cols", mask._cols, n_cols)):
+                if index.size:
+                    entry[part], tensors[f"{name}:{part}"] = _encode_index(index, size)
+            if mask._bits is not None:
+                index = np.flatnonzero(mask._unpack_bits().reshape(-1))
+                entry["elements"], tensors[f"{name}:elements"] = _encode_index(index, mask.numel)
+            entries[name] = entry
+        header = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "fingerprint": self.fingerprint,
+            "masks": json.dumps(entries, sort_keys=True),
+            "metadata": json.dumps(self.metadata, sort_keys=True, allow_nan=False),
+        }
+        header["checksum"] = _checksum(header)
+        write_atomically(Path(path), save(tensors, header))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FreezePlan:
+        """Read a plan file. Everything is validated before a plan exists.
+
+        Raises:
+            FileNotFoundError: no such file.
+            PlanFileError: truncated, altered, of a later version, or not a plan file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"FreezePlan.load: no file {os.fspath(path)!r}")
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                return cls._decode(file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except PlanFileError as error:
+            raise PlanFileError(f"FreezePlan.load: {os.fspath(path)!r} {error}") from None
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            raise PlanFileError(
+                f"FreezePlan.load: {os.fspath(path)!r} is truncated or not a plan file ({error})"
+            ) from error
+
+    @classmethod
+    def _decode(cls, header: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> FreezePlan:
+        if header.get("format") != _FORMAT:
+            raise PlanFileError(f"has format {header.get('format')!r}, expected {_FORMAT!r}: not a plan file")
+        if header.get("version") != str(_VERSION):
+            raise PlanFileError(
+                f"has version {header.get('version')!r}, this package reads {_VERSION}: upgrade safefreeze-kernels"
+            )
+        if header.get("checksum") != _checksum(header):
+            raise PlanFileError("was altered: its header does not match its checksum")
+        masks: dict[str, FreezeMask] = {}
+        used: set[str] = set()
+        for name, entry in json.loads(header["masks"]).items():
+            mask = FreezeMask(entry["shape"])
+            n_rows, n_cols = mask.matrix_shape
+            if mask.numel > _MOST_ELEMENTS or (entry.get("elements") == "index" and mask.numel > _MOST_LISTED):
+                raise PlanFileError(f"was altered: {name!r} has shape {mask.shape}, more than any tensor holds")
+            parts: dict[str, Any] = {}
+            for part, size in (("rows", n_rows), ("cols", n_cols), ("elements", mask.numel)):
+                if part in entry:
+                    key = f"{name}:{part}"
+                    used.add(key)
+                    parts[part] = _decode_index(entry[part], tensors[key], size, key)
+            if "elements" in parts:
+                dense = np.zeros(mask.numel, bool)
+                dense[parts["elements"]] = True
+                parts["elements"] = dense.reshape(mask.shape)
+            masks[name] = FreezeMask(mask.shape, **parts)
+        if used != set(tensors):
+            raise PlanFileError(f"was altered: unexpected tensors {sorted(set(tensors) - used)}")
+        plan = cls(masks, json.loads(header["metadata"]))
+        if plan.fingerprint != header.get("fingerprint"):
+            raise PlanFileError("was altered: its contents do not match its fingerprint")
+        return plan
+
+
+def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+    dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32 if size <= 1 << 32 else np.uint64)
+    if size <= _MOST_LISTED and index.size * dtype.itemsize < (size + 7) // 8:
+        return "index", index.astype(dtype)
+    flags = np.zeros(size, bool)
+    flags[index] = True
+    return "bits", np.packbits(flags, bitorder="little")
+
+
+def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
+    if coding == "index":
+        if stored.ndim != 1 or stored.dtype not in (np.uint16, np.uint32, np.uint64):
+            raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape}")
+        return stored.astype(np.int64)
+    if coding != "bits" or stored.dtype != np.uint8 or stored.shape != ((size + 7) // 8,):
+        raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape} coded as {coding!r}")
+    return np.flatnonzero(np.unpackbits(stored, count=size, bitorder="little"))
+
+
+def _checksum(header: Mapping[str, str]) -> str:
+    fields = {key: value for key, value in header.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,918 @@
+"""`guard`: frozen weights keep their bytes under any torch optimizer, and the live ones step as if they were alone."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from conftest import BACKENDS, DTYPES, assert_same_bits, from_bits, random_normal, short
+from torch import Tensor, nn
+
+from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, guard, snapshot
+from safefreeze_kernels.optim.guard import guards_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, COLS = 6, 9
+MASKS: dict[str, FreezeMask] = {
+    "nothing": FreezeMask((ROWS, COLS)),
+    "everything": FreezeMask((ROWS, COLS), rows=range(ROWS)),
+    "rows": FreezeMask((ROWS, COLS), rows=[0, 3, 5]),
+    "columns": FreezeMask((ROWS, COLS), cols=[0, 1, 8]),
+    "rows and columns": FreezeMask((ROWS, COLS), rows=[2], cols=[4]),
+    "elements": FreezeMask((ROWS, COLS), elements=torch.eye(ROWS, COLS, dtype=torch.bool)),
+    "all three": FreezeMask((ROWS, COLS), rows=[1], cols=[0], elements=torch.eye(ROWS, COLS, dtype=torch.bool)),
+}
+
+
+class Lion(torch.optim.Optimizer):
+    """As a user would write it: https://arxiv.org/abs/2302.06675, algorithm 2."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * torch.sign(0.9 * momentum + 0.1 * p.grad))
+                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+        return loss
+
+
+Maker = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Maker] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.1),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "Lion of a user": lambda p: Lion(p, lr=0.1, weight_decay=0.1),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.1)
+try:
+    import optimi
+except ImportError:
+    optimi = None
+else:
+    OPTIMIZERS |= {
+        f"optimi {name}": lambda p, name=name: getattr(optimi, name)(p, lr=0.1, weight_decay=0.1, triton=False)
+        for name in ("Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW")
+    }
+
+
+def a_model(dtype: torch.dtype = torch.float32, *, matrices_only: bool = False) -> nn.Module:
+    """`masked` is what most plans name; `free` is not in any plan; `vector` is."""
+    model = nn.Module()
+    model.masked = nn.Parameter(random_normal(1, ROWS, COLS, dtype=dtype))
+    model.free = nn.Parameter(random_normal(2, 4, 5, dtype=dtype))
+    if not matrices_only:
+        model.vector = nn.Parameter(random_normal(3, 7, dtype=dtype))
+    return model
+
+
+def a_plan(kind: str, model: nn.Module) -> FreezePlan:
+    masks = {"masked": MASKS[kind]}
+    if hasattr(model, "vector"):
+        masks["vector"] = FreezeMask((7,), rows=[0, 6])
+    return FreezePlan(masks, {"kind": kind})
+
+
+def frozen_of(plan: FreezePlan, model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n: plan[n].dense() if n in plan else torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()
+    }
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def give_gradients(model: nn.Module, seed: int, frozen: dict[str, Tensor] | None = None, poison: float = 0.0) -> None:
+    """Gradients from a seed, with ``poison`` at frozen places."""
+    for i, (name, p) in enumerate(model.named_parameters()):
+        grad = random_normal(1000 * seed + i, *p.shape, dtype=p.dtype)
+        p.grad = grad if frozen is None else grad.masked_fill(frozen[name], poison)
+
+
+def replace(model: nn.Module, opt: torch.optim.Optimizer, name: str, values: Tensor) -> None:
+    """Another parameter object under the old name, in the model and in the optimizer."""
+    old, new = model.get_parameter(name), nn.Parameter(values)
+    for group in opt.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    setattr(model, name, new)
+
+
+def put_special(p: Tensor, where: Tensor) -> None:
+    """Frozen bytes that arithmetic would not keep: -0.0 and a NaN with a payload among the first frozen elements."""
+    nan = {torch.float32: 0x7FA12345, torch.bfloat16: 0x7FA1, torch.float16: 0x7D23}[p.dtype]
+    places = where.reshape(-1).nonzero().flatten()[:2].tolist()
+    with torch.no_grad():
+        for place, value in zip(places, (torch.tensor(-0.0, dtype=p.dtype), from_bits(nan, p.dtype)), strict=False):
+            p.view(-1)[place] = value
+
+
+# ------------------------------------------------------------------------------------------------ it freezes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["rows", "columns", "all three"])
+def test_frozen_bytes_stay_and_live_ones_step_as_with_zeroed_gradients(name: str, kind: str) -> None:
+    matrices_only = name == "Muon"
+    model, twin = a_model(matrices_only=matrices_only), a_model(matrices_only=matrices_only)
+    plan = a_plan(kind, model)
+    frozen = frozen_of(plan, model)
+    for other in (model, twin):  # -0.0, which adding 0.0 would turn, where a decay may pass
+        with torch.no_grad():
+            other.masked[frozen["masked"]] = -0.0
+    first = copies(model)
+    guarded, plain = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
+    guard(guarded, plan, model)
+    for seed in range(4):
+        give_gradients(model, seed, frozen, math.nan if seed % 2 else 1e9)
+        give_gradients(twin, seed, frozen, 0.0)
+        guarded.step()
+        plain.step()
+        with torch.no_grad():
+            for n, p in twin.named_parameters():
+                p[frozen[n]] = first[n][frozen[n]]
+        for n, p in model.named_parameters():
+            assert_same_bits(p, first[n], f"frozen part of {n} after step {seed}", where=frozen[n])
+            assert_same_bits(
+                p, dict(twin.named_parameters())[n], f"live part of {n} after step {seed}", where=~frozen[n]
+            )
+    assert not torch.equal(model.free, first["free"]), "nothing was stepped at all"
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mask_dtype_and_backend(kind: str, dtype: torch.dtype, backend: str) -> None:
+    model = a_model(dtype)
+    plan = a_plan(kind, model)
+    frozen = frozen_of(plan, model)
+    put_special(model.masked, frozen["masked"])
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    watch = guard(opt, plan, model, backend=backend)
+    assert watch.nbytes == sum(int(f.sum()) for f in frozen.values()) * torch.empty((), dtype=dtype).element_size()
+    for seed in range(3):
+        give_gradients(model, seed, frozen, math.nan)
+        opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], f"frozen part of {name}", where=frozen[name])
+        live = ~frozen[name]
+        assert p[live].isfinite().all(), f"the frozen gradients reached live {name}"
+        assert not live.any() or not torch.equal(p[live], first[name][live]), f"live part of {name} did not train"
+
+
+@pytest.mark.filterwarnings("ignore:guard. using the slow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=short)
+def test_dtypes_that_no_compiled_kernel_takes(dtype: torch.dtype) -> None:
+    model = a_model(dtype)
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    before = copies(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+        proof.verify(model)
+    assert not torch.equal(model.masked, before["masked"])
+
+
+def test_weights_that_share_a_dtype_group_and_a_step_without_gradients() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    first = copies(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    opt.step()  # no gradient anywhere
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], f"{name} after a step without gradients")
+    model.masked.grad = torch.ones(ROWS, COLS)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=plan["masked"].dense())
+    assert_same_bits(model.vector, first["vector"], "a parameter without a gradient")
+
+
+# ------------------------------------------------------------------------------------------------ closures
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=5, history_size=4, line_search_fn="strong_wolfe"),
+        lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=5, history_size=4),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: Lion(p, lr=0.1, weight_decay=0.1),
+    ],
+    ids=["LBFGS with line search", "LBFGS", "SGD", "Lion of a user"],
+)
+@pytest.mark.parametrize("poison", [math.nan, 1e6])
+def test_gradients_a_closure_makes_are_watched_too(make: Maker, call: str, poison: float) -> None:
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    losses: dict[int, list[float]] = {id(model): [], id(twin): []}
+
+    def closure_of(net: nn.Module, at_frozen: float) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            net.zero_grad()
+            loss = sum(((p - 0.5) ** 2)[~frozen[n]].sum() for n, p in net.named_parameters())
+            loss.backward()
+            for n, p in net.named_parameters():
+                p.grad[frozen[n]] = at_frozen
+            losses[id(net)].append(loss.item())
+            return loss
+
+        return closure
+
+    guarded, plain = make(model.parameters()), make(twin.parameters())
+    guard(guarded, plan, model)
+    for _ in range(3):
+        closure = closure_of(model, poison)
+        loss = guarded.step(closure) if call == "positional" else guarded.step(closure=closure)
+        expected = plain.step(closure_of(twin, 0.0))
+        assert loss is not None
+        assert_same_bits(loss, expected, "loss")
+    assert losses[id(model)] == losses[id(twin)]
+    assert losses[id(model)][-1] < losses[id(model)][0], "the live part did not learn"
+    for n, p in model.named_parameters():
+        assert_same_bits(p, first[n], f"frozen part of {n}", where=frozen[n])
+        assert_same_bits(p, dict(twin.named_parameters())[n], f"live part of {n}", where=~frozen[n])
+
+
+# ------------------------------------------------------------------------------------------------ other methods
+
+
+SCHEDULE_FREE: dict[str, Maker] = {
+    "AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.1, weight_decay=0.1),
+    "AdamW for-loop": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.1, weight_decay=0.1, foreach=False),
+    "SGD": lambda p: schedulefree.SGDScheduleFree(p, lr=0.1, weight_decay=0.1),
+    "RAdam": lambda p: schedulefree.RAdamScheduleFree(p, lr=0.1, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_weights_as_they_are_saved(name: str) -> None:
+    """``eval()`` and ``train()`` rewrite all weights from the optimizer's state, in which frozen ones decay."""
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    proof = snapshot(model, plan)
+    guarded, plain = SCHEDULE_FREE[name](model.parameters()), SCHEDULE_FREE[name](twin.parameters())
+    guard(guarded, plan, model)
+    for epoch in range(2):
+        for opt in (guarded, plain):
+            opt.train()
+        proof.verify(model)
+        for seed in range(3):
+            give_gradients(model, 3 * epoch + seed, frozen, math.nan)
+            give_gradients(twin, 3 * epoch + seed, frozen, 0.0)
+            guarded.step()
+            plain.step()
+        for opt in (guarded, plain):
+            opt.eval()
+        proof.verify(model)
+        for n, p in model.named_parameters():
+            assert_same_bits(p, twin.get_parameter(n), f"live part of {n} after epoch {epoch}", where=~frozen[n])
+
+
+class Writer(torch.optim.SGD):
+    """Writes weights in every way that optimizers of users do beside `step`."""
+
+    def first_step(self) -> None:  # sharpness-aware: climb by gradients that nobody has zeroed yet
+        self.old = [p.detach().clone() for p in self._all()]
+        with torch.no_grad():
+            for p in self._all():
+                p.add_(p.grad, alpha=0.1)
+
+    def second_step(self) -> None:
+        for p, old in zip(self._all(), self.old, strict=True):
+            p.data = old
+        self.step()
+
+    def sync(self) -> None:  # writes first, then calls another method of its own
+        for p in self._all():
+            p.data.mul_(0.5)
+        self.sync_slowly(0.5)
+
+    def sync_slowly(self, weight: float) -> None:
+        for p in self._all():
+            p.data.copy_(p.data.lerp(torch.zeros_like(p), weight))
+
+    @contextmanager
+    def averaged(self) -> Iterator[str]:
+        self.old = [p.detach().clone() for p in self._all()]
+        for p in self._all():
+            p.data.mul_(0.5)
+        try:
+            yield "weights"
+        finally:
+            for p, old in zip(self._all(), self.old, strict=True):
+                p.data.copy_(old)
+
+    def fail(self) -> None:
+        for p in self._all():
+            p.data.mul_(0.5)
+        raise RuntimeError("half-way")
+
+    @staticmethod
+    def constant() -> int:
+        return 3
+
+    @property
+    def now(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("method", ["first_step", "second_step", "sync", "sync_slowly", "averaged", "fail"])
+def test_other_methods_that_write_weights(method: str) -> None:
+    model, twin = a_model(), a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt, plain = (Writer(net.parameters(), lr=0.1, weight_decay=0.5) for net in (model, twin))
+    guard(opt, plan, model)
+
+    def compare(when: str) -> None:
+        for n, p in model.named_parameters():
+            assert_same_bits(p, first[n], f"frozen part of {n} {when}", where=frozen[n])
+            assert_same_bits(p, twin.get_parameter(n), f"live part of {n} {when}", where=~frozen[n])
+
+    for seed in range(3):
+        give_gradients(model, seed, frozen, math.inf)
+        give_gradients(twin, seed, frozen, 0.0)
+        if method == "averaged":
+            with opt.averaged() as what, plain.averaged():
+                compare("inside")
+            assert what == "weights"
+        for one in (opt, plain) if method != "averaged" else ():
+            if method == "second_step":
+                one.first_step()
+            if method == "fail":
+                with pytest.raises(RuntimeError, match="half-way"):
+                    one.fail()
+            else:
+                getattr(one, method)(*([0.5] if method == "sync_slowly" else []))
+        compare(f"after {method}")
+        opt.step()
+        plain.step()
+        compare(f"after the step after {method}")
+    assert (opt.constant(), opt.now) == (3, 0.1)
+
+
+def test_a_drift_is_found_by_other_methods_as_by_the_step() -> None:
+    model = a_model()
+    opt = Writer(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    with torch.no_grad():
+        model.masked.add_(1.0)
+    with pytest.raises(FrozenDriftError, match=r"'masked'.*guard\.refresh\(\)"):
+        opt.sync()
+
+
+def test_methods_called_for_every_parameter_in_a_step_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a step would put all weights back once per parameter."""
+
+    class Chatty(Lion):
+        def step(self, closure: Any = None) -> Any:
+            for _ in range(50):
+                self.rate()
+            return super().step(closure)
+
+        def rate(self) -> float:
+            return self.param_groups[0]["lr"]
+
+    model = a_model()
+    opt = Chatty(model.parameters(), lr=0.1, weight_decay=0.1)
+    watch = guard(opt, a_plan("rows", model), model)
+    written = []
+    put_back = watch._put_back
+    monkeypatch.setattr(watch, "_put_back", lambda params: (written.append(1), put_back(params)))
+    give_gradients(model, 1)
+    opt.step()
+    assert 1 <= len(written) <= 2  # twice where the step of the base class has hooks of its own
+    written.clear()
+    opt.rate()
+    assert len(written) == 1
+
+
+def test_a_step_that_writes_before_it_calls_that_of_its_base() -> None:
+    """The base's step has hooks too, once an optimizer of that class was made: what it sees then is no drift."""
+
+    class Decaying(Lion):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+            return super().step(closure)
+
+    model = a_model()
+    Lion(model.parameters(), lr=0.1, weight_decay=0.1)
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    opt = Decaying(model.parameters(), lr=0.1, weight_decay=0.1)
+    guard(opt, plan, model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+        proof.verify(model)
+    with torch.no_grad():
+        model.masked.add_(1.0)
+    with pytest.raises(FrozenDriftError):
+        opt.step()
+
+
+def test_a_step_that_raises_half_way_leaves_frozen_weights_in_place() -> None:
+    class Fails(Lion):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+            if self.fails:
+                raise RuntimeError("out of memory, say")
+
+    model = a_model()
+    plan = a_plan("all three", model)
+    proof = snapshot(model, plan)
+    opt = Fails(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    for opt.fails in (True, False):
+        give_gradients(model, 1)
+        if opt.fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                opt.step()
+        else:
+            opt.step()
+        proof.verify(model)
+
+
+# ------------------------------------------------------------------------------------------------ lifetime
+
+
+def test_remove_ends_it() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    assert guards_of(opt) == [watch]
+    watch.remove()
+    watch.remove()
+    assert guards_of(opt) == []
+    before = copies(model)
+    give_gradients(model, 2)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name].add(p.grad, alpha=-0.1), f"{name} after remove()")
+
+
+def test_an_outside_change_of_frozen_weights_is_found_at_the_next_step() -> None:
+    model = a_model()
+    plan = a_plan("all three", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    with torch.no_grad():
+        model.masked[1, 3] += 1.0
+    before = copies(model)
+    give_gradients(model, 2)
+    with pytest.raises(FrozenDriftError) as caught:
+        opt.step()
+    message = str(caught.value)
+    for word in (
+        "guard",
+        "'masked'",
+        "row 1, column 3",
+        "guard.refresh()",
+        "1 of",
+        repr(before["masked"][1, 3].item()),
+    ):
+        assert word in message, f"{message!r} does not say {word}"
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+
+
+def test_an_outside_change_of_live_weights_is_nobodys_business() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    with torch.no_grad():
+        model.masked[~plan["masked"].dense()] += 1.0
+        model.free += 1.0
+    before = copies(model)
+    give_gradients(model, 2)
+    opt.step()
+    frozen = plan["masked"].dense()
+    assert_same_bits(model.masked, before["masked"], "frozen rows", where=frozen)
+    assert_same_bits(model.masked, before["masked"].add(model.masked.grad, alpha=-0.1), "live rows", where=~frozen)
+
+
+def test_changes_autograd_does_not_see_are_put_back() -> None:
+    model = a_model()
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    model.masked.data.mul_(2.0)
+    give_gradients(model, 2)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen part", where=frozen["masked"])
+
+
+def test_other_memory_under_a_frozen_weight_is_found() -> None:
+    """As loaders assign it: autograd's version counter stays as it is, and loaded rows were undone without a word."""
+    model = a_model()
+    plan = a_plan("all three", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    model.masked.data = model.masked.detach().clone()
+    give_gradients(model, 1)
+    opt.step()
+    model.masked.data = model.masked.detach() + 1.0
+    with pytest.raises(FrozenDriftError, match=r"'masked'.*guard\.refresh\(\)"):
+        opt.step()
+
+
+def test_refresh_takes_the_present_values() -> None:
+    model, other = a_model(), a_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2.0)
+    plan = a_plan("all three", model)
+    frozen = frozen_of(plan, model)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    watch = guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    model.load_state_dict(other.state_dict())
+    give_gradients(model, 2)
+    with pytest.raises(FrozenDriftError, match=r"guard\.refresh\(\)"):
+        opt.step()
+    watch.refresh()
+    give_gradients(model, 3)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, dict(other.named_parameters())[name], f"frozen part of {name}", where=frozen[name])
+    assert not torch.equal(model.free, other.free)
+
+
+def test_loading_the_same_frozen_weights_needs_no_refresh() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    give_gradients(model, 1)
+    opt.step()
+    model.load_state_dict(checkpoint)
+    give_gradients(model, 2)
+    opt.step()
+    assert_same_bits(model.masked, checkpoint["masked"], "frozen rows", where=plan["masked"].dense())
+
+
+def test_the_copy_is_not_the_weights() -> None:
+    model = a_model()
+    everything = FreezePlan({name: FreezeMask(p.shape, rows=range(p.shape[0])) for name, p in model.named_parameters()})
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, everything, model)
+    give_gradients(model, 1)
+    opt.step()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, first[name], name)
+
+
+def test_a_replaced_parameter_object_is_found_by_its_name() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, model)
+    first = copies(model)
+    replace(model, opt, "masked", model.masked.detach().clone())  # as frameworks do
+    give_gradients(model, 1)
+    opt.step()
+    frozen = plan["masked"].dense()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=frozen)
+    assert not torch.equal(model.masked[~frozen], first["masked"][~frozen])
+
+
+def assign(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def replace_in_the_model(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    model.masked = nn.Parameter(model.masked.detach().clone())
+
+
+def replace_in_the_optimizer(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    group = opt.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+
+
+def remove_the_group(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    opt.param_groups[0]["params"] = opt.param_groups[0]["params"][1:]
+
+
+@pytest.mark.parametrize("call", ["step", "eval"])
+@pytest.mark.parametrize(
+    "change",
+    [assign, replace_in_the_model, replace_in_the_optimizer, remove_the_group],
+    ids=lambda change: change.__name__,
+)
+def test_an_optimizer_that_holds_other_parameters_than_the_model_is_an_error(
+    change: Callable[..., Any], call: str
+) -> None:
+    """It trained parameters that nobody used, and gradients piled up on those that were guarded."""
+    model = a_model()
+    opt = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    opt.train()
+    guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()
+    change(model, opt)
+    give_gradients(model, 2)
+    before, grad = copies(model), model.masked.grad.clone()
+    with pytest.raises(
+        ValueError, match=r"guard: the model's 'masked' is not among.*assign=True.*make the optimizer anew"
+    ):
+        getattr(opt, call)()
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+    assert_same_bits(model.masked.grad, grad, "gradient after the error")
+
+
+@pytest.mark.parametrize("form", [dict, list, iter])
+def test_mappings_and_pairs_are_models_too(form: Callable[..., Any]) -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    proof = snapshot(model, plan)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    guard(opt, plan, form(model.named_parameters()))
+    give_gradients(model, 1)
+    opt.step()
+    proof.verify(model)
+    replace(model, opt, "masked", model.masked.detach().clone())
+    with pytest.raises(ValueError, match="'masked' is not among the parameters that the optimizer holds"):
+        opt.step()
+
+
+def weight_norm(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    nn.utils.parametrizations.weight_norm(model, "masked")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    {
+        "a parametrization": (weight_norm, ["'masked'", "'parametrizations.masked.original0'", "remove that first"]),
+        "more rows": (
+            lambda model, opt: replace(model, opt, "masked", torch.ones(ROWS + 2, COLS)),
+            ["'masked'", f"({ROWS + 2}, {COLS})", f"({ROWS}, {COLS})"],
+        ),
+        "another dtype": (lambda model, opt: model.bfloat16(), ["'masked'", "torch.bfloat16", "torch.float32"]),
+        "renamed": (lambda model, opt: model._parameters.update(x=model._parameters.pop("masked")), ["'masked'"]),
+    }.values(),
+    ids=["a parametrization", "more rows", "another dtype", "renamed"],
+)
+def test_a_weight_that_no_longer_fits_is_an_error_before_the_step(change: Callable[..., Any], words: list[str]) -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()
+    model.zero_grad()
+    change(model, opt)
+    give_gradients(model, 2)
+    before = copies(model)
+    with pytest.raises((ValueError, TypeError, FrozenDriftError)) as caught:
+        opt.step()
+    for word in ("guard", *words):
+        assert word in str(caught.value), f"{str(caught.value)!r} does not say {word}"
+    for name, p in model.named_parameters():
+        assert_same_bits(p, before[name], f"{name} after the error")
+
+
+def test_a_weight_on_another_device_is_an_error_before_the_step() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, a_plan("rows", model), model)
+    replace(model, opt, "masked", model.masked.detach().to("meta"))
+    with pytest.raises(
+        ValueError, match=r"'masked' is \(6, 9\) .* on meta, expected .* on cpu as before; guard it anew"
+    ):
+        opt.step()
+
+
+def test_two_guards_of_one_optimizer() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    first = copies(model)
+    one, two = FreezeMask((ROWS, COLS), rows=[0]), FreezeMask((ROWS, COLS), cols=[1])
+    guard(opt, FreezePlan({"masked": one}), model)
+    guard(opt, FreezePlan({"masked": two}), model)
+    for seed in range(2):
+        give_gradients(model, seed)
+        opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen part", where=(one | two).dense())
+    assert not torch.equal(model.masked[1:, 2:], first["masked"][1:, 2:])
+
+
+def test_schedulers_and_scalers_work_through_it() -> None:
+    model = a_model()
+    plan = a_plan("columns", model)
+    frozen = frozen_of(plan, model)
+    first = copies(model)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard(opt, plan, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for seed in range(3):
+        give_gradients(model, seed)
+        for p in model.parameters():
+            p.grad.mul_(scaler.get_scale())
+        scaler.scale(torch.zeros(()))
+        scaler.step(opt)
+        scaler.update()
+        scheduler.step()
+    expected = first["masked"].clone()
+    for seed in range(3):
+        expected -= 0.1 * 0.5**seed * random_normal(1000 * seed, ROWS, COLS)
+    torch.testing.assert_close(model.masked[~frozen["masked"]], expected[~frozen["masked"]], rtol=1e-5, atol=1e-6)
+    assert_same_bits(model.masked, first["masked"], "frozen columns", where=frozen["masked"])
+
+
+# ------------------------------------------------------------------------------------------------ unusual weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ROWS, COLS)
+        self.head = nn.Linear(COLS, ROWS, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("names", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]], ids="+".join)
+def test_tied_weights_under_either_name(names: list[str]) -> None:
+    model = Tied()
+    mask = MASKS["all three"]
+    first = model.embed.weight.detach().clone()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    watch = guard(opt, FreezePlan(dict.fromkeys(names, mask)), model)
+    assert watch.nbytes == mask.frozen_count * 4, "one tensor, one copy"
+    for seed in range(3):
+        give_gradients(model, seed)
+        opt.step()
+    assert_same_bits(model.head.weight, first, "frozen part", where=mask.dense())
+    assert not torch.equal(model.head.weight[~mask.dense()], first[~mask.dense()])
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed": lambda: torch.zeros(COLS, ROWS).t(),
+    "every second column": lambda: torch.zeros(ROWS, 2 * COLS)[:, ::2],
+    "part of a row": lambda: torch.zeros(ROWS, COLS + 4)[:, 1:-3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_weights(layout: str, kind: str, backend: str) -> None:
+    model, twin = nn.Module(), nn.Module()
+    model.masked = nn.Parameter(LAYOUTS[layout]().copy_(random_normal(1, ROWS, COLS)))
+    twin.masked = nn.Parameter(random_normal(1, ROWS, COLS))
+    plan = FreezePlan({"masked": MASKS[kind]})
+    frozen = plan["masked"].dense()
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (model, twin)]
+    guard(opts[0], plan, model, backend=backend)
+    guard(opts[1], plan, twin, backend=backend)
+    for seed in range(3):
+        for net, opt in zip((model, twin), opts, strict=True):
+            give_gradients(net, seed, {"masked": frozen}, math.nan)
+            opt.step()
+    assert not model.masked.is_contiguous()
+    assert_same_bits(model.masked, twin.masked, "all of it")
+    assert_same_bits(model.masked, random_normal(1, ROWS, COLS), "frozen part", where=frozen)
+
+
+def test_a_weight_the_optimizer_holds_in_a_later_group() -> None:
+    model = a_model()
+    plan = a_plan("rows", model)
+    opt = torch.optim.SGD([{"params": [model.free]}, {"params": [model.vector]}, {"params": [model.masked]}], lr=0.1)
+    first = copies(model)
+    guard(opt, plan, model)
+    give_gradients(model, 1)
+    opt.step()
+    assert_same_bits(model.masked, first["masked"], "frozen rows", where=plan["masked"].dense())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_weight_the_optimizer_does_not_hold() -> None:
+    model = a_model()
+    opt = torch.optim.SGD([model.free], lr=0.1)
+    with pytest.raises(ValueError, match="guard: 'masked' is in the plan and the model but not in the optimizer"):
+        guard(opt, a_plan("rows", model), model)
+    give_gradients(model, 1)
+    opt.step()  # no hook was left behind
+
+
+@pytest.mark.parametrize("given", [object(), nn.Linear(2, 2), "sgd", None], ids=lambda given: type(given).__name__)
+def test_what_is_no_optimizer(given: Any) -> None:
+    model = a_model()
+    with pytest.raises(TypeError, match=rf"guard: optimizer is a {type(given).__name__}, expected a torch\.optim"):
+        guard(given, a_plan("rows", model), model)
+
+
+def test_a_wrapped_optimizer_names_the_remedy() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = a_model()
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="unwrap a wrapper first"):
+        guard(wrapper, a_plan("rows", model), model)  # type: ignore[arg-type]
+
+
+def test_a_wrapper_that_calls_itself_an_optimizer_names_the_remedy() -> None:
+    """As accelerate's: torch's constructor never ran, so its step calls no hooks and nothing would be guarded."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    model = a_model()
+    with pytest.raises(TypeError, match="unwrap a wrapper first"):
+        guard(Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)), a_plan("rows", model), model)
+
+
+def test_a_refused_guard_leaves_the_optimizer_alone() -> None:
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for bad, error in (
+        (FreezePlan({"maskd": MASKS["rows"]}), ValueError),
+        (FreezePlan({"masked": FreezeMask((2, 2))}), ValueError),
+        ({"masked": MASKS["rows"]}, TypeError),
+    ):
+        with pytest.raises(error, match="guard"):
+            guard(opt, bad, model)  # type: ignore[arg-type]
+    assert not opt._optimizer_step_pre_hooks
+    assert not opt._optimizer_step_post_hooks
+
+
+def test_a_guard_goes_with_its_optimizer() -> None:
+    import weakref
+
+    model = a_model()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    gone = weakref.ref(guard(opt, a_plan("rows", model), model))
+    gc.collect()
+    assert gone() is not None, "the guard must last as long as the optimizer, also if nobody holds it"
+    give_gradients(model, 1)
+    opt.step()
+    del opt
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,43 @@
+"""csrc/cuda.cu compiled for the host: its kernels, run block by block on CPU tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pybind11
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+SOURCES = (ROOT / "csrc/cuda.cu", ROOT / "csrc/bindings_cuda.cpp", HERE / "module.cpp")
+COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def build() -> Any:
+    """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s."""
+    assert COMPILER is not None, "cuda_on_host: no C++ compiler was found"
+    inputs = sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.[ch]*")])
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
+    folder = ROOT / "build" / "cuda_on_host" / key
+    library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(".partial")
+        include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+        subprocess.run(
+            [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden",
+             "-shared", "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
+            check=True,
+        )  # fmt: skip
+        partial.rename(library)
+    spec = importlib.util.spec_from_file_location("cuda_on_host", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,156 @@
+"""The CUDA backend: its kernels run on the host, and on a GPU where there is one; what its set-up refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backend_cases import CASES, Case, check, check_far
+
+from safefreeze_kernels.kernels import backend as kernels
+from safefreeze_kernels.kernels import cuda
+from safefreeze_kernels.kernels.backend import Backend
+
+TESTS = Path(__file__).parents[1]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU_STATE = kernels.backend_state("cuda")
+needs_gpu = pytest.mark.skipif(isinstance(GPU_STATE, str), reason=f"GPU only: {GPU_STATE}")
+# What else of the suite takes a backend by name.
+SUITE = (
+    "kernels/test_kernels.py",
+    "kernels/test_capturable.py",
+    *(f"contract/test_{name}.py" for name in ("contract", "gradients", "fused_clipping", "guard", "low_precision")),
+)
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    """The functions of `_C.cuda`, run on the host."""
+    cuda_on_host = pytest.importorskip("cuda_on_host")
+    if cuda_on_host.COMPILER is None:
+        pytest.skip("no C++ compiler was found")
+    return cuda_on_host.build()
+
+
+@pytest.fixture
+def on_host(native: Any, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Backend:
+    """The backend on CPU tensors, also for whoever asks for it by name."""
+    backend, state = cuda.CudaBackend(native, "cpu"), kernels.backend_state
+    monkeypatch.setattr(kernels, "backend_state", lambda name: backend if name == "cuda" else state(name))
+    return backend
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_host(on_host: Backend, case: Case) -> None:
+    check(on_host, CPU, case)
+
+
+def test_far_addresses_on_the_host(on_host: Backend) -> None:
+    check_far(on_host, CPU)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_gpu(case: Case) -> None:
+    assert not isinstance(GPU_STATE, str)
+    check(GPU_STATE, GPU, case)
+
+
+@needs_gpu
+def test_far_addresses_on_a_gpu() -> None:
+    assert not isinstance(GPU_STATE, str)
+    check_far(GPU_STATE, GPU)
+
+
+def run_suite(backend: str, names: tuple[str, ...] = SUITE, least: int = 601) -> None:
+    """Tests with ``backend`` for all others, in a process of its own; ``least`` of them must pass."""
+    files = [str(TESTS / name) for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "SAFEFREEZE_TEST_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    dots = sum(line.split(" ")[0].count(".") for line in done.stdout.splitlines() if re.match(r"[.sx]+ +\[", line))
+    assert dots >= least, f"only {dots} tests ran:\n{done.stdout[-2000:]}"
+
+
+def test_the_suite_holds_on_the_host(native: Any) -> None:
+    run_suite("cuda-on-host")
+
+
+def test_random_programs_on_the_host(native: Any) -> None:
+    """Beside the other backends, in the same programs."""
+    run_suite("cuda-on-host", ("contract/test_machine.py",), least=2)
+
+
+@needs_gpu
+def test_the_suite_holds_on_a_gpu() -> None:
+    run_suite("cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+
+def versions_of(driver: int, build: int = 13000) -> Any:
+    return SimpleNamespace(driver_version=lambda: driver, runtime_version=lambda: build)
+
+
+@pytest.mark.parametrize(
+    ("native_part", "reason"),
+    [
+        (versions_of(0), "no NVIDIA driver was found"),
+        (versions_of(12080), r"driver is for CUDA 12\.8, older than this build's 13\.0; update the driver"),
+        (versions_of(11040, 12060), r"driver is for CUDA 11\.4, older than this build's 12\.6"),
+    ],
+)
+def test_a_driver_that_does_not_do(monkeypatch: pytest.MonkeyPatch, native_part: Any, reason: str) -> None:
+    monkeypatch.setattr(cuda, "_native", lambda: native_part)
+    with pytest.raises(ImportError, match=reason):
+        cuda.load()
+
+
+def test_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import safefreeze_kernels
+
+    monkeypatch.setattr(safefreeze_kernels, "_C", SimpleNamespace(), raising=False)
+    with pytest.raises(ImportError, match=r"no CUDA part; install the CUDA toolkit \(nvcc\)"):
+        cuda.load()
+    with pytest.raises(ImportError, match="no CUDA part"):
+        cuda.versions()
+
+
+def test_an_extension_of_other_sources(native: Any) -> None:
+    for name, value in (("TILE_ELEMENTS", 4096), ("STRUCT_SIZES", {**native.STRUCT_SIZES, "Tile": 24})):
+        other = SimpleNamespace(**{**vars(native), name: value})
+        with pytest.raises(ImportError, match="built from other sources"):
+            cuda.CudaBackend(other)
+
+
+def test_devices_it_does_not_take(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = SimpleNamespace(**{**vars(native), "refusal": lambda index: "no kernel image is available"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    backend = cuda.CudaBackend(refusing)
+    assert backend.refusal(CPU) == "it takes cuda tensors only"
+    assert backend.refusal(torch.device("cuda", 1)).endswith("do not run on GPU 1: no kernel image is available")
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 3999, 4000, 4001, 31_999, 32_000, 32_001, 100_003])
+def test_uploads_of_any_size(native: Any, size: int) -> None:
+    """Launch parameters hold 4 KB or 32 KB; more takes more launches."""
+    content = np.random.default_rng(size).bytes(size)
+    room = np.full(-(-size // 8) * 8 + 8, 0xA5, np.uint8)
+    native.upload(0, 0, content, room.ctypes.data)
+    assert room[:size].tobytes() == content
+    assert (room[-8:] == 0xA5).all(), "memory past the end was written to"

@@ -1,0 +1,196 @@
+"""Looking at many tensors at once: the compiled lookers and their Python twins see the same."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from safefreeze_kernels.grads import reader as tensors
+from safefreeze_kernels.grads.reader import GradientReader, Whereabouts, whereabouts
+
+State = dict[Tensor, dict[str, Any]]
+
+
+@pytest.fixture(params=["compiled", "python"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "python":
+        monkeypatch.setattr(tensors, "_C", None)
+    elif tensors._C is None:
+        pytest.skip("the extension is not built")
+    return bool(request.param == "compiled")
+
+
+def a_state(n: int = 20) -> State:
+    params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(n)]
+    return {p: {"step": torch.zeros(()), "exp_avg": torch.zeros(3, 4), "note": "not a tensor"} for p in params}
+
+
+def first(state: State) -> Tensor:
+    return next(iter(state))
+
+
+def replace_moment(state: State) -> None:
+    state[first(state)]["exp_avg"] = torch.zeros(3, 4)
+
+
+def move_moment(state: State) -> None:
+    state[first(state)]["exp_avg"].data = torch.zeros(3, 4)
+
+
+def move_param(state: State) -> None:
+    list(state)[-1].data = torch.zeros(3, 4)
+
+
+def transpose_param(state: State) -> None:
+    first(state).data = first(state).data.view(4, 3).t()
+
+
+def move_step(state: State) -> None:
+    state[list(state)[7]]["step"].data = torch.ones(())
+
+
+def drop_param(state: State) -> None:
+    del state[list(state)[-1]]
+
+
+def add_param(state: State) -> None:
+    state[torch.nn.Parameter(torch.zeros(2))] = {}
+
+
+def replace_dict(state: State) -> None:
+    state[first(state)] = dict(state[first(state)])
+
+
+def drop_entry(state: State) -> None:
+    del state[list(state)[-1]]["note"]
+
+
+def rename_entry(state: State) -> None:
+    entries = state[list(state)[-1]]
+    entries["comment"] = entries.pop("note")
+
+
+def no_dict(state: State) -> None:
+    state[first(state)] = None  # type: ignore[assignment]
+
+
+CHANGES = [replace_moment, move_moment, move_param, transpose_param, move_step, drop_param, add_param, replace_dict,
+           drop_entry, rename_entry]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_moved_is_seen(compiled: bool, change: Callable[[State], None]) -> None:
+    state = a_state()
+    found = whereabouts(state)
+    assert isinstance(found, Whereabouts) != compiled
+    assert found.hold(state) and found.hold(state)
+    change(state)
+    assert not found.hold(state)
+    assert whereabouts(state).hold(state)
+
+
+def test_values_and_gradients_may_change(compiled: bool) -> None:
+    state = a_state()
+    found = whereabouts(state)
+    for p, entries in state.items():
+        entries["step"] += 1
+        entries["exp_avg"].mul_(2)
+        p.grad = torch.ones(3, 4)
+        p.data.add_(1)
+    assert found.hold(state)
+
+
+def test_an_entry_that_is_no_dict_is_a_change(compiled: bool) -> None:
+    state = a_state()
+    found = whereabouts(state)
+    no_dict(state)
+    assert not found.hold(state)
+
+
+def test_nothing_leaks() -> None:
+    state = a_state(2)
+    p = first(state)
+    p.grad = torch.ones(3, 4)
+    watched = [p, state[p], state[p]["exp_avg"], p.grad]
+    before = [sys.getrefcount(item) for item in watched]
+    for _ in range(5):
+        found, reader = whereabouts(state), GradientReader(list(state))
+        found.hold(state)
+        reader.read(list(state))
+        del found, reader
+    gc.collect()
+    assert [sys.getrefcount(item) for item in watched] == before
+
+
+def params_with_gradients(*shapes: tuple[int, ...]) -> list[Tensor]:
+    params: list[Tensor] = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+SHAPES = ((3, 4), (), (5,), (2, 3, 4), (0, 3), (1, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_gradients_are_read(compiled: bool, dtype: torch.dtype) -> None:
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in params_with_gradients(*SHAPES)]
+    reader = GradientReader(params)
+    for _ in range(2):  # new gradients each time, as after zero_grad
+        for p in params:
+            p.grad = torch.randn_like(p)
+        grads = reader.read(params)
+        assert grads.plain and all(grad is p.grad for grad, p in zip(grads, params, strict=True))
+        assert (grads.tables is not None) == compiled
+    if grads.tables is not None:
+        import ctypes
+
+        addresses = (ctypes.c_int64 * len(params)).from_address(grads.tables[0])
+        codes = (ctypes.c_int32 * len(params)).from_address(grads.tables[1])
+        assert list(addresses) == [p.grad.data_ptr() for p in params if p.grad is not None]
+        assert set(codes) == {{torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]}
+
+
+def no_gradient(p: Tensor) -> None:
+    p.grad = None
+
+
+def other_dtype(p: Tensor) -> None:
+    p.data = p.data.bfloat16()
+    p.grad = torch.ones(3, 4, dtype=torch.bfloat16)
+
+
+def strided(p: Tensor) -> None:
+    p.grad = torch.ones(4, 3).t()
+
+
+def sparse(p: Tensor) -> None:
+    p.grad = torch.ones(3, 4).to_sparse()
+
+
+def other_shape(p: Tensor) -> None:
+    p.data = torch.zeros(4, 3)
+    p.grad = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize("change", [no_gradient, other_dtype, strided, sparse, other_shape])
+def test_other_gradients_are_not_plain(compiled: bool, change: Callable[[Tensor], None]) -> None:
+    params = params_with_gradients((2, 2), (3, 4), (5,))
+    reader = GradientReader(params)
+    assert reader.read(params).plain
+    change(params[1])
+    grads = reader.read(params)
+    assert not grads.plain and grads.tables is None
+    assert all(grad is p.grad for grad, p in zip(grads, params, strict=True))
+
+
+def test_float64_is_never_plain(compiled: bool) -> None:
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    assert not GradientReader([p]).read([p]).plain

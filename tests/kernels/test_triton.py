@@ -1,0 +1,150 @@
+"""The Triton backend: its kernels interpreted, in a process of their own, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backend_cases import CASES, Case, check, check_far
+
+from safefreeze_kernels.kernels.backend import Backend, BackendUnavailableError, backend_state, choose_backend
+from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.kernels.tiles import DeviceList
+from safefreeze_kernels.plan.mask import FreezeMask
+
+triton = pytest.importorskip("triton")
+
+# Read when Triton is imported: one process either interprets or compiles.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TESTS = Path(__file__).parents[1]
+# What else of the suite takes a backend by name.
+SUITE = [
+    *(str(TESTS / f"kernels/test_{name}.py") for name in ("kernels", "capturable")),
+    *(str(TESTS / f"contract/test_{name}.py") for name in ("gradients", "fused_clipping", "guard", "low_precision")),
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+DEVICE = CPU if INTERPRETED else GPU
+STATE = backend_state("triton")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GPU_ONLY = f"GPU only: {STATE if isinstance(STATE, str) else 'the kernels are interpreted'}"
+runs = pytest.mark.skipif(isinstance(STATE, str), reason=GPU_ONLY)
+compiled = pytest.mark.skipif(INTERPRETED or isinstance(STATE, str), reason=GPU_ONLY)
+interprets = pytest.mark.skipif(
+    triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton 3.6 cannot interpret with NumPy 2.4",
+)
+not_in_child = pytest.mark.skipif(INTERPRETED, reason="not in the process that interprets")
+
+
+@pytest.fixture
+def backend() -> Backend:
+    assert not isinstance(STATE, str)
+    return STATE
+
+
+@runs
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(backend: Backend, case: Case) -> None:
+    check(backend, DEVICE, case)
+
+
+@runs
+def test_far_addresses(backend: Backend) -> None:
+    check_far(backend, DEVICE)
+
+
+def run_pytest(*arguments: str, expected: int, **environment: str) -> None:
+    """Runs pytest in a process of its own, where ``expected`` tests or more must pass and none fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+        timeout=1800,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= expected, (
+        f"expected {expected} tests to pass:\n{done.stdout[-2000:]}"
+    )
+
+
+@not_in_child
+@interprets
+def test_interpreted() -> None:
+    run_pytest(__file__, expected=len(CASES) + 1, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+@not_in_child
+@interprets
+def test_the_suite_holds_interpreted() -> None:
+    run_pytest(*SUITE, expected=500, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+
+
+@pytest.mark.slow
+@not_in_child
+@interprets
+def test_random_programs_interpreted() -> None:
+    """Beside the other backends, in the same programs."""
+    machine = str(TESTS / "contract/test_machine.py")
+    run_pytest(machine, "-m", "not slow", expected=2, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+
+
+@pytest.mark.slow
+@compiled
+def test_the_suite_holds_on_a_gpu() -> None:
+    run_pytest(*SUITE, expected=500, SAFEFREEZE_TEST_BACKEND="triton")
+
+
+# ----------------------------------------------------------------------------------------------------- who it serves
+
+
+@runs
+def test_devices_it_does_not_take(backend: Backend) -> None:
+    assert backend.refusal(DEVICE) == ""
+    other = GPU if INTERPRETED else CPU
+    assert "takes CPU tensors only" in backend.refusal(other) if INTERPRETED else "GPU" in backend.refusal(other)
+    with pytest.raises(ValueError, match=f"backend 'triton' was given tensors on {other}, but it "):
+        choose_backend("triton", other, "op")
+
+
+@not_in_child
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safefreeze_kernels.kernels import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match=r"no GPU was found .TRITON_INTERPRET=1"):
+        triton.TritonBackend()
+
+
+@pytest.mark.skipif(not isinstance(STATE, str), reason="there is a GPU, or an interpreter")
+def test_a_named_backend_does_not_fall_back() -> None:
+    with pytest.raises(BackendUnavailableError, match="op: backend 'triton' does not run here: no GPU was found"):
+        choose_backend("triton", CPU, "op")
+
+
+# ------------------------------------------------------------------------------------------------- lists on devices
+
+
+def test_a_list_is_copied_once() -> None:
+    work = compile_live([FreezeMask((30, 300), rows=[1, 2, 5])])
+    assert DeviceList.of(work, CPU) is DeviceList.of(work, CPU)
+    assert DeviceList.of(compile_live([FreezeMask((3,))]), CPU) is not DeviceList.of(work, CPU)
+
+
+def test_a_copied_list_finds_its_addresses() -> None:
+    """Rows of parts hold addresses: a deep copy shares them with the original, and keeps them alive."""
+    work = compile_live([FreezeMask((30, 8), rows=[1, 2, 5])])
+    on_device = DeviceList.of(work, CPU)
+    assert on_device.parts.any(), "expected a list, whose address is kept"
+    assert copy.deepcopy(on_device).parts.data_ptr() == on_device.parts.data_ptr()

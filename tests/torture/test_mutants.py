@@ -1,0 +1,428 @@
+"""The suite, tested: plausible bugs, put into a copy of the package one at a time, must each make a test fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+CONTRACT, MACHINE = "contract/test_contract.py", "contract/test_machine.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, which is in ``file`` (of the package, or in csrc) once, becomes ``new``; one of ``tests`` must fail."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = (MACHINE,)
+
+    @property
+    def place(self) -> str:
+        """Of the file, from the root."""
+        return self.file if self.compiled else f"safefreeze_kernels/{self.file}"
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
+
+
+MUTANTS: Final = (
+    Mutant(
+        "decay is applied to frozen weights",
+        "kernels/reference.py",
+        "            old_p = _matrix(param, part)[here]\n",
+        "            param.detach().mul_(float(rows[which].decay))\n            old_p = _matrix(param, part)[here]\n",
+    ),
+    Mutant(
+        "the clip norm counts frozen gradients",
+        "grads/clip.py",
+        "self.masks = [local_mask(entry.mask, entry.param) for entry in entries]",
+        "self.masks = [FreezeMask(local(entry.param).shape) for entry in entries]",
+    ),
+    Mutant(
+        "polarity is flipped for rows",
+        "plan/mask.py",
+        "return _complement(self._rows, self.matrix_shape[0])",
+        "return self._rows",
+    ),
+    Mutant(
+        "rows are off by one",
+        "kernels/parts.py",
+        "start, packed = rows * n_cols,",
+        "start, packed = np.maximum(rows - 1, 0) * n_cols,",
+    ),
+    Mutant(
+        "single frozen elements are forgotten",
+        "kernels/parts.py",
+        "None if all_cols else cols, frozen_bits=mask.bits)",
+        "None if all_cols else cols)",
+    ),
+    Mutant(
+        "a thawed row is as old as the tensor",
+        "optim/adam.py",
+        'ages[name] = age.grown(was, old).after(old, new, int(state["step"].item()))',
+        "ages[name] = age.grown(was, old)",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "a thawed row keeps what lay in its place",
+        "optim/state.py",
+        "packed = torch.zeros(new.packed_shape, dtype=moment.dtype",
+        "packed = torch.ones(new.packed_shape, dtype=moment.dtype",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "state keeps its places when as much is frozen as before",
+        "optim/adam.py",
+        "if not state or (old == new and was is old):",
+        "if not state or old.frozen_count == new.frozen_count:",
+    ),
+    Mutant(
+        "ages are lost on resume",
+        "optim/adam.py",
+        'self._ages = loaded["ages"]',
+        "self._ages = {}",
+        ("contract/test_optimizer.py",),
+    ),
+    Mutant("the plan is lost when an optimizer is copied", "optim/adam.py", '            "_plan",\n', ""),
+    Mutant(
+        "a plan of another checkpoint is taken",
+        "optim/adam.py",
+        "if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):",
+        "if False:",
+        ("contract/test_optimizer.py", "contract/test_bad_input.py"),
+    ),
+    Mutant(
+        "found_inf is not looked at",
+        "optim/adam.py",
+        "if not captured and found_inf is not None and found_inf.item() != 0:",
+        "if False:",
+    ),
+    Mutant(
+        "the loss scale is not divided out",
+        "optim/launch.py",
+        "unscale = 1.0 / grad_scale.detach().float().reshape(())",
+        "unscale = torch.ones(())",
+        ("contract/test_optimizer.py", "integrations/test_loops.py"),
+    ),
+    Mutant(
+        "the clip factor is dropped",
+        "optim/adam.py",
+        "        self._pending = _PendingFactor(factor,",
+        "        _PendingFactor(factor,",
+        ("contract/test_fused_clipping.py",),
+    ),
+    Mutant(
+        "frozen gradients are left as they are",
+        "grads/clip.py",
+        "    chosen.zero_(work, ready.tensors)\n",
+        "    pass\n",
+    ),
+    Mutant(
+        "guard does not put frozen values back",
+        "optim/guard.py",
+        "self._backend(params).scatter_(self._work, targets, self._copy)",
+        "pass",
+        (CONTRACT,),
+    ),
+    Mutant(
+        "-0.0 counts as 0.0 in a proof",
+        "proof/drift.py",
+        "differs = (_words(old) != _words(new)).any(dim=1)",
+        "differs = (old != new) & ~(old.isnan() & new.isnan())",
+        ("contract/test_proof.py",),
+    ),
+    Mutant(
+        "columns are not part of a fingerprint",
+        "plan/mask.py",
+        '(b"cols", self._cols), ',
+        "",
+        ("contract/test_masks.py", "contract/test_plan_file.py"),
+    ),
+    Mutant(
+        "a union keeps the second plan alone",
+        "plan/mask.py",
+        "rows = np.union1d(self._rows, other._rows)",
+        "rows = other._rows",
+        ("contract/test_masks.py",),
+    ),
+    Mutant(
+        "a plan file is written in place",
+        "plan/files.py",
+        "temporary.replace(path)",
+        "path.write_bytes(data[: len(data) // 2]); path.write_bytes(data)",
+        ("contract/test_plan_file.py",),
+    ),
+    Mutant(
+        "a plan's checksum is not compared",
+        "plan/plan.py",
+        'if header.get("checksum") != _checksum(header):',
+        "if False:",
+        ("contract/test_plan_file.py",),
+    ),
+    Mutant(
+        "live gradients of the wrong rows",
+        "grads/live.py",
+        "rows, cols = entry.mask.live_rows, entry.mask.live_cols",
+        "rows, cols = (entry.mask.live_rows + 1) % n_rows, entry.mask.live_cols",
+        ("contract/test_live.py",),
+    ),
+    Mutant(
+        "what wraps a live forward brings it into a copy",
+        "grads/live.py",
+        'return getattr, (self._layer(), "forward")',
+        "return (lambda: self), ()",
+        ("contract/test_live.py",),
+    ),
+    Mutant(
+        "lent tensors have live gradients",
+        "grads/live.py",
+        " and isinstance(weight, nn.Parameter)):",
+        "):",
+        ("contract/test_live.py",),
+    ),
+    Mutant(
+        "a packed gradient is taken for an ordinary one",
+        "optim/launch.py",
+        "self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]",
+        "pass",
+        ("contract/test_live.py",),
+    ),
+    Mutant(
+        "a packed gradient by another plan is taken",
+        "grads/checks.py",
+        "    if packing != mask:\n",
+        "    if False:\n",
+        ("contract/test_live.py",),
+    ),
+    Mutant(
+        "an audit does not look at columns",
+        "proof/audit.py",
+        "self._cols(window) if cols.size else None",
+        "None",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "an audit tells the place within its block",
+        "proof/audit.py",
+        "divmod(window.first + first,",
+        "divmod(first,",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "an audit looks at the first name of a weight alone",
+        "proof/audit.py",
+        "if both != usual:",
+        "if False:",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "an audit proves past a tensor in which a weight might be found",
+        "proof/audit.py",
+        "if name in beside and name not in weights.untied:",
+        "if False:",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "a file's hash leaves out what nobody compared",
+        "proof/checkpoint.py",
+        "        self._read_to(start)\n        rest",
+        "        self._done = start\n        rest",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "ranks with different plans are not told",
+        "model/sharding.py",
+        "        if plan != self._plan:\n            self._note_conflict(f",
+        "        if False:\n            self._note_conflict(f",
+        ("integrations/test_distributed.py",),
+    ),
+    Mutant(
+        "a load has ranks forget to compare plans",
+        "optim/adam.py",
+        '        self._void_factor("state was loaded")\n        self._note_plan()\n',
+        '        self._void_factor("state was loaded")\n        self._agreement = None\n',
+    ),
+    Mutant(
+        "launches outlive a change of live gradients",
+        "optim/adam.py",
+        "key = generation(), [",
+        "key = 0, [",
+    ),
+    Mutant(
+        "a clip factor outlives the plan",
+        "optim/adam.py",
+        "            self._pending.void = why\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a clip factor outlives its gradients",
+        "optim/adam.py",
+        "for each in gradients for g in each):\n                return None",
+        "for each in gradients for g in each):\n                return self.factor",
+    ),
+    Mutant(
+        "a damaged note of the plan is taken as it is",
+        "optim/state.py",
+        "_expect(isinstance(note.get(key), dict), what,",
+        "_expect(True, what,",
+    ),
+    Mutant(
+        "a load keeps the memory it was given",
+        "optim/state.py",
+        "return tensor.clone() if shared else tensor",
+        "return tensor",
+    ),
+    Mutant(
+        "a planned parameter that was replaced is only warned of",
+        "optim/adam.py",
+        "        if planned:\n            raise ValueError(what)\n",
+        "",
+    ),
+    Mutant(
+        "guard looks at steps alone",
+        "optim/guard.py",
+        "        _watch_methods(optimizer)\n",
+        "",
+    ),
+    Mutant(
+        "a first step at rate 0 makes state, whoever asks",
+        "optim/adam.py",
+        "        return frame is not None\n",
+        "        return True\n",
+    ),
+    Mutant(
+        "copies of a model have its live gradients",
+        "model/attached.py",
+        "    vars(module)[_GETSTATE] = partial(_bare_state, weakref.ref(module))\n",
+        "",
+    ),
+    Mutant(
+        "a plan means the last of two parameters of a name",
+        "plan/binding.py",
+        "twice = {name: param for name, param in named if by_name[name] is not param}",
+        "twice = dict[str, Tensor]()",
+    ),
+    Mutant(
+        "zero has a master below it",
+        "kernels/reference.py",
+        "    return torch.where(master.isnan(), (stored << 16).view(torch.float32), master)\n",
+        "    return master\n",
+    ),
+    Mutant(
+        "compiled: frozen single elements are overwritten",
+        "csrc/cpu.cpp",
+        "p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;",
+        "p[i] = p_new;",
+    ),
+    Mutant(
+        "compiled: eps is added before the root is taken",
+        "csrc/arithmetic.h",
+        "(square_root(second_moment) / s.bias2_sqrt + s.eps)",
+        "(square_root(second_moment + s.eps) / s.bias2_sqrt)",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: bfloat16 is cut off, not rounded",
+        "csrc/arithmetic.h",
+        "(x.bits + 0x7fffu + ((x.bits >> 16) & 1u)) >> 16;",
+        "x.bits >> 16;",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: an audit takes the first columns' flags for all",
+        "csrc/audit.cpp",
+        "chosen = v.frozen_cols + col;",
+        "chosen = v.frozen_cols;",
+        ("contract/test_audit.py",),
+    ),
+    Mutant(
+        "CUDA: frozen single elements in a tail are overwritten",
+        "csrc/cuda.cu",
+        "const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;",
+        "const uint32_t bit = 1u;",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
+        "Triton: frozen single elements are overwritten",
+        "kernels/triton.py",
+        "            if BITS and WIDE:\n                new_p = tl.where(frozen, old_p, new_p)\n",
+        "",
+        ("kernels/test_triton.py",),
+    ),
+    Mutant(
+        "Triton: places of packed moments are those of the weights",
+        "kernels/triton.py",
+        "m_ptr = _pointer(m_at, STATE, WIDE) + there",
+        "m_ptr = _pointer(m_at, STATE, WIDE) + here",
+        ("kernels/test_triton.py",),
+    ),
+)
+
+
+def copied(folder: Path) -> Path:
+    """Package, sources of the extension, and tests, in a folder of their own."""
+    for name in ("safefreeze_kernels", "csrc", "tests", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def built(folder: Path) -> None:
+    """Compile the copy's extension anew, without CUDA."""
+    for old in (folder / "safefreeze_kernels").glob("_C.*.so"):
+        old.unlink()
+    environment = {**os.environ, "SAFEFREEZE_CUDA": "0", "SAFEFREEZE_REQUIRE_NATIVE": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def suite(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Those tests on the copy; they stop at the first failure."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    files = [str(folder / "tests" / name) for name in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_a_mutant_is_one_change(mutant: Mutant) -> None:
+    """So that the slow test below, which few run, does not rot."""
+    text = (ROOT / mutant.place).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, f"{mutant.file} has {text.count(mutant.old)} of {mutant.old!r}"
+    if not mutant.compiled:
+        compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    assert all((ROOT / "tests" / name).is_file() for name in mutant.tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_every_mutant_is_caught(tmp_path: Path, mutant: Mutant) -> None:
+    file = copied(tmp_path) / mutant.place
+    file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+    if mutant.compiled and mutant.tests != ("kernels/test_cuda.py",):  # which compiles the kernels itself
+        built(tmp_path)
+    found = suite(tmp_path, mutant.tests)
+    assert found.returncode not in (0, 5), f"{mutant.bug}: all of {', '.join(mutant.tests)} pass"
+    # a test that failed, or an interpreter that died: not a suite that did not start
+    assert "FAILED" in found.stdout or found.returncode < 0, found.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_copy_itself_passes(tmp_path: Path) -> None:
+    """Without a mutant the tests pass, so it is the mutant they fail by."""
+    tests = tuple(sorted({name for mutant in MUTANTS for name in mutant.tests}))
+    found = suite(copied(tmp_path), tests)
+    assert found.returncode == 0, found.stdout[-3000:]
