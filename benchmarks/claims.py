@@ -19,6 +19,7 @@ from torch.nn import Parameter
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import UnitLabels, find_units, read_labels
 from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.kernels.runs import Runs
 
 __all__ = [
     "CLAIMS", "LABELS_FILE", "STATE", "Claim", "generated_labels", "llama_7b_shapes", "measure_claims", "state_claim",
@@ -112,12 +113,12 @@ def _plan_claims(labels_file: Path, tries: int) -> Iterator[Claim]:
     seconds = []
     for _ in range(tries):
         began = time.perf_counter()
-        compile_live(masks)
+        Runs.of(compile_live(masks))
         seconds.append(time.perf_counter() - began)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        work = compile_live(masks)
+        work = Runs.of(compile_live(masks))
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()

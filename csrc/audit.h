@@ -1,4 +1,4 @@
-// Two versions of a piece of a weight compared: did frozen elements change, and how much did live ones?
+// Two versions of a window of a weight compared: did frozen elements change, and how much did live ones?
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace safefreeze {
 enum class Value : int32_t { f32 = 0, bf16 = 1, f16 = 2, bytes1 = 3, bytes2 = 4, bytes4 = 5, bytes8 = 6 };
 
 // Whole rows of a matrix. Flags are one byte per row or column, set where it is frozen; `bits`, one per element of the
-// piece, are readable 8 bytes past their end. Null: nothing of that kind is frozen.
+// window, are readable 8 bytes past their end. Null: nothing of that kind is frozen.
 struct Versions {
   const void *before, *after;
   int64_t rows, cols;
@@ -19,7 +19,7 @@ struct Versions {
 // finite number, or not known as a number (Value::bytes*), is counted alone.
 struct Changes {
   int64_t frozen = 0;             // frozen elements that differ
-  int64_t first = -1;             // the first of them, counted from the piece's first element
+  int64_t first = -1;             // the first of them, counted from the window's first element
   int64_t live = 0, strange = 0;  // live elements that differ, and those whose change is no finite number
   double largest = 0, sum = 0, squares = 0;
 };

@@ -47,56 +47,48 @@ py::tuple runnable_isas() {
   return py::tuple(names);
 }
 
-// One parallel region over all pieces, without the interpreter lock.
+// One parallel region over all chunks, without the interpreter lock.
 template <typename Launch>
-void run(const Launch& launch, int threads, void (*piece)(const Launch&, int64_t)) {
+void run(const Launch& launch, int threads, void (*chunk)(const Launch&, int64_t)) {
   struct Call {
     const Launch& launch;
-    void (*piece)(const Launch&, int64_t);
-  } call{launch, piece};
+    void (*chunk)(const Launch&, int64_t);
+  } call{launch, chunk};
   py::gil_scoped_release unlocked;
-  for_each_piece(
-      launch.work.n_pieces, threads,
+  for_each_chunk(
+      launch.work.n_chunks, threads,
       [](void* context, int64_t index) {
         const Call& c = *static_cast<Call*>(context);
-        c.piece(c.launch, index);
+        c.chunk(c.launch, index);
       },
       &call);
 }
 
-struct Work {
-  WorkList list;
-  Work(uintptr_t segments, uintptr_t pieces, uintptr_t runs, int64_t n_pieces, bool frozen)
-      : list{at<const Segment>(segments), at<const Piece>(pieces), at<const Run>(runs), n_pieces, frozen} {}
-};
-
-void launch_adamw(const Work& work, uintptr_t tensors, uintptr_t grads, uintptr_t param_dtype, uintptr_t state_dtype,
+void launch_adamw(const Runs& work, uintptr_t tensors, uintptr_t grads, uintptr_t param_dtype, uintptr_t state_dtype,
                   uintptr_t scalar_set, uintptr_t scalars, bool l2, bool amsgrad, bool stochastic, uint64_t seed,
                   int threads) {
-  run<AdamWLaunch>({work.list, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads),
-                    at<const int32_t>(param_dtype), at<const int32_t>(state_dtype), at<const int32_t>(scalar_set),
-                    at<const Scalars>(scalars), l2, amsgrad, stochastic, seed},
+  run<AdamWLaunch>({work, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads), at<const int32_t>(param_dtype),
+                    at<const int32_t>(state_dtype), at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2,
+                    amsgrad, stochastic, seed},
                    threads, kernels->adamw);
 }
 
-void launch_norm(const Work& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial, int threads) {
-  run<NormLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), static_cast<NormKind>(kind),
+void launch_norm(const Runs& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial, int threads) {
+  run<NormLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype), static_cast<NormKind>(kind),
                    at<double>(partial)},
                   threads, kernels->norm);
 }
 
-void launch_scale(const Work& work, uintptr_t tensors, uintptr_t dtype, float factor, int threads) {
-  run<ScaleLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads,
-                   kernels->scale);
+void launch_scale(const Runs& work, uintptr_t tensors, uintptr_t dtype, float factor, int threads) {
+  run<ScaleLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads, kernels->scale);
 }
 
-void launch_zero(const Work& work, uintptr_t tensors, uintptr_t dtype, int threads) {
-  run<ZeroLaunch>({work.list, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads, kernels->zero);
+void launch_zero(const Runs& work, uintptr_t tensors, uintptr_t dtype, int threads) {
+  run<ZeroLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads, kernels->zero);
 }
 
-void launch_copy(const Work& work, uintptr_t tensors, uintptr_t dtype, bool gather, int threads) {
-  run<CopyLaunch>({work.list, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather}, threads,
-                  kernels->copy);
+void launch_copy(const Runs& work, uintptr_t tensors, uintptr_t dtype, bool gather, int threads) {
+  run<CopyLaunch>({work, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather}, threads, kernels->copy);
 }
 
 py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int64_t cols, int value,
@@ -115,9 +107,11 @@ py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int6
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of safefreeze_kernels; use the package, not this module.";
-  py::class_<Work>(module, "Work")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, bool>(), py::arg("segments"), py::arg("pieces"),
-           py::arg("runs"), py::arg("n_pieces"), py::arg("frozen"));
+  py::class_<Runs>(module, "Runs")
+      .def(py::init([](uintptr_t parts, uintptr_t chunks, uintptr_t runs, int64_t n_chunks, bool frozen) {
+             return Runs{at<const RunPart>(parts), at<const Chunk>(chunks), at<const Run>(runs), n_chunks, frozen};
+           }),
+           py::arg("parts"), py::arg("chunks"), py::arg("runs"), py::arg("n_chunks"), py::arg("frozen"));
   py::class_<Whereabouts>(module, "Whereabouts")
       .def(py::init([](py::type tensor, py::dict state) {
              return std::make_unique<Whereabouts>(TensorLibrary(tensor.ptr()), state.ptr());
@@ -149,8 +143,8 @@ PYBIND11_MODULE(_C, module) {
 #if defined(SAFEFREEZE_CUDA)
   bind_cuda(module.def_submodule("cuda"));
 #endif
-  // What worklist.py's dtypes must add up to, in bytes.
+  // What the numpy dtypes that mirror them must add up to, in bytes.
   module.attr("STRUCT_SIZES") =
-      py::dict(py::arg("Segment") = sizeof(Segment), py::arg("Piece") = sizeof(Piece), py::arg("Run") = sizeof(Run),
+      py::dict(py::arg("RunPart") = sizeof(RunPart), py::arg("Chunk") = sizeof(Chunk), py::arg("Run") = sizeof(Run),
                py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));
 }

@@ -36,7 +36,7 @@ struct Place {
   int64_t from = 0, to = 0;
   const Run* rows = nullptr;
   int64_t picks = 0;
-  int64_t n_rows = 0;   // rows from `rows` on in this piece: more than the block has, if others follow
+  int64_t n_rows = 0;   // rows from `rows` on in this chunk: more than the block has, if others follow
   bool shared = false;  // other threads may be writing to the elements between: touch none but one's own
 
   int64_t row_start(int64_t row) const { return rows ? rows[row].start : start; }
@@ -300,8 +300,8 @@ void expand_bits(int64_t frozen_bits, Place place, int64_t n, uint8_t* __restric
 
 // One block of a run: `n` elements, `done` of the run's came before.
 struct Block {
-  const Segment& segment;
-  int64_t segment_index;
+  const RunPart& part;
+  int64_t part_index;
   Place place;   // in the tensor
   Place packed;  // in its packed twin
   int64_t n;
@@ -314,22 +314,22 @@ int64_t count_bits(const uint16_t* bits, int64_t from, int64_t to) {
   return count;
 }
 
-// Walk a piece block by block. A block is a stretch of a contiguous run; or a window of `block` columns of a row; or,
+// Walk a chunk block by block. A block is a stretch of a contiguous run; or a window of `block` columns of a row; or,
 // where rows pick few columns and their packed twins follow each other, several rows.
 template <typename Step>
-void walk(const WorkList& work, int64_t piece_index, Step step) {
-  const Piece& piece = work.pieces[piece_index];
-  const Segment& segment = work.segments[piece.segment];
-  const int32_t* cols = at<const int32_t>(segment.cols);
-  const int32_t* packed_cols = at<const int32_t>(segment.packed_cols);
-  const bool shared = segment.shared != 0;
+void walk(const Runs& work, int64_t chunk_index, Step step) {
+  const Chunk& chunk = work.chunks[chunk_index];
+  const RunPart& part = work.parts[chunk.part];
+  const int32_t* cols = at<const int32_t>(part.cols);
+  const int32_t* packed_cols = at<const int32_t>(part.packed_cols);
+  const bool shared = part.shared != 0;
   // put_by_bits writes back what lies between picks
-  const uint16_t* col_bits = picks_by_bits && !shared ? at<const uint16_t>(segment.col_bits) : nullptr;
-  for (int64_t r = piece.begin; r < piece.end;) {
+  const uint16_t* col_bits = picks_by_bits && !shared ? at<const uint16_t>(part.col_bits) : nullptr;
+  for (int64_t r = chunk.begin; r < chunk.end;) {
     const Run& run = work.runs[r];
     int64_t rows = 1;
     if (cols && !packed_cols && 2 * run.count <= block) {
-      while (r + rows < piece.end && (rows + 1) * run.count <= block &&
+      while (r + rows < chunk.end && (rows + 1) * run.count <= block &&
              work.runs[r + rows].packed == run.packed + rows * run.count) {
         ++rows;
       }
@@ -341,7 +341,7 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
       if (cols) {
         place.cols = cols + done;
         place.rows = &run;
-        place.n_rows = piece.end - r;
+        place.n_rows = chunk.end - r;
         if (col_bits) {
           const int64_t last = cols[run.count - 1] + 1;
           place.col_bits = col_bits;
@@ -359,7 +359,7 @@ void walk(const WorkList& work, int64_t piece_index, Step step) {
         packed.cols = packed_cols + done;
         packed.picks = n;
       }
-      if (n) step(Block{segment, piece.segment, place, packed, n * rows, done});
+      if (n) step(Block{part, chunk.part, place, packed, n * rows, done});
       done += n;
     }
     r += rows;
@@ -516,19 +516,19 @@ void make_noise(uint64_t seed, uint32_t step, uint32_t number, Place place, int6
   }
 }
 
-void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
+void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
   alignas(64) Stage stage[6];
   alignas(64) uint8_t flag_stage[block];
-  walk(launch.work, piece, [&](const Block& b) {
-    const AdamWTensor& tensor = launch.tensors[b.segment.tensor];
-    const int64_t grad = launch.grads[b.segment.tensor].data;
+  walk(launch.work, chunk, [&](const Block& b) {
+    const AdamWTensor& tensor = launch.tensors[b.part.tensor];
+    const int64_t grad = launch.grads[b.part.tensor].data;
     if (grad == 0) return;
-    const DType dtype = static_cast<DType>(launch.param_dtype[b.segment.tensor]);
-    const DType state = static_cast<DType>(launch.state_dtype[b.segment.tensor]);
-    const Scalars& scalars = launch.scalars[launch.scalar_set[b.segment_index]];
+    const DType dtype = static_cast<DType>(launch.param_dtype[b.part.tensor]);
+    const DType state = static_cast<DType>(launch.state_dtype[b.part.tensor]);
+    const Scalars& scalars = launch.scalars[launch.scalar_set[b.part_index]];
     const uint8_t* frozen = nullptr;
-    if (b.segment.frozen_bits) {
-      expand_bits(b.segment.frozen_bits, b.place, b.n, flag_stage);
+    if (b.part.frozen_bits) {
+      expand_bits(b.part.frozen_bits, b.place, b.n, flag_stage);
       frozen = flag_stage;
     }
     const uint8_t* const others = frozen && b.place.shared ? frozen : nullptr;
@@ -562,9 +562,9 @@ void adamw_piece(const AdamWLaunch& launch, int64_t piece) {
 }
 
 // Flags of what the list does not visit, for `put`; null if it visits the whole block.
-const uint8_t* kept_flags(const WorkList& work, const Block& b, uint8_t* flags) {
-  if (!b.segment.frozen_bits) return nullptr;
-  expand_bits(b.segment.frozen_bits, b.place, b.n, flags);
+const uint8_t* kept_flags(const Runs& work, const Block& b, uint8_t* flags) {
+  if (!b.part.frozen_bits) return nullptr;
+  expand_bits(b.part.frozen_bits, b.place, b.n, flags);
   if (work.frozen) {
     for (int64_t i = 0; i < b.n; ++i) flags[i] ^= 1;
   }
@@ -594,14 +594,14 @@ void norm_block(const float* values, int64_t n, double* running) {
   for (int lane = 0; i < n; ++i, ++lane) running[lane] = accumulate<kind>(running[lane], values[i]);
 }
 
-void norm_piece(const NormLaunch& launch, int64_t piece) {
+void norm_chunk(const NormLaunch& launch, int64_t chunk) {
   double running[lanes] = {};
   alignas(64) Stage stage;
   alignas(64) uint8_t flags[block];
-  walk(launch.work, piece, [&](const Block& b) {
-    const int64_t address = launch.tensors[b.segment.tensor].data;
+  walk(launch.work, chunk, [&](const Block& b) {
+    const int64_t address = launch.tensors[b.part.tensor].data;
     if (address == 0) return;
-    const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
+    const DType dtype = static_cast<DType>(launch.dtype[b.part.tensor]);
     const uint8_t* kept = kept_flags(launch.work, b, flags);
     const View g = view(dtype, address, b.place, b.n, stage, !kept);
     if (kept) {
@@ -624,16 +624,16 @@ void norm_piece(const NormLaunch& launch, int64_t piece) {
       total = running[lane];
     }
   }
-  launch.partial[piece] = total;
+  launch.partial[chunk] = total;
 }
 
-void scale_piece(const ScaleLaunch& launch, int64_t piece) {
+void scale_chunk(const ScaleLaunch& launch, int64_t chunk) {
   alignas(64) Stage stage;
   alignas(64) uint8_t flags[block];
-  walk(launch.work, piece, [&](const Block& b) {
-    const int64_t address = launch.tensors[b.segment.tensor].data;
+  walk(launch.work, chunk, [&](const Block& b) {
+    const int64_t address = launch.tensors[b.part.tensor].data;
     if (address == 0) return;
-    const DType dtype = static_cast<DType>(launch.dtype[b.segment.tensor]);
+    const DType dtype = static_cast<DType>(launch.dtype[b.part.tensor]);
     const uint8_t* kept = kept_flags(launch.work, b, flags);
     const View g = view(dtype, address, b.place, b.n, stage, !kept);
     for (int64_t i = 0; i < b.n; ++i) g.values[i] = g.values[i] * launch.factor;
@@ -669,13 +669,13 @@ void zero_block(T* data, const Block& b, const uint8_t* kept) {
   }
 }
 
-void zero_piece(const ZeroLaunch& launch, int64_t piece) {
+void zero_chunk(const ZeroLaunch& launch, int64_t chunk) {
   alignas(64) uint8_t flags[block];
-  walk(launch.work, piece, [&](const Block& b) {
-    const int64_t address = launch.tensors[b.segment.tensor].data;
+  walk(launch.work, chunk, [&](const Block& b) {
+    const int64_t address = launch.tensors[b.part.tensor].data;
     if (address == 0) return;
     const uint8_t* kept = kept_flags(launch.work, b, flags);
-    if (width(static_cast<DType>(launch.dtype[b.segment.tensor])) == 4) {
+    if (width(static_cast<DType>(launch.dtype[b.part.tensor])) == 4) {
       zero_block(at<uint32_t>(address), b, kept);
     } else {
       zero_block(at<uint16_t>(address), b, kept);
@@ -733,16 +733,16 @@ void scatter_block(T* data, const T* twin, const Block& b, const uint8_t* kept, 
   put(values, b.n, data, b.place, kept);
 }
 
-void copy_piece(const CopyLaunch& launch, int64_t piece) {
+void copy_chunk(const CopyLaunch& launch, int64_t chunk) {
   alignas(64) uint8_t flags[block];
   int64_t skipped = 0;
   const bool frozen = launch.work.frozen;
-  walk(launch.work, piece, [&](const Block& b) {
-    const PackedTensor& tensor = launch.tensors[b.segment.tensor];
+  walk(launch.work, chunk, [&](const Block& b) {
+    const PackedTensor& tensor = launch.tensors[b.part.tensor];
     if (tensor.data == 0) return;
     const uint8_t* kept = kept_flags(launch.work, b, flags);
     if (b.done == 0) skipped = 0;
-    if (width(static_cast<DType>(launch.dtype[b.segment.tensor])) == 4) {
+    if (width(static_cast<DType>(launch.dtype[b.part.tensor])) == 4) {
       uint32_t *data = at<uint32_t>(tensor.data), *twin = at<uint32_t>(tensor.packed);
       launch.gather ? gather_block(data, twin, b, kept, frozen, skipped)
                     : scatter_block(data, twin, b, kept, frozen, skipped);
@@ -757,7 +757,7 @@ void copy_piece(const CopyLaunch& launch, int64_t piece) {
 }  // namespace
 
 const CpuKernels SAFEFREEZE_JOIN(cpu_kernels_, SAFEFREEZE_ISA) = {
-    SAFEFREEZE_TEXT(SAFEFREEZE_ISA),           adamw_piece, norm_piece, scale_piece, zero_piece, copy_piece,
+    SAFEFREEZE_TEXT(SAFEFREEZE_ISA),           adamw_chunk, norm_chunk, scale_chunk, zero_chunk, copy_chunk,
     SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA),
 };
 

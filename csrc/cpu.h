@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, a piece at a time, and the threads that take pieces.
+// The CPU kernels of one instruction set, a chunk at a time, and the threads that take chunks.
 #pragma once
 
 #include "audit.h"
@@ -14,11 +14,11 @@ namespace safefreeze {
 
 struct CpuKernels {
   const char* name;
-  void (*adamw)(const AdamWLaunch&, int64_t piece);
-  void (*norm)(const NormLaunch&, int64_t piece);
-  void (*scale)(const ScaleLaunch&, int64_t piece);
-  void (*zero)(const ZeroLaunch&, int64_t piece);
-  void (*copy)(const CopyLaunch&, int64_t piece);
+  void (*adamw)(const AdamWLaunch&, int64_t chunk);
+  void (*norm)(const NormLaunch&, int64_t chunk);
+  void (*scale)(const ScaleLaunch&, int64_t chunk);
+  void (*zero)(const ZeroLaunch&, int64_t chunk);
+  void (*copy)(const CopyLaunch&, int64_t chunk);
   Compare* compare;  // csrc/audit.cpp
 };
 
@@ -32,8 +32,8 @@ extern const CpuKernels cpu_kernels_avx512;
 // threads; false if `path` is not loaded or has no team to lend. Without one, threads are made per call.
 bool borrow_openmp(const char* path);
 
-// Call `take(context, piece)` once for every piece below n_pieces, from up to `threads` threads. Every thread
+// Call `take(context, chunk)` once for every chunk below n_chunks, from up to `threads` threads. Every thread
 // begins with its own stretch and then helps others, so one busy core does not hold up the step.
-void for_each_piece(int64_t n_pieces, int threads, void (*take)(void* context, int64_t piece), void* context);
+void for_each_chunk(int64_t n_chunks, int threads, void (*take)(void* context, int64_t chunk), void* context);
 
 }  // namespace safefreeze

@@ -37,9 +37,9 @@ void work_in(void* data) {
   for (int turn = 0; turn < region.threads; ++turn) {
     Stretch& stretch = region.stretches[(me + turn) % region.threads];
     while (true) {
-      const int64_t piece = stretch.next.fetch_add(1, std::memory_order_relaxed);
-      if (piece >= stretch.end) break;
-      region.take(region.context, piece);
+      const int64_t chunk = stretch.next.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= stretch.end) break;
+      region.take(region.context, chunk);
     }
   }
 }
@@ -60,10 +60,10 @@ bool borrow_openmp(const char* path) {
   return false;
 }
 
-void for_each_piece(int64_t n_pieces, int threads, void (*take)(void*, int64_t), void* context) {
-  threads = static_cast<int>(std::min<int64_t>({threads, n_pieces, most_threads}));
+void for_each_chunk(int64_t n_chunks, int threads, void (*take)(void*, int64_t), void* context) {
+  threads = static_cast<int>(std::min<int64_t>({threads, n_chunks, most_threads}));
   if (threads <= 1) {
-    for (int64_t piece = 0; piece < n_pieces; ++piece) take(context, piece);
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) take(context, chunk);
     return;
   }
   Region region;
@@ -71,8 +71,8 @@ void for_each_piece(int64_t n_pieces, int threads, void (*take)(void*, int64_t),
   region.context = context;
   region.threads = threads;
   for (int t = 0; t < threads; ++t) {
-    region.stretches[t].next.store(n_pieces * t / threads, std::memory_order_relaxed);
-    region.stretches[t].end = n_pieces * (t + 1) / threads;
+    region.stretches[t].next.store(n_chunks * t / threads, std::memory_order_relaxed);
+    region.stretches[t].end = n_chunks * (t + 1) / threads;
   }
   if (openmp_parallel) {
     openmp_parallel(work_in, &region, static_cast<unsigned>(threads), 0);

@@ -1,5 +1,5 @@
-// The plain structs a launch receives. worklist.py builds them; its numpy dtypes mirror these, and the binding
-// checks at import that both sides agree.
+// The plain structs a launch receives. kernels/runs.py and kernels/tiles.py build them; their numpy dtypes mirror
+// these, and backends check when they are made that both sides agree.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace safefreeze {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Elements that lie together in memory: `count` of them from element `start` of the tensor, held from element
-// `packed` of its packed twin. Where the segment has a column list, `start` is the first element of a row and
+// `packed` of its packed twin. Where the part has a column list, `start` is the first element of a row and
 // the list picks `count` elements of it.
 struct Run {
   int64_t start;
@@ -19,36 +19,36 @@ struct Run {
   int64_t count;
 };
 
-// Runs of one tensor that share a scalar set.
-struct Segment {
+// Runs of one part of the list: one tensor, one scalar set.
+struct RunPart {
   int64_t tensor;       // row of the address tables
   int64_t cols;         // address of int32[count], picked columns; 0: the run is contiguous
   int64_t col_bits;     // address of the same picks, one bit per column, 16 to a word; 0: too sparse to be read so
   int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...
-  int64_t shared;       // whether other segments visit elements between this one's, perhaps in another thread
+  int64_t shared;       // whether other parts visit elements between this one's, perhaps in another thread
   int64_t frozen_bits;  // address of one bit per tensor element, readable 8 bytes past the end; 0: none
 };
 
-// What one thread takes at a time: runs [begin, end) of one segment, about equal in elements.
-struct Piece {
-  int64_t segment;
+// What one thread takes at a time: runs [begin, end) of one part, about equal in elements.
+struct Chunk {
+  int64_t part;
   int64_t begin;
   int64_t end;
 };
 
-// A plan compiled against tensor shapes. A live list visits what trains and skips elements whose frozen bit is
-// set; a frozen list visits what is frozen, and of a segment with bits only the elements whose bit is set, which
-// its packed twin holds without gaps.
-struct WorkList {
-  const Segment* segments;
-  const Piece* pieces;
+// A work list as CPU kernels read it. A live list visits what trains and skips elements whose frozen bit is set; a
+// frozen list visits what is frozen, and of a part with bits only the elements whose bit is set, which its packed twin
+// holds without gaps.
+struct Runs {
+  const RunPart* parts;
+  const Chunk* chunks;
   const Run* runs;
-  int64_t n_pieces;
+  int64_t n_chunks;
   bool frozen;
 };
 
-// The list as GPU kernels read it (device.py makes it): what one block of threads takes, at most tile_elements elements
-// of a run. Element i is element start + cols[at + i] of the tensor and packed + packed_cols[at + i] of its twin, or
+// The same list as GPU kernels read it. A tile is what one block of threads takes, at most tile_elements elements of a
+// run. Element i is element start + cols[at + i] of the tensor and packed + packed_cols[at + i] of its twin, or
 // start + i and packed + i where a list is missing. Of a frozen list with bits, `packed` is where the tile's first
 // chosen element is held.
 constexpr int tile_elements = 8192;
@@ -57,7 +57,7 @@ struct Tile {
   int32_t tensor, part, count, at;
 };
 struct TilePart {
-  int64_t cols, packed_cols, frozen_bits, shared;  // as in Segment; in device memory
+  int64_t cols, packed_cols, frozen_bits, shared;  // as in RunPart, in device memory
 };
 struct Tiles {
   const Tile* tiles;
@@ -81,12 +81,12 @@ struct PackedTensor {
 };
 
 struct AdamWLaunch {
-  WorkList work;
+  Runs work;
   const AdamWTensor* tensors;
   const DenseTensor* grads;    // the only addresses that change from step to step
   const int32_t* param_dtype;  // DType per tensor, of parameter and gradient
   const int32_t* state_dtype;  // DType per tensor
-  const int32_t* scalar_set;   // per segment
+  const int32_t* scalar_set;   // per part
   const Scalars* scalars;
   bool l2, amsgrad;
   bool stochastic;  // how bf16 and f16 parameters without remainders are rounded; else to nearest, ties to even
@@ -96,29 +96,29 @@ struct AdamWLaunch {
 enum class NormKind : int32_t { sum_of_squares = 0, sum_of_absolutes = 1, largest_absolute = 2 };
 
 struct NormLaunch {
-  WorkList work;
+  Runs work;
   const DenseTensor* tensors;
   const int32_t* dtype;
   NormKind kind;
-  double* partial;  // one per piece; the caller adds them in order, so the result has one value
+  double* partial;  // one per chunk; the caller adds them in order, so the result has one value
 };
 
 struct ScaleLaunch {
-  WorkList work;
+  Runs work;
   const DenseTensor* tensors;
   const int32_t* dtype;
   float factor;
 };
 
 struct ZeroLaunch {
-  WorkList work;
+  Runs work;
   const DenseTensor* tensors;
   const int32_t* dtype;
 };
 
 // Gather (tensor -> packed) or scatter (packed -> tensor), byte for byte.
 struct CopyLaunch {
-  WorkList work;
+  Runs work;
   const PackedTensor* tensors;
   const int32_t* dtype;
   bool gather;

@@ -36,8 +36,8 @@ class Ages:
         n_rows, n_cols = mask.matrix_shape
         return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
 
-    def piece(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
-        """Ages in a piece of the tensor (`sharding.held`), whose whole mask is ``mask``."""
+    def shard(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
+        """Ages in a shard of the tensor (`sharding.held`), whose whole mask is ``mask``."""
         if held is None:
             return self
         rows, cols = mask.matrix_index(held)
@@ -92,9 +92,9 @@ class Ages:
         rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
         rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
         cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
-        if old.bits is not None:
-            was = np.unpackbits(old.bits, count=old.numel, bitorder="little").view(bool).reshape(old.matrix_shape)
-            thawed = was & ~new.dense().numpy().reshape(old.matrix_shape)
+        was = old.frozen_elements
+        if was is not None:
+            thawed = was & ~new.frozen_flags()
             elements = np.zeros(old.matrix_shape, np.int64) if elements is None else elements.copy()
             elements[thawed] = step
         return Ages(rows, cols, elements)

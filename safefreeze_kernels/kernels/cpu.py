@@ -1,4 +1,4 @@
-"""The compiled backends: hands addresses to the extension. All checks were made before."""
+"""The CPU backend: hands addresses to the extension. All checks were made before."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .operands import ADAMW_TENSOR, SCALARS, AdamWOperands, NormKind, host_scalars
-from .parts import PIECE, RUN, SEGMENT, WorkList
+from .operands import ADAMW_TENSOR, DTYPE_CODES, NORM_CODES, SCALARS, AdamWOperands, NormKind, host_scalars
+from .parts import WorkList
+from .runs import CHUNK, RUN, RUN_PART, Runs
 
-_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
-_mirrors = {"Segment": SEGMENT, "Piece": PIECE, "Run": RUN, "AdamWTensor": ADAMW_TENSOR, "Scalars": SCALARS}
+_mirrors = {"RunPart": RUN_PART, "Chunk": CHUNK, "Run": RUN, "AdamWTensor": ADAMW_TENSOR, "Scalars": SCALARS}
 if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
     raise ImportError("the extension was built from other sources than this package; reinstall safefreeze-kernels")
 
@@ -47,7 +46,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> array[int]:
 
 
 def _codes(tensors: Sequence[Tensor | None]) -> array[int]:
-    return array("i", [0 if tensor is None else _CODES[tensor.dtype] for tensor in tensors])
+    return array("i", [0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in tensors])
 
 
 def _tables(tensors: Sequence[Tensor | None]) -> tuple[int, int, Any]:
@@ -63,11 +62,13 @@ def _address(values: array[int]) -> int:
     return values.buffer_info()[0]
 
 
-def _native(work: WorkList) -> _C.Work:
-    native: _C.Work | None = work.native
+def _native(work: WorkList) -> _C.Runs:
+    """The list as the extension reads it."""
+    runs = Runs.of(work)
+    native: _C.Runs | None = runs.native
     if native is None:
-        native = work.native = _C.Work(
-            work.segments.ctypes.data, work.pieces.ctypes.data, work.runs.ctypes.data, len(work.pieces), work.frozen
+        native = runs.native = _C.Runs(
+            runs.parts.ctypes.data, runs.chunks.ctypes.data, runs.runs.ctypes.data, len(runs.chunks), work.frozen
         )
     return native
 
@@ -100,8 +101,8 @@ class CpuBackend:
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
         tensors_at, dtype_at, _keep = _tables(tensors)
-        partial = np.zeros(len(work.pieces), np.float64)
-        _C.norm(_native(work), tensors_at, dtype_at, _NORMS[kind], partial.ctypes.data, torch.get_num_threads())
+        partial = np.zeros(len(Runs.of(work).chunks), np.float64)
+        _C.norm(_native(work), tensors_at, dtype_at, NORM_CODES[kind], partial.ctypes.data, torch.get_num_threads())
         result = partial.max(initial=0.0) if kind == "largest_absolute" else partial.sum()
         return torch.tensor(float(result), dtype=torch.float64)
 

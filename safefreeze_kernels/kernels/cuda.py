@@ -1,27 +1,24 @@
-"""The CUDA backend: csrc/cuda.cu on NVIDIA GPUs. Queued on torch's current stream; nothing is waited for."""
+"""The CUDA backend: csrc/cuda.cu on NVIDIA GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .operands import SCALARS, AdamWOperands, NormKind
-from .parts import WorkList
-from .tiles import TILE, TILE_ELEMENTS, TILE_PART, AdamWTables, DeviceList, addresses, device_of
+from .gpu import GpuBackend, Launch
+from .operands import DTYPE_CODES, NORM_CODES, SCALARS, NormKind
+from .tiles import TILE, TILE_ELEMENTS, TILE_PART
 
 __all__ = ["CudaBackend", "load", "versions"]
 
-_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NORMS: Final = {"sum_of_squares": 0, "sum_of_absolutes": 1, "largest_absolute": 2}
 _ROUNDINGS: Final = {"nearest": 0, "stochastic": 1, "remainder": 2}
 
 
-class CudaBackend:
-    """``native``: `_C.cuda`, or the same kernels compiled for the host (tests/cuda_on_host), which take CPU tensors."""
+class CudaBackend(GpuBackend):
+    """``native``: `_C.cuda`, or the same kernels compiled for the host (tests/helpers/cuda_on_host), on CPU tensors."""
 
     name = "cuda"
 
@@ -33,7 +30,6 @@ class CudaBackend:
             raise ImportError("the extension was built from other sources than this package; reinstall it")
 
     def refusal(self, device: torch.device) -> str:
-        """Why tensors on ``device`` are not taken; "": they are."""
         if device.type != self._device_type:
             return f"it takes {self._device_type} tensors only"
         if device.type != "cuda":
@@ -45,94 +41,39 @@ class CudaBackend:
             self._refusals[index] = f"{on}: {reason}" if reason else ""
         return self._refusals[index]
 
-    def adamw_(
-        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
-        multiplier: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        if not work.parts:
-            return
-        tables: AdamWTables = AdamWTables.of(work, operands)
-        # What travels at every step: gradient addresses, and rows of scalars with which part takes which.
-        on_host = isinstance(scalars, np.ndarray)
-        there, grads, sets, words = self._upload(
-            operands.params[0].device,
-            addresses(operands.grads),
-            np.ascontiguousarray(scalar_set, np.int32).tobytes(),
-            scalars.tobytes() if isinstance(scalars, np.ndarray) else b"",
-        )
-        words = words if on_host else scalars.data_ptr()  # type: ignore[union-attr]
-        for kind in tables.launches:
-            self._native.adamw(
-                self._launch(work, tables.list, kind.tiles), tables.tensors.data_ptr(), grads, sets, words,
-                0 if skip is None else skip.data_ptr(), 0 if multiplier is None else multiplier.data_ptr(),
-                _CODES[kind.param], _CODES[kind.state], _ROUNDINGS[kind.rounding(stochastic)], l2, amsgrad, seed,
-            )  # fmt: skip
-        del there
+    def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
+        there = torch.empty(-(-len(content) // 8) * 8, dtype=torch.uint8, device=device)  # whole words are written
+        self._native.upload(*_queue(device), content, there.data_ptr())
+        return there[: len(content)]
 
-    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
-        device = device_of(tensors)
-        result = torch.zeros((), dtype=torch.float64, device=device)
-        launches = list(self._launches(work, tensors, tensors))
-        if not launches:
-            return result
-        counts = [self._native.norm_blocks(n_tiles) for _, _, n_tiles, _ in launches]
-        partial = torch.empty(sum(counts), dtype=torch.float64, device=device)
-        done = 0
-        for (launch, dtype, _, table), count in zip(launches, counts, strict=True):
-            self._native.norm(launch, table.data_ptr(), dtype, _NORMS[kind], partial[done:].data_ptr())
-            done += count
-        self._native.total(*_queue(result.device), partial.data_ptr(), done, _NORMS[kind], result.data_ptr())
+    def _step(
+        self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,
+        rounding: str, l2: bool, amsgrad: bool,
+    ) -> None:  # fmt: skip
+        at = [0 if table is None else table.data_ptr() for table in (launch.rows, *tables)]
+        codes = DTYPE_CODES[launch.dtype], DTYPE_CODES[launch.state], _ROUNDINGS[rounding]  # type: ignore[index]
+        self._native.adamw(self._queued(launch), *at, *codes, l2, amsgrad, seed)
+
+    def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:
+        words = (NORM_CODES[value] if name == "kind" else value for name, value in options.items())
+        at = (tensor.data_ptr() for tensor in tensors)
+        call = getattr(self._native, operation)
+        call(self._queued(launch), launch.rows.data_ptr(), DTYPE_CODES[launch.dtype], *words, *at)
+
+    def _partial_norms(self, n_tiles: int) -> int:
+        count: int = self._native.norm_blocks(n_tiles)
+        return count
+
+    def _total(self, partial: Tensor, kind: NormKind) -> Tensor:
+        result = torch.zeros((), dtype=torch.float64, device=partial.device)
+        at, to = partial.data_ptr(), result.data_ptr()
+        self._native.total(*_queue(partial.device), at, len(partial), NORM_CODES[kind], to)
         return result
 
-    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        for launch, dtype, _, table in self._launches(work, tensors, tensors):
-            self._native.scale(launch, table.data_ptr(), dtype, factor.data_ptr())
-
-    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
-        for launch, dtype, _, table in self._launches(work, tensors, tensors):
-            self._native.zero(launch, table.data_ptr(), dtype)
-
-    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=True)
-
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=False)
-
-    def _copy(
-        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
-    ) -> None:
-        pairs = [tensor for pair in zip(tensors, packed, strict=True) for tensor in pair]
-        for launch, dtype, _, table in self._launches(work, tensors, pairs):
-            self._native.copy(launch, table.data_ptr(), dtype, gather)
-
-    def _launches(
-        self, work: WorkList, tensors: Sequence[Tensor | None], addressed: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Any, int, int, Tensor]]:
-        """Per dtype of ``tensors``: the launch, the dtype's code, how many tiles, the addresses of ``addressed``."""
-        device = device_of(tensors)
-        if device is None:
-            return
-        on_device = DeviceList.of(work, device)
-        table, _ = self._upload(device, addresses(addressed))
-        for dtype, tiles in on_device.by_dtype(tensors):
-            if len(tiles):
-                yield self._launch(work, on_device, tiles), _CODES[dtype], len(tiles), table
-
-    def _launch(self, work: WorkList, on_device: DeviceList, tiles: Tensor) -> Any:
-        return self._native.Launch(
-            *_queue(tiles.device), tiles.data_ptr(), len(tiles), on_device.parts.data_ptr(), work.frozen
-        )
-
-    def _upload(self, device: torch.device, *contents: bytes) -> tuple[Any, ...]:
-        """A tensor on the device that holds ``contents``, and the address of each. It must live until its last launch:
-        memory freed after that is not used for anything else before the launch ends."""
-        sizes = [-(-len(content) // 8) * 8 for content in contents]
-        there = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        whole = b"".join(content.ljust(size, b"\0") for content, size in zip(contents, sizes, strict=True))
-        self._native.upload(*_queue(device), whole, there.data_ptr())
-        starts = there.data_ptr() + np.cumsum([0, *sizes[:-1]])
-        return (there, *starts.tolist())
+    def _queued(self, launch: Launch) -> Any:
+        work, tiles = launch.work, launch.tiles
+        at = tiles.data_ptr(), len(tiles), work.parts.data_ptr()
+        return self._native.Launch(*_queue(tiles.device), *at, work.frozen)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:

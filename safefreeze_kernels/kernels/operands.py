@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 STORAGE: Final = (torch.float32, torch.bfloat16, torch.float16)
 WIDE: Final = (torch.float64, torch.complex64, torch.complex128)  # of which the reference alone takes tensors
 NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
+
+# Mirrors of enum DType and enum NormKind in csrc/work.h.
+DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate(STORAGE)}
+NORM_CODES: Final = {kind: code for code, kind in enumerate(get_args(NormKind))}
 
 # Mirror of struct Scalars in csrc/arithmetic.h.
 SCALARS: Final = np.dtype([
@@ -100,8 +104,12 @@ class AdamWOperands:
             if tensors is not None:
                 table[:, column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         table[:, 5] = self.numbers or range(len(table))
-        table[:, 6] = self.packed_grads or 0
+        table[:, 6] = [self.grad_is_packed(tensor) for tensor in range(len(table))]
         return table
+
+    def grad_is_packed(self, tensor: int) -> bool:
+        """Whether the gradient of a tensor is packed, as its state is."""
+        return bool(self.packed_grads) and self.packed_grads[tensor]
 
 
 def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The work list: a plan compiled against tensor shapes into the pieces a kernel visits.
+"""The work list: a plan compiled against tensor shapes into the parts a kernel visits. Geometry alone.
 
 A live list visits what trains; a frozen row or column is simply not in it. A frozen list visits what does not train.
-Nothing here knows addresses, dtypes of parameters, or hyper-parameters, so a list lives as long as its plan.
+Nothing here knows addresses, dtypes of parameters, or hyper-parameters, so a list lives as long as its plan. Kernels on
+the CPU are given it as runs (runs.py), kernels on a GPU as tiles (tiles.py), the reference reads the parts themselves.
 
 Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state without the frozen rows and
 columns (live list), or a copy of the frozen elements (frozen list).
@@ -12,22 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from ..plan.mask import FreezeMask
+from ..plan.mask import FreezeMask, bits_before, pack_bits, unpack_bits
 from .ages import Ages
-
-# Mirrors of the structs in csrc/work.h.
-SEGMENT: Final = np.dtype(
-    [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
-)
-RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
-PIECE: Final = np.dtype([("segment", "i8"), ("begin", "i8"), ("end", "i8")])
-
-_PIECE_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
-_SPARSEST_BITS: Final = 3
 
 
 @dataclass
@@ -48,80 +39,70 @@ class Part:
     def frozen_flags(self) -> np.ndarray:
         """`frozen_bits` of this rectangle, written out: bool [rows, cols]."""
         assert self.frozen_bits is not None
-        n_rows, n_cols = self.shape
-        flat = np.unpackbits(self.frozen_bits, count=n_rows * n_cols, bitorder="little").view(bool)
-        flags = flat.reshape(self.shape)
+        flags = unpack_bits(self.frozen_bits, self.shape)
         flags = flags if self.rows is None else flags[self.rows]
         return flags if self.cols is None else flags[:, self.cols]
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What lies together in memory, in memory order: the first element of each run, its place in the packed twin,
+        and how many elements there are. A part with ``cols`` has a run for each row, which begins with the row and
+        counts the columns picked from it."""
+        n_rows, n_cols = self.shape
+        if self.rows is None and self.cols is None:
+            return np.zeros(1, np.int64), np.full(1, self.packed_start), np.full(1, n_rows * n_cols)
+        rows = np.arange(n_rows) if self.rows is None else self.rows
+        places = np.arange(rows.size) if self.packed_rows is None else self.packed_rows
+        if self.cols is None:
+            breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1
+            first = np.concatenate([np.zeros(1, np.int64), breaks])
+            rows, places, count = rows[first], places[first], np.diff(np.append(first, rows.size)) * n_cols
+        else:
+            count = np.full(rows.size, self.cols.size)
+        start, packed = rows * n_cols, self.packed_start + places * self.packed_width
+        return start, packed, count
+
+
+def cut(count: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of ``count`` elements, cut where they are longer than ``longest``: the run that each slice is of, how many
+    elements of it come before, and how many the slice has."""
+    slices = -(-count // longest)
+    run = np.repeat(np.arange(count.size), slices)
+    offset = (np.arange(run.size) - np.repeat(np.cumsum(slices) - slices, slices)) * longest
+    return run, offset, np.minimum(count[run] - offset, longest)
 
 
 @dataclass
 class WorkList:
-    """Parts in the form each backend wants: `parts` to read, the arrays to run.
-
-    ``packed_sizes[i]`` is the number of elements in the packed twin of tensor ``i``.
-    """
+    """Parts, and the number of elements in the packed twin of each tensor."""
 
     frozen: bool
     parts: list[Part]
     packed_sizes: list[int]
-    segments: np.ndarray = field(init=False)
-    runs: np.ndarray = field(init=False)
-    pieces: np.ndarray = field(init=False)
-    native: Any = None  # the extension's view of the arrays, made at first use
-    copies: dict[Any, Any] = field(default_factory=dict)  # device -> the list as GPU kernels read it
+    #: What backends made of the list, under keys of their own; it lives as long as the list does.
+    forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._keep: list[np.ndarray] = []  # what the addresses in `segments` point to
-        segments = np.zeros(len(self.parts), SEGMENT)
-        runs: list[np.ndarray] = []
-        pieces: list[np.ndarray] = []
-        n_runs = 0
-        parts_of = Counter(part.tensor for part in self.parts)
-        shared = {
-            part.tensor
-            for part in self.parts
-            if parts_of[part.tensor] > 1 and (part.cols is not None or part.frozen_bits is not None)
-        }
-        for index, part in enumerate(self.parts):
-            segments[index] = (
-                part.tensor,
-                self._address(part.cols, np.int32),
-                self._address(_column_bits(part), np.uint8),
-                self._address(part.packed_cols, np.int32),
-                part.tensor in shared,
-                self._address(part.frozen_bits, np.uint8),
-            )
-            part_runs = _runs(part, compressed=self.frozen and part.frozen_bits is not None)
-            part_pieces = _pieces(part_runs["count"], index)
-            part_pieces["begin"] += n_runs
-            part_pieces["end"] += n_runs
-            n_runs += len(part_runs)
-            runs.append(part_runs)
-            pieces.append(part_pieces)
-        self.segments = segments
-        self.runs = np.concatenate(runs) if runs else np.zeros(0, RUN)
-        self.pieces = np.concatenate(pieces) if pieces else np.zeros(0, PIECE)
-        self.tensor_of_part = segments["tensor"].copy()
+        self.tensor_of_part = np.array([part.tensor for part in self.parts], np.int64)
         self.born_of_part = np.array([part.born for part in self.parts], np.int64)
 
     def __reduce__(self) -> Any:
-        # Copied and pickled by what it is made of: `segments` hold addresses of this list's own arrays.
+        # Copied and pickled by what it is made of: its forms hold addresses.
         return WorkList, (self.frozen, self.parts, self.packed_sizes)
 
-    def _address(self, array: np.ndarray | None, dtype: type) -> int:
-        if array is None:
-            return 0
-        if dtype is np.uint8:  # kernels read words of eight bytes
-            array = np.concatenate([array, np.zeros(8, np.uint8)])
-        kept: np.ndarray = np.ascontiguousarray(array, dtype)
-        self._keep.append(kept)
-        return int(kept.ctypes.data)
+    def shared(self) -> list[bool]:
+        """Of each part: whether other parts visit elements between its own, perhaps in another thread."""
+        several = {tensor for tensor, count in Counter(part.tensor for part in self.parts).items() if count > 1}
+        mixed = {part.tensor for part in self.parts if part.cols is not None or part.frozen_bits is not None}
+        return [part.tensor in several & mixed for part in self.parts]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the compiled arrays."""
-        return self.segments.nbytes + self.runs.nbytes + self.pieces.nbytes + sum(a.nbytes for a in self._keep)
+    def gapless(self, part: Part) -> bool:
+        """Whether the packed twin holds only the part's elements whose bit is set."""
+        return self.frozen and part.frozen_bits is not None
+
+    def gapless_places(self, part: Part, start: np.ndarray) -> np.ndarray:
+        """Places in such a twin of what begins with elements ``start``, multiples of 8."""
+        assert part.frozen_bits is not None
+        return part.packed_start + bits_before(part.frozen_bits, start)
 
 
 def compile_live(masks: Sequence[FreezeMask], ages: Sequence[Ages | None] | None = None) -> WorkList:
@@ -168,9 +149,9 @@ def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Par
                 )
     else:
         born = np.maximum(np.maximum(age.rows[:, None], age.cols[None, :]), age.elements)
-        frozen = mask.dense().numpy().reshape(shape)
+        frozen = mask.frozen_flags()
         for value in np.unique(born[~frozen]):
-            others = np.packbits((frozen | (born != value)).reshape(-1), bitorder="little")
+            others = pack_bits(frozen | (born != value))
             yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=others, born=int(value))
 
 
@@ -192,64 +173,3 @@ def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
         if mask.bits is not None:
             parts.append(Part(tensor, shape, shape[1], packed_start=start, frozen_bits=mask.bits))
     return WorkList(True, parts, [mask.frozen_count for mask in masks])
-
-
-def _column_bits(part: Part) -> np.ndarray | None:
-    """The part's columns as bits, for kernels that read whole vectors of neighbours; None where that would mostly read
-    frozen columns."""
-    if part.cols is None or part.cols.size * _SPARSEST_BITS < part.shape[1]:
-        return None
-    flags = np.zeros(part.shape[1] + 15, bool)
-    flags[part.cols] = True
-    return np.packbits(flags, bitorder="little")
-
-
-def _runs(part: Part, *, compressed: bool) -> np.ndarray:
-    """Runs of a part, in memory order. ``compressed``: the twin holds only elements whose bit is set."""
-    n_rows, n_cols = part.shape
-    if part.rows is None and part.cols is None:
-        start, packed, count = np.zeros(1, np.int64), np.full(1, part.packed_start), np.full(1, n_rows * n_cols)
-    else:
-        rows = np.arange(n_rows) if part.rows is None else part.rows
-        places = np.arange(rows.size) if part.packed_rows is None else part.packed_rows
-        if part.cols is None:
-            breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1
-            first = np.concatenate([np.zeros(1, np.int64), breaks])
-            length = np.diff(np.append(first, rows.size))
-            rows, places, count = rows[first], places[first], length * n_cols
-        else:
-            count = np.full(rows.size, part.cols.size)
-        start, packed = rows * n_cols, part.packed_start + places * part.packed_width
-    if part.cols is None:
-        start, packed, count = _cut(start, packed, count)
-    if compressed:
-        assert part.frozen_bits is not None
-        # Cuts fall on whole bytes of the bits, so the elements chosen before each are a running sum over bytes.
-        before = np.concatenate([[0], np.cumsum(np.bitwise_count(part.frozen_bits), dtype=np.int64)])
-        packed = part.packed_start + before[start // 8]
-    runs = np.empty(start.size, RUN)
-    runs["start"], runs["packed"], runs["count"] = start, packed, count
-    return runs
-
-
-def _cut(start: np.ndarray, packed: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut runs longer than a piece."""
-    if not count.size or count.max() <= _PIECE_ELEMENTS:
-        return start, packed, count
-    cuts = -(-count // _PIECE_ELEMENTS)
-    owner = np.repeat(np.arange(count.size), cuts)
-    offset = (np.arange(owner.size) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * _PIECE_ELEMENTS
-    return start[owner] + offset, packed[owner] + offset, np.minimum(count[owner] - offset, _PIECE_ELEMENTS)
-
-
-def _pieces(count: np.ndarray, segment: int) -> np.ndarray:
-    """Group neighbouring runs into pieces of about `_PIECE_ELEMENTS` elements."""
-    if not count.size:
-        return np.zeros(0, PIECE)
-    if count.size == 1:
-        return np.array([(segment, 0, 1)], PIECE)
-    group = (np.cumsum(count) - 1) // _PIECE_ELEMENTS
-    begin = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1])
-    pieces = np.empty(begin.size, PIECE)
-    pieces["segment"], pieces["begin"], pieces["end"] = segment, begin, np.append(begin[1:], count.size)
-    return pieces

@@ -129,8 +129,8 @@ class ReferenceBackend:
                 assert operands.max_exp_avg_sqs is not None
                 state.append(operands.max_exp_avg_sqs[part.tensor])
             old_p = _matrix(param, part)[here]
-            packed_grad = operands.packed_grads and operands.packed_grads[part.tensor]
-            old_g = _packed_matrix(grad, part)[there] if packed_grad else _matrix(grad, part)[here]
+            is_packed = operands.grad_is_packed(part.tensor)
+            old_g = _packed_matrix(grad, part)[there] if is_packed else _matrix(grad, part)[here]
             old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
             exact = torch.float64 if param.dtype == torch.float64 else torch.float32
             moments = [tensor.to(exact) for tensor in old_state]

@@ -2,10 +2,10 @@
 
 With ``TRITON_INTERPRET=1`` in the environment when this is imported, the kernels are interpreted, on CPU tensors.
 
-Arithmetic and conversions are twins of csrc/arithmetic.h: the same IEEE float32 operations in the same
-order, hence ``div_rn``, ``sqrt_rn`` and no fused multiply-add (`OPTIONS`). 16-bit storage travels as integers.
+The arithmetic is the twin of csrc/arithmetic.h: the same IEEE float32 operations in the same order, hence ``div_rn``,
+``sqrt_rn`` and no fused multiply-add (`OPTIONS`). 16-bit storage travels as integers (triton_storage.py).
 
-A program takes one tile (device.py). Addresses come from tables in device memory, so one launch serves any number of
+A program takes one tile (tiles.py). Addresses come from tables in device memory, so one launch serves any number of
 tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
 
     wide    neighbours in memory, both in the tensor and in its twin, each beginning at 16 bytes: 16-byte accesses
@@ -13,22 +13,22 @@ tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 # mypy: disallow-untyped-decorators=False, disable-error-code=import-untyped
-# ruff: noqa: N803, N806, RUF059, SIM108, SIM300  # compile-time names are in capitals, as Triton's documentation has them
+# ruff: noqa: N803, N806, RUF059, SIM300  # compile-time names are in capitals, as Triton's documentation has them
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operands import SCALARS, AdamWOperands, NormKind
-from .parts import WorkList
-from .tiles import TILE, TILE_PART, AdamWTables, DeviceList, Rounding, addresses, device_of
+from .gpu import GpuBackend, Launch
+from .operands import SCALARS, NormKind
+from .tiles import TILE, TILE_PART
+from .triton_storage import from_remainder, noise, to_float, to_remainder, to_storage
 
 __all__ = ["INTERPRETED", "TritonBackend"]
 
@@ -74,130 +74,6 @@ def update(p, m, second_moment, s):
     """New ``p`` in float32."""
     grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = s
     return decay * p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(second_moment), bias2_sqrt) + eps)
-
-
-@triton.jit
-def _to_float(stored, DTYPE: tl.constexpr):
-    """Twin of ``from_bf16`` and ``from_f16``. ``stored``: float32, or the bits of a 16-bit type."""
-    if DTYPE == tl.float32:
-        value = stored
-    elif DTYPE == tl.bfloat16:
-        value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        word = stored.to(tl.int32)
-        magnitude = word & 0x7FFF
-        normal = (magnitude << 13) + tl.where(magnitude >= 0x7C00, 224 << 23, 112 << 23)
-        subnormal = (magnitude.to(tl.float32) * 5.9604644775390625e-8).to(tl.int32, bitcast=True)
-        unsigned = tl.where(magnitude < 0x0400, subnormal, normal)
-        value = (unsigned.to(tl.uint32, bitcast=True) | ((word & 0x8000).to(tl.uint32) << 16)).to(
-            tl.float32, bitcast=True
-        )
-    return value
-
-
-@triton.jit
-def _quiet(value):
-    """The bits of a float32; every NaN as the one NaN that is stored. Nothing added below carries it out of NaN."""
-    bits = value.to(tl.uint32, bitcast=True)
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
-
-
-@triton.jit
-def _to_storage(value, noise, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Twin of ``to_bf16`` and ``to_f16``, both forms of each. ``noise``: int32, 0 to 65535, uniform; if STOCHASTIC."""
-    if DTYPE == tl.float32:
-        stored = value
-    elif DTYPE == tl.bfloat16:
-        bits = _quiet(value)
-        if STOCHASTIC:
-            bits = bits + noise.to(tl.uint32)
-        else:
-            bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        stored = (bits >> 16).to(tl.uint16)
-    else:
-        bits = value.to(tl.uint32, bitcast=True)
-        sign = (bits >> 16) & 0x8000
-        magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
-        exponent = magnitude >> 23
-        shift = tl.where(exponent < 102, 31, tl.where(exponent > 125, 1, 126 - exponent))
-        significand = tl.where(exponent < 102, 0, (magnitude & 0x007FFFFF) | 0x00800000)
-        if STOCHASTIC:
-            normal = (magnitude - (112 << 23) + (noise >> 3)) >> 13
-            # noise << shift >> 16, with all its bits
-            below = tl.umulhi(noise.to(tl.uint32) << 16, tl.full(shift.shape, 1, tl.uint32) << shift)
-            subnormal = (significand + below.to(tl.int32)) >> shift
-            result = tl.minimum(tl.where(magnitude < (113 << 23), subnormal, normal), 0x7C00)
-            result = tl.where(magnitude >= 0x47800000, 0x7C00, result)
-        else:
-            normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
-            one = tl.full(shift.shape, 1, tl.int32)
-            subnormal = (significand + ((one << (shift - 1)) - 1) + ((significand >> shift) & 1)) >> shift
-            result = tl.where(magnitude < (113 << 23), subnormal, normal)
-            result = tl.where(magnitude >= 0x477FF000, 0x7C00, result)
-        result = tl.where(magnitude > 0x7F800000, 0x7E00, result)
-        stored = (result.to(tl.uint32) | sign).to(tl.uint16)
-    return stored
-
-
-@triton.jit
-def _from_remainder(stored, remainder):
-    low, word = remainder.to(tl.int32), stored.to(tl.int32)
-    high = (word - (low >> 15)) & 0xFFFF
-    bits = (high.to(tl.uint32) << 16) | low.to(tl.uint32)
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, word.to(tl.uint32) << 16, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _to_remainder(value):
-    bits = _quiet(value)
-    return ((bits + 0x8000) >> 16).to(tl.uint16), (bits & 0xFFFF).to(tl.uint16)
-
-
-@triton.jit
-def _philox(word0, word1, word2, word3, key0, key1):
-    """Philox4x32-10 on uint32 words; the keys are uint64 holding 32 bits."""
-    for _ in tl.static_range(10):
-        product0 = word0.to(tl.uint64) * 0xD2511F53
-        product1 = word2.to(tl.uint64) * 0xCD9E8D57
-        word0 = (product1 >> 32).to(tl.uint32) ^ word1 ^ key0.to(tl.uint32)
-        word2 = (product0 >> 32).to(tl.uint32) ^ word3 ^ key1.to(tl.uint32)
-        word1 = (product1 & 0xFFFFFFFF).to(tl.uint32)
-        word3 = (product0 & 0xFFFFFFFF).to(tl.uint32)
-        key0 = (key0 + 0x9E3779B9) & 0xFFFFFFFF
-        key1 = (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return word0, word1, word2, word3
-
-
-@triton.jit
-def _noise_of_eight(seed, step, number, group):
-    """Four words: the noise of elements ``8 * group`` to ``8 * group + 7``. ``group``: int64, a block of them."""
-    low = (group & 0xFFFFFFFF).to(tl.uint32)
-    zero = low & 0
-    key = tl.load(seed).to(tl.uint64, bitcast=True)
-    return _philox(
-        low, (group >> 32).to(tl.uint32), zero + step, zero + number, key & 0xFFFFFFFF,
-        key >> 32,
-    )  # fmt: skip
-
-
-@triton.jit
-def _noise(seed, step, number, start, here, first, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """int32: the 16 bits of noise of each element of a block."""
-    if WIDE:  # whole groups of eight neighbours
-        group = (start >> 3) + (first >> 3) + tl.arange(0, BLOCK // 8)
-        word0, word1, word2, word3 = _noise_of_eight(seed, step, number, group)
-        words = tl.join(
-            tl.join(word0, word2), tl.join(word1, word3)
-        )  # the last two indices, read together, count words
-        noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK // 8, 8]).to(tl.int32)
-    else:
-        element = start + here
-        word0, word1, word2, word3 = _noise_of_eight(seed, step, number, element >> 3)
-        which = (element & 7).to(tl.int32)
-        word = tl.where(which < 4, tl.where(which < 2, word0, word1), tl.where(which < 6, word2, word3))
-        noise = tl.where((which & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
-    return noise
 
 
 # --------------------------------------------------------------------------------------------------------- places
@@ -298,10 +174,10 @@ def _size(DTYPE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "parts", "tensors", "grads", "scalar_set", "scalars", "seed", "skip", "multiplier"]
+    do_not_specialize=["tiles", "parts", "tensors", "grads", "scalar_set", "scalars", "skip", "multiplier", "seed"]
 )
 def adamw_kernel(
-    tiles, parts, tensors, grads, scalar_set, scalars, seed, skip, multiplier,
+    tiles, parts, tensors, grads, scalar_set, scalars, skip, multiplier, seed,
     PARAM: tl.constexpr, STATE: tl.constexpr, ROUNDING: tl.constexpr, L2: tl.constexpr, AMSGRAD: tl.constexpr,
     LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -354,40 +230,40 @@ def adamw_kernel(
             if ROUNDING == "remainder":
                 remainder_ptr = _pointer(remainder_at, tl.bfloat16, WIDE) + there
                 old_remainder = tl.load(remainder_ptr, mask=inside, other=0)
-                p = _from_remainder(old_p, old_remainder)
+                p = from_remainder(old_p, old_remainder)
             else:
-                p = _to_float(old_p, PARAM)
+                p = to_float(old_p, PARAM)
             m, v, v_max, second_moment = moments(
-                p, _to_float(g, PARAM), _to_float(old_m, STATE), _to_float(old_v, STATE), _to_float(old_v_max, STATE),
+                p, to_float(g, PARAM), to_float(old_m, STATE), to_float(old_v, STATE), to_float(old_v_max, STATE),
                 s, L2, AMSGRAD,
             )  # fmt: skip
             if BITS and WIDE:
                 frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
             # Stored now, they leave registers for the divisions.
-            new_m = _to_storage(m, here, STATE, False)
-            new_v = _to_storage(v, here, STATE, False)
+            new_m = to_storage(m, here, STATE, False)
+            new_v = to_storage(v, here, STATE, False)
             if BITS and WIDE:
                 new_m = tl.where(frozen, old_m, new_m)
                 new_v = tl.where(frozen, old_v, new_v)
             tl.store(m_ptr, new_m, mask=inside)
             tl.store(v_ptr, new_v, mask=inside)
             if AMSGRAD:
-                new_v_max = _to_storage(v_max, here, STATE, False)
+                new_v_max = to_storage(v_max, here, STATE, False)
                 if BITS and WIDE:
                     new_v_max = tl.where(frozen, old_v_max, new_v_max)
                 tl.store(v_max_ptr, new_v_max, mask=inside)
             if ROUNDING == "stochastic":
-                noise = _noise(seed, step, number, start, here, first, WIDE, BLOCKS[WIDE])
+                drawn = noise(seed, step, number, start, here, first, WIDE, BLOCKS[WIDE])
             p = update(p, m, second_moment, s)
             if ROUNDING == "remainder":
-                new_p, new_remainder = _to_remainder(p)
+                new_p, new_remainder = to_remainder(p)
                 if BITS and WIDE:
                     new_remainder = tl.where(frozen, old_remainder, new_remainder)
                 tl.store(remainder_ptr, new_remainder, mask=inside)
             elif ROUNDING == "stochastic":
-                new_p = _to_storage(p, noise, PARAM, True)
+                new_p = to_storage(p, drawn, PARAM, True)
             else:
-                new_p = _to_storage(p, here, PARAM, False)
+                new_p = to_storage(p, here, PARAM, False)
             if BITS and WIDE:
                 new_p = tl.where(frozen, old_p, new_p)
             tl.store(p_ptr, new_p, mask=inside)
@@ -441,7 +317,7 @@ def norm_kernel(
             stored = tl.load(_pointer(data_at, DTYPE, WIDE) + here, mask=inside, other=0)
             if BITS:
                 inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
-            magnitude = tl.where(inside, _to_float(stored, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+            magnitude = tl.where(inside, to_float(stored, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
             value = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
             if KIND == "largest_absolute":
                 total = tl.maximum(total, tl.max(magnitude, 1) if WIDE else magnitude)
@@ -480,7 +356,7 @@ def scale_kernel(
                     inside = inside & (frozen == 0)
             pointer = _pointer(data_at, DTYPE, WIDE) + here
             old = tl.load(pointer, mask=inside, other=0)
-            new = _to_storage(_to_float(old, DTYPE) * multiplier, here, DTYPE, False)
+            new = to_storage(to_float(old, DTYPE) * multiplier, here, DTYPE, False)
             if BITS and WIDE:
                 new = tl.where(frozen, old, new)
             tl.store(pointer, new, mask=inside)
@@ -540,6 +416,7 @@ def copy_kernel(
                 tl.store(data_ptr, tl.load(twin_ptr, mask=chosen, other=0), mask=chosen)
 
 
+KERNELS: Final = {"norm": norm_kernel, "scale": scale_kernel, "zero": zero_kernel, "copy": copy_kernel}
 INTERPRETED: Final = not isinstance(adamw_kernel, triton.JITFunction)
 
 
@@ -553,7 +430,7 @@ DTYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def adamw_settings(
-    param: torch.dtype, state: torch.dtype, *, rounding: Rounding, l2: bool, amsgrad: bool, lists: int, bits: bool
+    param: torch.dtype, state: torch.dtype, *, rounding: str, l2: bool, amsgrad: bool, lists: int, bits: bool
 ) -> dict[str, Any]:
     """Compile-time parameters and launch options of `adamw_kernel`."""
     busy = bits or rounding != "nearest"
@@ -615,7 +492,7 @@ class _Table:
         return copy
 
 
-class TritonBackend:
+class TritonBackend(GpuBackend):
     """Runs on GPU tensors; on CPU tensors if `INTERPRETED`."""
 
     name = "triton"
@@ -626,98 +503,38 @@ class TritonBackend:
         self._tables: WeakKeyDictionary[Any, _Table] = WeakKeyDictionary()
 
     def refusal(self, device: torch.device) -> str:
-        """Why tensors on ``device`` are not taken; "": they are."""
         if INTERPRETED:
             return "" if device.type == "cpu" else "it is interpreted (TRITON_INTERPRET=1) and takes CPU tensors only"
         return "" if device.type == "cuda" else "it takes GPU tensors only"
 
-    def adamw_(
-        self, work: WorkList, operands: AdamWOperands, scalars: np.ndarray | Tensor, scalar_set: np.ndarray,
-        *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
-        multiplier: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        if not work.parts:
-            return
-        tables = AdamWTables.of(work, operands)
-        on_host = isinstance(scalars, np.ndarray)
-        contents = (
-            addresses(operands.grads),
-            seed.to_bytes(8, "little"),
-            np.ascontiguousarray(scalar_set, np.int32).tobytes(),
-            scalars.tobytes() if isinstance(scalars, np.ndarray) else b"",
-        )
-        uploaded = self._upload(tables, b"".join(contents), operands.params[0].device)
-        grads, key, sets, words = uploaded.split([len(content) for content in contents])
-        for launch in tables.launches:
-            _launch(
-                adamw_kernel, launch.tiles, tables.list.parts, tables.tensors, grads.view(torch.int64),
-                sets.view(torch.int32), words.view(torch.int32) if on_host else scalars, key.view(torch.int64), skip,
-                multiplier,
-                **adamw_settings(
-                    launch.param, launch.state, rounding=launch.rounding(stochastic), l2=l2, amsgrad=amsgrad,
-                    lists=tables.list.lists, bits=tables.list.bits,
-                ),
-            )  # fmt: skip
-
-    def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
-        partials = [torch.zeros(1, dtype=torch.float64, device=device_of(tensors))]
-        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
-            partials.append(torch.empty(len(tiles), dtype=torch.float64, device=tiles.device))
-            _launch(
-                norm_kernel, tiles, on_device.parts, table, partials[-1],
-                **settings(dtype, lists=on_device.lists, bits=on_device.bits, KIND=kind, FROZEN=work.frozen),
-            )  # fmt: skip
-        partial = torch.cat(partials)
-        return partial.amax() if kind == "largest_absolute" else partial.sum()
-
-    def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
-            _launch(
-                scale_kernel, tiles, on_device.parts, table, factor,
-                **settings(dtype, lists=on_device.lists, bits=on_device.bits, FROZEN=work.frozen),
-            )  # fmt: skip
-
-    def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
-        for dtype, tiles, on_device, table in self._launches(work, tensors, tensors):
-            _launch(
-                zero_kernel, tiles, on_device.parts, table,
-                **settings(dtype, lists=on_device.lists, bits=on_device.bits, FROZEN=work.frozen),
-            )  # fmt: skip
-
-    def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=True)
-
-    def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=False)
-
-    def _copy(
-        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
-    ) -> None:
-        pairs = [tensor for pair in zip(tensors, packed, strict=True) for tensor in pair]
-        for dtype, tiles, on_device, table in self._launches(work, tensors, pairs):
-            _launch(
-                copy_kernel, tiles, on_device.parts, table,
-                **settings(dtype, lists=on_device.lists, bits=on_device.bits, GATHER=gather, FROZEN=work.frozen),
-            )  # fmt: skip
-
-    def _launches(
-        self, work: WorkList, tensors: Sequence[Tensor | None], addressed: Sequence[Tensor | None]
-    ) -> Iterator[tuple[torch.dtype, Tensor, DeviceList, Tensor]]:
-        """Per dtype of ``tensors``: it, its tiles, the list, and the table of the addresses of ``addressed``."""
-        device = device_of(tensors)
-        if device is None:
-            return
-        on_device = DeviceList.of(work, device)
-        table = self._upload(on_device, addresses(addressed), device).view(torch.int64)
-        for dtype, tiles in on_device.by_dtype(tensors):
-            yield dtype, tiles, on_device, table
-
-    def _upload(self, owner: Any, content: bytes, device: torch.device) -> Tensor:
-        """``content`` on the device, in the table that belongs to ``owner``."""
+    def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
         return self._tables.setdefault(owner, _Table()).upload(content, device)
 
+    def _step(
+        self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,
+        rounding: str, l2: bool, amsgrad: bool,
+    ) -> None:  # fmt: skip
+        work, state = launch.work, launch.state
+        assert state is not None
+        constants = adamw_settings(
+            launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits
+        )
+        _launch(adamw_kernel, launch, *tables, seed_there, **constants)
 
-def _launch(kernel: Any, tiles: Tensor, *arguments: Any, **constants: Any) -> None:
+    def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:
+        work, named = launch.work, {name.upper(): value for name, value in options.items()}
+        constants = settings(launch.dtype, lists=work.lists, bits=work.bits, FROZEN=work.frozen, **named)
+        _launch(KERNELS[operation], launch, *tensors, **constants)
+
+    def _partial_norms(self, n_tiles: int) -> int:
+        return n_tiles
+
+    def _total(self, partial: Tensor, kind: NormKind) -> Tensor:
+        return partial.amax() if kind == "largest_absolute" else partial.sum()
+
+
+def _launch(kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
+    tiles = launch.tiles
     if len(tiles):
         with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
-            kernel[(len(tiles),)](tiles, *arguments, **constants)
+            kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)

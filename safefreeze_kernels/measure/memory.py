@@ -167,7 +167,7 @@ def memory_plan(
             for holdings in (masked, stock):
                 add(holdings, device, parameters=own)
             continue
-        mask = masks.get(id(p), FreezeMask(p.shape)).piece(held(p))
+        mask = masks.get(id(p), FreezeMask(p.shape)).shard(held(p))
         live = math.prod(mask.packed_shape)
         step = torch.float32.itemsize  # torch's count of the parameter's steps
         add(

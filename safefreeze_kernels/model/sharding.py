@@ -65,7 +65,7 @@ def held(tensor: Tensor) -> list[np.ndarray] | None:
 
 def local_mask(mask: FreezeMask, param: Tensor) -> FreezeMask:
     """The mask of the shard of ``param`` that this rank holds, where ``mask`` is of all of it."""
-    return mask.piece(held(param))
+    return mask.shard(held(param))
 
 
 def _chunks(index: np.ndarray, n: int) -> list[np.ndarray]:

@@ -431,7 +431,7 @@ class MaskedAdam(Optimizer):
         parts = list(map(held, params))
         self._sharded = any(map(is_sharded, params))
         pieces = list(map(local, params))
-        local_masks = [mask.piece(part) for mask, part in zip(masks, parts, strict=True)]
+        local_masks = [mask.shard(part) for mask, part in zip(masks, parts, strict=True)]
         live = forwards()
         for p, mask, name in zip(params, masks, names, strict=True):
             check_live_gradients(p, mask, name, type(self).__name__, live)
@@ -463,7 +463,7 @@ class MaskedAdam(Optimizer):
                 self._init_state(params[i], local_masks[i], amsgrad, names[i])
         for (((_, amsgrad, l2, capturable), _, double), members), backend in zip(kinds.items(), backends, strict=True):
             geometry = [
-                (local_masks[i], age if (age := self._ages.get(names[i])) is None else age.piece(masks[i], parts[i]))
+                (local_masks[i], age if (age := self._ages.get(names[i])) is None else age.shard(masks[i], parts[i]))
                 for i in members
             ]
             geometry = [
@@ -603,7 +603,7 @@ class MaskedAdam(Optimizer):
             age = ages.get(name) or Ages.none(was)
             ages[name] = age.grown(was, old).after(old, new, int(state["step"].item()))
             part = held(p)
-            states[p] = {key: _repack(state[key], old.piece(part), new.piece(part)) for key in _PACKED if key in state}
+            states[p] = {key: _repack(state[key], old.shard(part), new.shard(part)) for key in _PACKED if key in state}
         for p, moments in states.items():
             self.state[p].update(moments)
         self._ages = {name: age for name, age in ages.items() if age}
@@ -687,7 +687,7 @@ class MaskedAdam(Optimizer):
         dense = {}
         for index, entry in states.items():
             p = params[index]
-            mask = masks[index].piece(held(p))
+            mask = masks[index].shard(held(p))
             whole = FreezeMask(mask.shape)
             dense[index] = {
                 key: value
@@ -705,7 +705,7 @@ class MaskedAdam(Optimizer):
         """
         weights = {}
         for p, name, mask in zip(self._params(), self._names(), self._masks(), strict=True):
-            piece, local_mask = local(p).detach(), mask.piece(held(p))
+            piece, local_mask = local(p).detach(), mask.shard(held(p))
             weight = piece.float() if piece.dtype in STORAGE else piece
             remainder = self.state.get(p, {}).get(REMAINDER)
             if remainder is not None:
@@ -816,7 +816,7 @@ class MaskedAdam(Optimizer):
             return moment
         whole = FreezeMask(mask.shape)
         piece = take(_repack(moment, mask, whole) if packed else moment, param)
-        mask = mask.piece(held(param))
+        mask = mask.shard(held(param))
         return _repack(piece, FreezeMask(mask.shape), mask) if mask.frozen_count else piece
 
     def __getstate__(self) -> dict[str, Any]:

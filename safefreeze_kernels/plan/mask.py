@@ -6,6 +6,8 @@ Every tensor is seen as a matrix: leading dimensions flatten into rows, the last
 of a 1-D tensor are its rows. The frozen part is stored in canonical form (whole rows, whole columns, and single
 elements outside both), so two masks that freeze the same elements are equal and have the same fingerprint,
 however they were written down.
+
+Inside the package masks speak numpy; only `rows`, `cols`, `elements` and `dense` give tensors.
 """
 
 from __future__ import annotations
@@ -23,9 +25,6 @@ if TYPE_CHECKING:  # auditors read plans without torch, which takes as much memo
 
 Indices: TypeAlias = "Sequence[int] | Tensor | np.ndarray | None"
 _NONE: Final = np.empty(0, np.int64)
-
-
-# ------------------------------------------------------------------------------------------------ FreezeMask
 
 
 class FreezeMask:
@@ -76,7 +75,7 @@ class FreezeMask:
             row_index = col_index = _NONE
         elif row_index.size == n_rows or col_index.size == n_cols:
             row_index, col_index = np.arange(n_rows), _NONE
-        bits = np.packbits(frozen.reshape(-1), bitorder="little") if frozen is not None and frozen.any() else None
+        bits = pack_bits(frozen) if frozen is not None and frozen.any() else None
         self._set(row_index, col_index, bits)
 
     def _set(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
@@ -108,14 +107,12 @@ class FreezeMask:
     @property
     def elements(self) -> Tensor | None:
         """Elements frozen beyond the frozen rows and columns: bool tensor of ``shape``, or None."""
-        if self._bits is None:
-            return None
-        return _tensor(self._unpack_bits()).reshape(self.shape)
+        frozen = self.frozen_elements
+        return None if frozen is None else _tensor(frozen.reshape(self.shape))
 
-    @property
-    def bits(self) -> np.ndarray | None:
-        """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
-        return self._bits
+    def dense(self) -> Tensor:
+        """The mask written out: bool tensor of ``shape``, True = frozen."""
+        return _tensor(self.frozen_flags().reshape(self.shape))
 
     @property
     def frozen_rows(self) -> np.ndarray:
@@ -126,6 +123,24 @@ class FreezeMask:
     def frozen_cols(self) -> np.ndarray:
         """`cols` as a read-only array."""
         return self._cols
+
+    @property
+    def bits(self) -> np.ndarray | None:
+        """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
+        return self._bits
+
+    @property
+    def frozen_elements(self) -> np.ndarray | None:
+        """`elements` as a new bool array of `matrix_shape`, or None."""
+        return None if self._bits is None else unpack_bits(self._bits, self.matrix_shape)
+
+    def frozen_flags(self) -> np.ndarray:
+        """`dense` as a new bool array of `matrix_shape`."""
+        frozen = self.frozen_elements
+        frozen = np.zeros(self.matrix_shape, bool) if frozen is None else frozen
+        frozen[self._rows] = True
+        frozen[:, self._cols] = True
+        return frozen
 
     @property
     def live_rows(self) -> np.ndarray:
@@ -160,37 +175,33 @@ class FreezeMask:
     def live_count(self) -> int:
         """Elements that train."""
         n_rows, n_cols = self.matrix_shape
-        live = (n_rows - self._rows.size) * (n_cols - self._cols.size)
-        return live - (int(np.bitwise_count(self._bits).sum()) if self._bits is not None else 0)
+        return (n_rows - self._rows.size) * (n_cols - self._cols.size) - self._single_count
+
+    @property
+    def _single_count(self) -> int:
+        return 0 if self._bits is None else int(np.bitwise_count(self._bits).sum())
 
     @property
     def frozen_fraction(self) -> float:
         """Frozen elements / all elements; 0.0 for a tensor with no elements."""
         return self.frozen_count / self.numel if self.numel else 0.0
 
-    def dense(self) -> Tensor:
-        """The mask written out: bool tensor of ``shape``, True = frozen."""
-        frozen = self._unpack_bits() if self._bits is not None else np.zeros(self.matrix_shape, bool)
-        frozen[self._rows] = True
-        frozen[:, self._cols] = True
-        return _tensor(frozen).reshape(self.shape)
-
     def matrix_index(self, held: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of the matrix that a piece of the tensor takes; ``held``: per dimension, its indices."""
+        """Rows and columns of the matrix that a shard of the tensor takes; ``held``: per dimension, its indices."""
         if len(self.shape) < 2:
             return (held[0] if held else np.zeros(1, np.int64)), np.zeros(1, np.int64)
         rows = np.ravel_multi_index(np.ix_(*held[:-1]), self.shape[:-1])
         return np.asarray(rows).reshape(-1), held[-1]
 
-    def piece(self, held: Sequence[np.ndarray] | None) -> FreezeMask:
-        """The mask of a piece of the tensor (`sharding.held`); None: all of it."""
+    def shard(self, held: Sequence[np.ndarray] | None) -> FreezeMask:
+        """The mask of a shard of the tensor (`sharding.held`); None: all of it."""
         if held is None or tuple(map(len, held)) == self.shape:
             return self
         rows, cols = self.matrix_index(held)
         shape = tuple(map(len, held))
-        bits = None if self._bits is None else self._unpack_bits()[rows][:, cols].reshape(shape)
+        elements = None if self._bits is None else self.frozen_elements[rows][:, cols].reshape(shape)  # type: ignore[index]
         frozen_cols = np.isin(cols, self._cols) if len(shape) > 1 else None
-        return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=bits)
+        return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=elements)
 
     def grown(self, shape: Sequence[int]) -> FreezeMask:
         """The mask of the tensor once it has grown to ``shape``, at the end of its dimensions: what was added is
@@ -211,14 +222,9 @@ class FreezeMask:
         elements = None
         if self._bits is not None:
             elements = np.zeros(new.matrix_shape, bool)
-            elements[np.ix_(rows, cols)] = self._unpack_bits()
+            elements[np.ix_(rows, cols)] = self.frozen_elements
             elements = elements.reshape(new.shape)
         return FreezeMask(new.shape, frozen_rows, frozen_cols if len(new.shape) > 1 else None, elements)
-
-    def _unpack_bits(self) -> np.ndarray:
-        assert self._bits is not None
-        flat = np.unpackbits(self._bits, count=self.numel, bitorder="little")
-        return flat.view(bool).reshape(self.matrix_shape)
 
     def __or__(self, other: FreezeMask) -> FreezeMask:
         """Freeze what either mask freezes."""
@@ -228,7 +234,7 @@ class FreezeMask:
             raise ValueError(f"FreezeMask union: shapes {self.shape} and {other.shape} differ, expected the same")
         elements = None
         if self._bits is not None or other._bits is not None:
-            elements = self.dense() | other.dense()
+            elements = (self.frozen_flags() | other.frozen_flags()).reshape(self.shape)
         rows = np.union1d(self._rows, other._rows)
         cols = np.union1d(self._cols, other._cols) if len(self.shape) > 1 else None
         return FreezeMask(self.shape, rows=rows, cols=cols, elements=elements)
@@ -265,7 +271,7 @@ class FreezeMask:
     def __repr__(self) -> str:
         parts = [f"{array.size} {word}" for word, array in (("rows", self._rows), ("cols", self._cols)) if array.size]
         if self._bits is not None:
-            parts.append(f"{int(np.bitwise_count(self._bits).sum())} elements")
+            parts.append(f"{self._single_count} elements")
         return f"FreezeMask({self.shape}, frozen: {' + '.join(parts) or 'nothing'}, {self.frozen_fraction:.1%})"
 
 
@@ -334,6 +340,22 @@ def _as_array(given: Any) -> Any:
     if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
         return given.dtype
     return given.detach().cpu().numpy()
+
+
+def pack_bits(flags: np.ndarray) -> np.ndarray:
+    """Flags of any shape as bits: uint8, flag ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
+    return np.packbits(flags.reshape(-1), bitorder="little")
+
+
+def unpack_bits(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """What `pack_bits` made bits of: a new bool array of ``shape``."""
+    return np.unpackbits(bits, count=math.prod(shape), bitorder="little").view(bool).reshape(shape)
+
+
+def bits_before(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """How many bits are set before each of ``places``, which are multiples of 8."""
+    before: np.ndarray = np.concatenate([[0], np.cumsum(np.bitwise_count(bits), dtype=np.int64)])[places // 8]
+    return before
 
 
 def _tensor(array: np.ndarray) -> Tensor:

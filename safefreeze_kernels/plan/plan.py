@@ -8,17 +8,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from .binding import Model, bind, named_tensors
 from .files import write_atomically
-from .mask import FreezeMask
+from .mask import FreezeMask, pack_bits, unpack_bits
 from .summary import summarize
-
-if TYPE_CHECKING:  # auditors read plans without torch, which takes as much memory as the audit may
-    pass
 
 _FORMAT: Final = "safefreeze.plan"
 _VERSION: Final = 1
@@ -26,13 +23,12 @@ _MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged 
 #: Elements of a tensor whose frozen ones a plan file may list: a mask takes a bit for each, however few are listed, and
 #: a small file must not make a reader allocate much.
 _MOST_LISTED: Final = 1 << 29
+#: What decoding a damaged file may raise.
+_DAMAGE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
 
 
 class PlanFileError(ValueError):
     """A plan file is truncated, altered, or not a plan file."""
-
-
-# ------------------------------------------------------------------------------------------------ FreezePlan
 
 
 class FreezePlan(Mapping[str, FreezeMask]):
@@ -141,12 +137,12 @@ class FreezePlan(Mapping[str, FreezeMask]):
             mask = self._masks[name]
             n_rows, n_cols = mask.matrix_shape
             entry: dict[str, Any] = {"shape": list(mask.shape)}
-            for part, index, size in (("rows", mask._rows, n_rows), ("cols", mask._cols, n_cols)):
+            single = mask.frozen_elements
+            elements = np.zeros(0, np.int64) if single is None else np.flatnonzero(single)
+            parts = {"rows": (mask.frozen_rows, n_rows), "cols": (mask.frozen_cols, n_cols)}
+            for part, (index, size) in {**parts, "elements": (elements, mask.numel)}.items():
                 if index.size:
                     entry[part], tensors[f"{name}:{part}"] = _encode_index(index, size)
-            if mask._bits is not None:
-                index = np.flatnonzero(mask._unpack_bits().reshape(-1))
-                entry["elements"], tensors[f"{name}:elements"] = _encode_index(index, mask.numel)
             entries[name] = entry
         header = {
             "format": _FORMAT,
@@ -175,16 +171,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
                 return cls._decode(file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except PlanFileError as error:
             raise PlanFileError(f"FreezePlan.load: {os.fspath(path)!r} {error}") from None
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except (SafetensorError, *_DAMAGE) as error:
             raise PlanFileError(
                 f"FreezePlan.load: {os.fspath(path)!r} is truncated or not a plan file ({error})"
             ) from error
@@ -231,7 +218,7 @@ def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
         return "index", index.astype(dtype)
     flags = np.zeros(size, bool)
     flags[index] = True
-    return "bits", np.packbits(flags, bitorder="little")
+    return "bits", pack_bits(flags)
 
 
 def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -241,7 +228,7 @@ def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.nd
         return stored.astype(np.int64)
     if coding != "bits" or stored.dtype != np.uint8 or stored.shape != ((size + 7) // 8,):
         raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape} coded as {coding!r}")
-    return np.flatnonzero(np.unpackbits(stored, count=size, bitorder="little"))
+    return np.flatnonzero(unpack_bits(stored, (size,)))
 
 
 def _checksum(header: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ def raise_on_drift(
         if not differs.any():
             continue
         place = int(differs.nonzero()[0])
-        row, col = _coordinates(mask.piece(part), place)
+        row, col = _coordinates(mask.shard(part), place)
         if part is not None:
             row, col = (int(index[at]) for index, at in zip(mask.matrix_index(part), (row, col), strict=True))
         where = f"row {row}" if len(mask.shape) < 2 else f"row {row}, column {col}"

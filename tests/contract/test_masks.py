@@ -22,6 +22,7 @@ from torch import nn
 
 from safefreeze_kernels import FreezeMask, FreezePlan
 from safefreeze_kernels.kernels.parts import compile_frozen, compile_live
+from safefreeze_kernels.kernels.runs import Runs
 
 quickly = settings(max_examples=150)
 
@@ -258,7 +259,7 @@ def test_a_tensor_without_elements_has_nothing_to_freeze(shape: tuple[int, ...])
     n_rows, n_cols = mask.matrix_shape
     everything = FreezeMask(shape, rows=range(n_rows), cols=range(n_cols) if len(shape) > 1 else None)
     assert everything == mask
-    assert compile_live([mask]).pieces.size == compile_frozen([mask]).pieces.size == 0
+    assert Runs.of(compile_live([mask])).chunks.size == Runs.of(compile_frozen([mask])).chunks.size == 0
 
 
 # -------------------------------------------------------------------------------------------- kinds of index lists
@@ -720,9 +721,9 @@ def test_a_7b_plan_compiles_into_little_memory() -> None:
     plan = FreezePlan(masks)
     assert len(plan) == 291
     assert sum(mask.numel for mask in plan.values()) == 6_738_415_616
-    live = compile_live(list(plan.values()))
+    live = Runs.of(compile_live(list(plan.values())))
     assert int(live.runs["count"].sum()) == sum(mask.live_count for mask in plan.values())
     assert live.nbytes < 64e6, f"{live.nbytes / 1e6:.0f} MB"
-    frozen = compile_frozen(list(plan.values()))
+    frozen = Runs.of(compile_frozen(list(plan.values())))
     assert int(frozen.runs["count"].sum()) == sum(mask.frozen_count for mask in plan.values())
     assert frozen.nbytes < 64e6, f"{frozen.nbytes / 1e6:.0f} MB"

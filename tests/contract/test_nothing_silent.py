@@ -22,6 +22,7 @@ import safefreeze_kernels as sf
 from safefreeze_kernels.kernels import reference
 from safefreeze_kernels.kernels.backend import choose_backend
 from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.kernels.runs import Runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -474,9 +475,17 @@ def test_a_copied_work_list_has_arrays_of_its_own(how: Callable[[Any], Any]) -> 
     """Its addresses are those of its own arrays, also if the original is gone before it first runs."""
     mask = sf.FreezeMask((6, 40), rows=[1], cols=range(0, 40, 2), elements=random_normal(0, 6, 40) > 1)
     work = compile_live([mask])
+    Runs.of(work)
     twin = how(work)
-    theirs = {int(a) for field in ("cols", "col_bits", "packed_cols", "frozen_bits") for a in work.segments[field] if a}
-    mine = {int(a) for field in ("cols", "col_bits", "packed_cols", "frozen_bits") for a in twin.segments[field] if a}
+    theirs, mine = (
+        {
+            int(a)
+            for field in ("cols", "col_bits", "packed_cols", "frozen_bits")
+            for a in Runs.of(each).parts[field]
+            if a
+        }
+        for each in (work, twin)
+    )
     assert len(mine) == len(theirs) > 0 and not mine & theirs
     del work
     x = random_normal(1, 6, 40)

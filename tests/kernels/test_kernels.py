@@ -25,12 +25,12 @@ from safefreeze_kernels.kernels import reference
 from safefreeze_kernels.kernels.ages import Ages
 from safefreeze_kernels.kernels.backend import backend_state
 from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_scalars
-from safefreeze_kernels.kernels.parts import PIECE, RUN, Part, WorkList, compile_frozen, compile_live
+from safefreeze_kernels.kernels.parts import Part, WorkList, compile_frozen, compile_live
+from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs
 from safefreeze_kernels.plan.mask import FreezeMask
 
 BY_NAME: dict[str, Any] = {name: backend_state(name) for name in (*BACKENDS, "reference")}
 COMPILED = [name for name in BACKENDS if name != "reference"]
-PIECE_ELEMENTS = 32_768  # about what one thread takes at a time
 WORDS = {2: np.uint16, 4: np.uint32}
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="of the cpu backend, which is not tested here")
@@ -89,7 +89,7 @@ def random_ages(rng: np.random.Generator, mask: FreezeMask) -> Ages | None:
 
 
 SMALL = ((), (1,), (3,), (70,), (0, 5), (4, 0), (1, 1), (5, 7), (9, 33), (2, 3, 5), (3, 2, 2, 9), (33, 8))
-# rows, columns and bits that cross the limits of blocks and pieces, most of them off byte and vector boundaries
+# rows, columns and bits that cross the limits of blocks and chunks, most of them off byte and vector boundaries
 LARGE = ((3, 1023), (3, 1025), (2, 2500), (1, 33_000), (40_000,), (33, 1009), (5, 16_411))
 
 
@@ -143,23 +143,24 @@ def integers_at(address: int, count: int) -> np.ndarray:
 
 
 def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """(piece, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
-    for piece_index, piece in enumerate(work.pieces):
-        segment = work.segments[piece["segment"]]
-        mask = masks[segment["tensor"]]
-        for run in work.runs[piece["begin"] : piece["end"]]:
+    """(chunk, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
+    listed = Runs.of(work)
+    for chunk_index, chunk in enumerate(listed.chunks):
+        part = listed.parts[chunk["part"]]
+        mask = masks[part["tensor"]]
+        for run in listed.runs[chunk["begin"] : chunk["end"]]:
             start, packed, count = (int(run[key]) for key in ("start", "packed", "count"))
             steps = np.arange(count)
-            cols = integers_at(segment["cols"], count) if segment["cols"] else steps
-            packed_cols = integers_at(segment["packed_cols"], count) if segment["packed_cols"] else steps
+            cols = integers_at(part["cols"], count) if part["cols"] else steps
+            packed_cols = integers_at(part["packed_cols"], count) if part["packed_cols"] else steps
             elements, places = start + cols, packed + packed_cols
-            if segment["frozen_bits"]:
+            if part["frozen_bits"]:
                 size = (mask.numel + 7) // 8
-                stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(segment["frozen_bits"])))
+                stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(part["frozen_bits"])))
                 flags = np.unpackbits(stored, count=mask.numel, bitorder="little").view(bool)[elements]
                 elements = elements[flags == work.frozen]
                 places = packed + np.arange(elements.size) if work.frozen else places[flags == work.frozen]
-            yield piece_index, int(segment["tensor"]), elements, places
+            yield chunk_index, int(part["tensor"]), elements, places
 
 
 @examples(150)
@@ -171,12 +172,12 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
     ):
         times = [np.zeros(mask.numel, np.int64) for mask in masks]
         taken = [np.zeros(size, np.int64) for size in work.packed_sizes]
-        in_piece = np.zeros(len(work.pieces), np.int64)
-        for piece, tensor, elements, places in visits(work, masks):
+        in_chunk = np.zeros(len(Runs.of(work).chunks), np.int64)
+        for chunk, tensor, elements, places in visits(work, masks):
             assert elements.size == 0 or (elements.min() >= 0 and elements.max() < masks[tensor].numel)
             np.add.at(times[tensor], elements, 1)
             np.add.at(taken[tensor], places, 1)
-            in_piece[piece] += elements.size
+            in_chunk[chunk] += elements.size
         for tensor, (mask, expected) in enumerate(zip(masks, chosen, strict=True)):
             wrong = np.flatnonzero(times[tensor] != expected.reshape(-1).numpy())
             assert not wrong.size, (
@@ -187,11 +188,11 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
             assert work.packed_sizes[tensor] == (mask.frozen_count if work.frozen else math.prod(mask.packed_shape))
             if work.frozen or mask.bits is None:
                 assert taken[tensor].min(initial=1) == 1, f"a packed place of {mask} belongs to no element"
-        # every run is in exactly one piece; a piece never exceeds what a thread should take by a whole piece
-        runs = sorted(run for piece in work.pieces for run in range(piece["begin"], piece["end"]))
-        assert runs == list(range(len(work.runs)))
+        # every run is in exactly one chunk; a chunk never exceeds what a thread should take by a whole chunk
+        runs = sorted(run for chunk in Runs.of(work).chunks for run in range(chunk["begin"], chunk["end"]))
+        assert runs == list(range(len(Runs.of(work).runs)))
         longest = max((mask.matrix_shape[1] for mask in masks), default=0)
-        assert in_piece.max(initial=0) <= PIECE_ELEMENTS + max(longest, PIECE_ELEMENTS)
+        assert in_chunk.max(initial=0) <= CHUNK_ELEMENTS + max(longest, CHUNK_ELEMENTS)
 
 
 @examples(60)
@@ -221,23 +222,24 @@ def test_parts_hold_elements_of_one_age(seed: int, large: bool) -> None:
             born = np.maximum(age.rows[:, None], age.cols[None, :])
             born = born if age.elements is None else np.maximum(born, age.elements)
         expected.append(born.reshape(-1))
-    for piece, tensor, elements, _ in visits(work, masks):
-        assert (expected[tensor][elements] == work.born_of_part[work.pieces["segment"][piece]]).all(), masks[tensor]
+    for chunk, tensor, elements, _ in visits(work, masks):
+        part = Runs.of(work).chunks["part"][chunk]
+        assert (expected[tensor][elements] == work.born_of_part[part]).all(), masks[tensor]
 
 
 def test_frozen_rows_cost_nothing() -> None:
     """A list grows with the live runs, not with the tensor."""
     frozen = np.ones(100_000, bool)
     frozen[::1000] = False
-    work = compile_live([FreezeMask((100_000, 64), rows=frozen)])
-    assert len(work.runs) == 100
-    assert len(work.pieces) == 1
-    assert len(compile_live([FreezeMask((100, 64), rows=range(100))]).pieces) == 0
+    listed = Runs.of(compile_live([FreezeMask((100_000, 64), rows=frozen)]))
+    assert len(listed.runs) == 100
+    assert len(listed.chunks) == 1
+    assert len(Runs.of(compile_live([FreezeMask((100, 64), rows=range(100))])).chunks) == 0
 
 
 def test_long_runs_are_cut_for_threads_to_share() -> None:
-    work = compile_live([FreezeMask((1000, 1000))])
-    assert len(work.pieces) == -(-1_000_000 // PIECE_ELEMENTS)
+    listed = Runs.of(compile_live([FreezeMask((1000, 1000))]))
+    assert len(listed.chunks) == -(-1_000_000 // CHUNK_ELEMENTS)
 
 
 # ------------------------------------------------------------------------------- one backend against plain indexing
@@ -577,7 +579,7 @@ def test_any_number_of_threads_gives_the_same_bits(seed: int, large: bool) -> No
 @pytest.mark.parametrize("by", ["rows", "cols", "elements"])
 def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dtype) -> None:
     """Parts of different age interleave in memory. A thread that writes back a neighbour's old value undoes its step;
-    with two parts as large as a piece, two threads walk the same memory at once, and a third of the attempts fails."""
+    with two parts as large as a chunk, two threads walk the same memory at once, and a third of the attempts fails."""
     rng, shape = np.random.default_rng(3), (16, 4096)
     mask = FreezeMask(shape)
     ages = Ages.none(mask)
@@ -649,7 +651,7 @@ def test_threads_are_as_many_as_torch_says(monkeypatch: pytest.MonkeyPatch) -> N
         return call
 
     operations = ("adamw", "norm", "scale", "zero", "copy")
-    spy = SimpleNamespace(Work=_C.Work, **{name: watched(getattr(_C, name)) for name in operations})
+    spy = SimpleNamespace(Runs=_C.Runs, **{name: watched(getattr(_C, name)) for name in operations})
     monkeypatch.setattr(native, "_C", spy)
     work, values = compile_live([FreezeMask((4, 4))]), torch.ones(4, 4)
     backend = native.CpuBackend()
@@ -880,7 +882,7 @@ def test_the_rounding_tests_meet_every_case() -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("struct", ["Segment", "Piece", "Run", "AdamWTensor", "Scalars"])
+@pytest.mark.parametrize("struct", ["RunPart", "Chunk", "Run", "AdamWTensor", "Scalars"])
 def test_an_extension_of_another_build_is_refused(struct: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a crash later: sizes are compared when the module is imported."""
 
@@ -893,7 +895,7 @@ def test_an_extension_of_another_build_is_refused(struct: str, monkeypatch: pyte
     import_again()
     sizes = _C.STRUCT_SIZES
     assert sizes["Run"] == RUN.itemsize
-    assert sizes["Piece"] == PIECE.itemsize
+    assert sizes["Chunk"] == CHUNK.itemsize
     monkeypatch.setattr(_C, "STRUCT_SIZES", {**sizes, struct: sizes[struct] + 8})
     with pytest.raises(ImportError, match="reinstall"):
         import_again()
@@ -904,7 +906,7 @@ def test_parts_and_arrays_are_two_views_of_one_list() -> None:
     masks, ages, _ = random_case(1, large=False)
     work = compile_live(masks, ages)
     assert all(isinstance(part, Part) for part in work.parts)
-    assert [part.tensor for part in work.parts] == work.segments["tensor"].tolist()
+    assert [part.tensor for part in work.parts] == Runs.of(work).parts["tensor"].tolist()
     assert shown(torch.tensor(-0.0)) == "-0.0 (0x80000000)"
 
 

@@ -16,7 +16,7 @@ from backend_cases import CASES, Case, check, check_far
 
 from safefreeze_kernels.kernels.backend import Backend, BackendUnavailableError, backend_state, choose_backend
 from safefreeze_kernels.kernels.parts import compile_live
-from safefreeze_kernels.kernels.tiles import DeviceList
+from safefreeze_kernels.kernels.tiles import Tiles
 from safefreeze_kernels.plan.mask import FreezeMask
 
 triton = pytest.importorskip("triton")
@@ -138,13 +138,13 @@ def test_a_named_backend_does_not_fall_back() -> None:
 
 def test_a_list_is_copied_once() -> None:
     work = compile_live([FreezeMask((30, 300), rows=[1, 2, 5])])
-    assert DeviceList.of(work, CPU) is DeviceList.of(work, CPU)
-    assert DeviceList.of(compile_live([FreezeMask((3,))]), CPU) is not DeviceList.of(work, CPU)
+    assert Tiles.of(work, CPU) is Tiles.of(work, CPU)
+    assert Tiles.of(compile_live([FreezeMask((3,))]), CPU) is not Tiles.of(work, CPU)
 
 
 def test_a_copied_list_finds_its_addresses() -> None:
     """Rows of parts hold addresses: a deep copy shares them with the original, and keeps them alive."""
     work = compile_live([FreezeMask((30, 8), rows=[1, 2, 5])])
-    on_device = DeviceList.of(work, CPU)
+    on_device = Tiles.of(work, CPU)
     assert on_device.parts.any(), "expected a list, whose address is kept"
     assert copy.deepcopy(on_device).parts.data_ptr() == on_device.parts.data_ptr()
