@@ -2,7 +2,8 @@
 // whole, that is neighbours, 16 bytes to an access, where all operands are aligned; else apart, with the elements of
 // neighbouring threads side by side. All loads come before the arithmetic.
 //
-// tests/helpers/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads meet.
+// tests/helpers/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads
+// meet.
 #include "cuda.h"
 
 #include <cuda_runtime.h>
@@ -73,6 +74,17 @@ __device__ __forceinline__ void pin(Values<T, n>& values) {
     asm volatile("" : "+r"(word));
     std::memcpy(bytes + 4 * i, &word, 4);
   }
+}
+
+template <typename... Registers>
+__device__ __forceinline__ void pin_all(Registers&... values) {
+  (pin(values), ...);
+}
+
+// A value that threads share, loaded here instead of kept since it was last used: one more register to work with.
+template <typename T>
+__device__ __forceinline__ T read_anew(const T& shared) {
+  return *const_cast<const volatile T*>(&shared);
 }
 
 // n neighbours from the tile's element `here`; a list visits those whose bit is set in `chosen`.
@@ -210,7 +222,21 @@ __device__ __forceinline__ uint16_t noise_at(const Words& eight, uint32_t elemen
   return noise_of({{element & 2 ? odd : even}}, element & 1);
 }
 
+// What an AdamW step is made of at compile time: storage types, rounding of the parameter, and what follows from these.
+template <typename P_, typename S_, Rounding rounding, bool amsgrad_>
+struct AdamWKind {
+  using P = P_;
+  using S = S_;
+  using Param = typename P::Stored;
+  using State = typename S::Stored;
+  static constexpr bool amsgrad = amsgrad_;
+  static constexpr bool remainder = rounding == Rounding::remainder, stochastic = rounding == Rounding::stochastic;
+  static constexpr int whole = access / (sizeof(Param) < sizeof(State) ? sizeof(Param) : sizeof(State));
+  static constexpr int apart = stochastic || (amsgrad && remainder) ? 1 : 2;  // as many as there are registers for
+};
+
 // What the threads of a block share: in shared memory it takes up no registers.
+template <typename Kind>
 struct AdamWTask {
   Tile tile;
   TilePart part;
@@ -219,102 +245,136 @@ struct AdamWTask {
   uint32_t number;
   bool whole;
   Scalars scalars;
+
+  __device__ __forceinline__ void prepare(const AdamWTiles& launch) {
+    constexpr int64_t param = sizeof(typename Kind::Param), state = sizeof(typename Kind::State);
+    const Tile t = launch.work.tiles[blockIdx.x];
+    const TilePart of = launch.work.parts[t.part];
+    AdamWTensor from = launch.tensors[t.tensor];
+    int64_t g = launch.grads[t.tensor].data;
+    const int32_t set = launch.scalar_set[t.part];
+    from.param += t.start * param;
+    from.exp_avg += t.packed * state;
+    from.exp_avg_sq += t.packed * state;
+    from.max_exp_avg_sq += t.packed * state;
+    from.remainder += t.packed * 2;
+    if (g) g += (from.packed_grad ? t.packed : t.start) * param;
+    const int64_t addresses = from.param | g | from.exp_avg | from.exp_avg_sq |
+                              (Kind::amsgrad ? from.max_exp_avg_sq : 0) | (Kind::remainder ? from.remainder : 0);
+    // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
+    whole = (addresses % access | obstacles(t, of) | (of.frozen_bits ? of.shared : 0) |
+             (Kind::stochastic ? t.start % 8 : 0)) == 0;
+    tile = t;
+    part = of;
+    tensor = from;
+    grad = g;
+    number = static_cast<uint32_t>(from.number);
+    scalars = launch.scalars[set];
+    if (launch.multiplier) scalars.grad_multiplier = scalars.grad_multiplier * *launch.multiplier;
+  }
+};
+
+// The elements a thread holds, as they are stored.
+template <typename Kind, int n>
+struct AdamWValues {
+  using P = typename Kind::P;
+  using S = typename Kind::S;
+  Values<typename Kind::Param, n> p, g;
+  Values<typename Kind::State, n> m, v, v_max;
+  Values<uint16_t, n> r;
+
+  template <typename Places>
+  __device__ __forceinline__ void load(const AdamWTask<Kind>& task, const Places& places) {
+    p = places.load(at<typename Kind::Param>(task.tensor.param));
+    const auto* const grad = at<const typename Kind::Param>(task.grad);
+    g = places.load_either(grad, read_anew(task.tensor.packed_grad) != 0);
+    m = places.load_packed(at<typename Kind::State>(task.tensor.exp_avg));
+    v = places.load_packed(at<typename Kind::State>(task.tensor.exp_avg_sq));
+    if constexpr (Kind::amsgrad) v_max = places.load_packed(at<typename Kind::State>(task.tensor.max_exp_avg_sq));
+    if constexpr (Kind::remainder) r = places.load_packed(at<uint16_t>(task.tensor.remainder));
+  }
+
+  template <typename Places>
+  __device__ __forceinline__ void store(const AdamWTask<Kind>& task, const Places& places) const {
+    places.store(at<typename Kind::Param>(task.tensor.param), p);
+    places.store_packed(at<typename Kind::State>(task.tensor.exp_avg), m);
+    places.store_packed(at<typename Kind::State>(task.tensor.exp_avg_sq), v);
+    if constexpr (Kind::amsgrad) places.store_packed(at<typename Kind::State>(task.tensor.max_exp_avg_sq), v_max);
+    if constexpr (Kind::remainder) places.store_packed(at<uint16_t>(task.tensor.remainder), r);
+  }
+
+  __device__ __forceinline__ float param(int i) const {
+    if constexpr (Kind::remainder) {
+      return from_remainder(p.of[i], r.of[i]);
+    } else {
+      return P::widen(p.of[i]);
+    }
+  }
+
+  // The new values of element i, unless it is frozen. `noise()`: 16 bits, of stochastic rounding.
+  template <typename Noise>
+  __device__ __forceinline__ void keep(int i, bool chosen, float new_p, float new_m, float new_v, float new_v_max,
+                                       Noise noise) {
+    const auto put = [chosen](auto& into, auto value) { into = chosen ? value : into; };
+    put(m.of[i], S::narrow(new_m));
+    put(v.of[i], S::narrow(new_v));
+    if constexpr (Kind::amsgrad) put(v_max.of[i], S::narrow(new_v_max));
+    if constexpr (Kind::remainder) {
+      uint16_t new_r;
+      put(p.of[i], to_remainder(new_p, new_r));
+      put(r.of[i], new_r);
+    } else if constexpr (Kind::stochastic) {
+      put(p.of[i], P::narrow(new_p, noise()));
+    } else {
+      put(p.of[i], P::narrow(new_p));
+    }
+  }
+
+  __device__ __forceinline__ void finish_element() {
+    if constexpr (n > 1) {
+      pin_all(p, g, m, v);
+      if constexpr (Kind::amsgrad) pin(v_max);
+      if constexpr (Kind::remainder) pin(r);
+    }
+  }
 };
 
 template <typename P, typename S, Rounding rounding, bool amsgrad>
 __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant__ AdamWTiles launch) {
-  using Param = typename P::Stored;
-  using State = typename S::Stored;
-  constexpr int n = access / (sizeof(Param) < sizeof(State) ? sizeof(Param) : sizeof(State));
-  constexpr bool remainder = rounding == Rounding::remainder, stochastic = rounding == Rounding::stochastic;
-  __shared__ AdamWTask task;
+  using Kind = AdamWKind<P, S, rounding, amsgrad>;
+  __shared__ AdamWTask<Kind> task;
   if (launch.skip && *launch.skip != 0.0f) return;
-  if (threadIdx.x == 0) {
-    const Tile tile = launch.work.tiles[blockIdx.x];
-    const TilePart part = launch.work.parts[tile.part];
-    AdamWTensor tensor = launch.tensors[tile.tensor];
-    int64_t grad = launch.grads[tile.tensor].data;
-    const int32_t set = launch.scalar_set[tile.part];
-    tensor.param += tile.start * static_cast<int64_t>(sizeof(Param));
-    tensor.exp_avg += tile.packed * static_cast<int64_t>(sizeof(State));
-    tensor.exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
-    tensor.max_exp_avg_sq += tile.packed * static_cast<int64_t>(sizeof(State));
-    tensor.remainder += tile.packed * 2;
-    if (grad) grad += (tensor.packed_grad ? tile.packed : tile.start) * static_cast<int64_t>(sizeof(Param));
-    const int64_t addresses = tensor.param | grad | tensor.exp_avg | tensor.exp_avg_sq |
-                              (amsgrad ? tensor.max_exp_avg_sq : 0) | (remainder ? tensor.remainder : 0);
-    // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
-    task.whole = (addresses % access | obstacles(tile, part) | (part.frozen_bits ? part.shared : 0) |
-                  (stochastic ? tile.start % 8 : 0)) == 0;
-    task.tile = tile;
-    task.part = part;
-    task.tensor = tensor;
-    task.grad = grad;
-    task.number = static_cast<uint32_t>(tensor.number);
-    task.scalars = launch.scalars[set];
-    if (launch.multiplier) task.scalars.grad_multiplier = task.scalars.grad_multiplier * *launch.multiplier;
-  }
+  if (threadIdx.x == 0) task.prepare(launch);
   __syncthreads();
   if (!task.grad) return;
   Scalars s = task.scalars;
-  constexpr int slots = stochastic || (amsgrad && remainder) ? 1 : 2;  // as many as there are registers for
-  walk<n, slots>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
+  walk<Kind::whole, Kind::apart>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
     constexpr int size = std::remove_reference_t<decltype(places)>::size;
-    Values<Param, size> p = places.load(at<Param>(task.tensor.param));
-    // Of what is packed the flag is read anew: one more register to work with.
-    const Param* const grad = at<const Param>(task.grad);
-    Values<Param, size> g =
-        places.load_either(grad, *const_cast<const volatile int64_t*>(&task.tensor.packed_grad) != 0);
-    Values<State, size> m = places.load_packed(at<State>(task.tensor.exp_avg));
-    Values<State, size> v = places.load_packed(at<State>(task.tensor.exp_avg_sq)), v_max;
-    Values<uint16_t, size> r;
-    if constexpr (amsgrad) v_max = places.load_packed(at<State>(task.tensor.max_exp_avg_sq));
-    if constexpr (remainder) r = places.load_packed(at<uint16_t>(task.tensor.remainder));
-    [[maybe_unused]] Words noise{};
-    if constexpr (stochastic) {
-      noise = noise_of_eight(launch.seed, s.step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+    AdamWValues<Kind, size> values;
+    values.load(task, places);
+    [[maybe_unused]] Words eight{};
+    if constexpr (Kind::stochastic) {
+      eight = noise_of_eight(launch.seed, s.step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
     }
 #pragma unroll
     for (int i = 0; i < size; ++i) {
-      float new_p, new_m = S::widen(m.of[i]), new_v = S::widen(v.of[i]), new_v_max = 0.0f;
-      s.eps = *const_cast<const volatile float*>(&task.scalars.eps);  // read anew: one more register to work with
-      if constexpr (amsgrad) new_v_max = S::widen(v_max.of[i]);
-      if constexpr (remainder) {
-        new_p = from_remainder(p.of[i], r.of[i]);
-      } else {
-        new_p = P::widen(p.of[i]);
-      }
+      float m = S::widen(values.m.of[i]), v = S::widen(values.v.of[i]), v_max = 0.0f;
+      s.eps = read_anew(task.scalars.eps);
+      if constexpr (amsgrad) v_max = S::widen(values.v_max.of[i]);
+      float p = values.param(i);
+      const float g = P::widen(values.g.of[i]);
       if (launch.l2) {
-        safefreeze::adamw<true, amsgrad>(new_p, P::widen(g.of[i]), new_m, new_v, new_v_max, s);
+        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, s);
       } else {
-        safefreeze::adamw<false, amsgrad>(new_p, P::widen(g.of[i]), new_m, new_v, new_v_max, s);
+        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, s);
       }
-      const bool chosen = places.chosen >> i & 1;
-      const auto put = [chosen](auto& into, auto value) { into = chosen ? value : into; };
-      put(m.of[i], S::narrow(new_m));
-      put(v.of[i], S::narrow(new_v));
-      if constexpr (amsgrad) put(v_max.of[i], S::narrow(new_v_max));
-      if constexpr (remainder) {
-        uint16_t new_r;
-        put(p.of[i], to_remainder(new_p, new_r));
-        put(r.of[i], new_r);
-      } else if constexpr (stochastic) {
+      values.keep(i, places.chosen >> i & 1, p, m, v, v_max, [&] {
         const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i);
-        put(p.of[i], P::narrow(new_p, size == 8 ? noise_of(noise, i) : noise_at(noise, element)));
-      } else {
-        put(p.of[i], P::narrow(new_p));
-      }
-      if constexpr (size > 1) {
-        pin(p), pin(g), pin(m), pin(v);
-        if constexpr (amsgrad) pin(v_max);
-        if constexpr (remainder) pin(r);
-      }
+        return size == 8 ? noise_of(eight, i) : noise_at(eight, element);
+      });
+      values.finish_element();
     }
-    places.store(at<Param>(task.tensor.param), p);
-    places.store_packed(at<State>(task.tensor.exp_avg), m);
-    places.store_packed(at<State>(task.tensor.exp_avg_sq), v);
-    if constexpr (amsgrad) places.store_packed(at<State>(task.tensor.max_exp_avg_sq), v_max);
-    if constexpr (remainder) places.store_packed(at<uint16_t>(task.tensor.remainder), r);
+    values.store(task, places);
   });
 }
 
