@@ -17,6 +17,7 @@ complex ones is given their real views. On a GPU everything runs on torch's curr
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ from torch import Tensor
 from .operands import STORAGE, WIDE, AdamWOperands, NormKind
 from .parts import WorkList
 
+#: Their names, which are those of their modules here. ``load`` of each gives it, or raises ImportError with the reason.
 BACKENDS: Final = ("reference", "cpu", "cuda", "triton")
 
 
@@ -122,26 +124,10 @@ class BackendUnavailableError(RuntimeError):
 def backend_state(name: str) -> Backend | str:
     """The backend, or the reason why it does not run here. Imports no other; makes use of no device."""
     try:
-        if name == "reference":
-            from . import reference
-
-            return reference.ReferenceBackend()
-        if name == "cuda":
-            from . import cuda
-
-            return cuda.load()
-        if name == "triton":
-            from . import triton
-
-            return triton.TritonBackend()
+        backend: Backend = importlib.import_module(f".{name}", __package__).load()
     except ImportError as error:
         return str(error)
-    try:
-        from . import cpu as native
-
-        return native.CpuBackend()
-    except ImportError as error:
-        return f"the C++ extension is not built ({error}); install a C++17 compiler and reinstall the package"
+    return backend
 
 
 def backend_states() -> dict[str, Backend | str]:
@@ -183,9 +169,7 @@ def choose_backend(name: str, device: torch.device, operation: str, dtypes: Iter
     elif wide:
         kinds = " and ".join(wide)
         _warn_once(f"{operation}: using the slow 'reference' backend for {kinds}, which no compiled kernel takes")
-        reference = backend_state("reference")
-        assert not isinstance(reference, str)
-        return reference if len(wide) == len(given) else _ByDtype(chosen, reference)
+        return _reference() if len(wide) == len(given) else _ByDtype(chosen, _reference())
     return chosen
 
 
@@ -199,9 +183,13 @@ def _fastest(device: torch.device) -> tuple[Backend, str]:
         if not isinstance(state, str) and not reason:
             return state, "; ".join(reasons)
         reasons.append(f"{name}: {reason}")
+    return _reference(), "; ".join(reasons)
+
+
+def _reference() -> Backend:
     reference = backend_state("reference")
     assert not isinstance(reference, str)
-    return reference, "; ".join(reasons)
+    return reference
 
 
 @functools.cache

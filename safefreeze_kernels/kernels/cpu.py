@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _C
 from .operands import ADAMW_TENSOR, DTYPE_CODES, NORM_CODES, SCALARS, AdamWOperands, NormKind, host_scalars
 from .parts import WorkList
 from .runs import CHUNK, RUN, RUN_PART, Runs
+
+try:
+    from .. import _C
+except ImportError as error:
+    message = f"the C++ extension is not built ({error}); install a C++17 compiler and reinstall the package"
+    raise ImportError(message) from error
 
 _mirrors = {"RunPart": RUN_PART, "Chunk": CHUNK, "Run": RUN, "AdamWTensor": ADAMW_TENSOR, "Scalars": SCALARS}
 if {name: dtype.itemsize for name, dtype in _mirrors.items()} != _C.STRUCT_SIZES:
@@ -116,14 +121,17 @@ class CpuBackend:
         _C.zero(_native(work), tensors_at, dtype_at, torch.get_num_threads())
 
     def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=True)
+        _copy(work, tensors, packed, gather=True)
 
     def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._copy(work, tensors, packed, gather=False)
+        _copy(work, tensors, packed, gather=False)
 
-    def _copy(
-        self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool
-    ) -> None:
-        table = np.stack([_addresses(tensors), _addresses(packed)], axis=1)
-        dtype = _codes(tensors)
-        _C.copy(_native(work), table.ctypes.data, _address(dtype), gather, torch.get_num_threads())
+
+def _copy(work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool) -> None:
+    table, dtypes = np.stack([_addresses(tensors), _addresses(packed)], axis=1), _codes(tensors)
+    _C.copy(_native(work), table.ctypes.data, _address(dtypes), gather, torch.get_num_threads())
+
+
+def load() -> CpuBackend:
+    """The backend; importing this module raises ImportError where it cannot run."""
+    return CpuBackend()

@@ -118,56 +118,49 @@ class ReferenceBackend:
         if skip is not None and skip.item() != 0:
             return
         rows = host_scalars(scalars, multiplier).view(np.recarray)
-        for part, which in zip(work.parts, scalar_set, strict=True):
+        moments = [operands.exp_avgs, operands.exp_avg_sqs, *([operands.max_exp_avg_sqs] if amsgrad else [])]
+        trained = [None if g is None else p for p, g in zip(operands.params, operands.grads, strict=True)]
+        for visit in _visits(work, trained):
+            part, here, there = visit.part, visit.here, visit.there
+            param, row = operands.params[part.tensor], rows[scalar_set[visit.index]]
+            state = [tensors[part.tensor] for tensors in moments]  # type: ignore[index]
+            old_p = visit.matrix[here]
             grad = operands.grads[part.tensor]
-            if grad is None:
-                continue
-            param = operands.params[part.tensor]
-            here, there = _places(part, param.device)
-            state = [operands.exp_avgs[part.tensor], operands.exp_avg_sqs[part.tensor]]
-            if amsgrad:
-                assert operands.max_exp_avg_sqs is not None
-                state.append(operands.max_exp_avg_sqs[part.tensor])
-            old_p = _matrix(param, part)[here]
+            assert grad is not None
             is_packed = operands.grad_is_packed(part.tensor)
             old_g = _packed_matrix(grad, part)[there] if is_packed else _matrix(grad, part)[here]
             old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
             exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-            moments = [tensor.to(exact) for tensor in old_state]
+            m, v, *v_max = (tensor.to(exact) for tensor in old_state)
             remainder = operands.remainders[part.tensor] if operands.remainders is not None else None
             master = old_p.to(exact)
             if remainder is not None:
-                old_remainder = _packed_matrix(remainder, part)[there]
-                master = from_remainder(old_p, old_remainder)
-            scalar = _Scalars(rows[which])
-            p, *updated = adamw(
-                master, old_g.to(exact), moments[0], moments[1], moments[2] if amsgrad else None, scalar, l2=l2
+                state.append(remainder)
+                old_state.append(_packed_matrix(remainder, part)[there])
+                master = from_remainder(old_p, old_state[-1])
+            p, m, v, new_v_max = adamw(
+                master, old_g.to(exact), m, v, v_max[0] if amsgrad else None, _Scalars(row), l2=l2
             )
+            new_state = [t.to(old.dtype) for t, old in zip((m, v, new_v_max), old_state, strict=False) if t is not None]
             if remainder is not None:
                 new_p, new_remainder = to_remainder(p)
-                state.append(remainder)
-                old_state.append(old_remainder)
-                updated = [*updated[: len(moments)], new_remainder]
+                new_state.append(new_remainder)
             elif stochastic and param.dtype != exact:
                 elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
                 number = operands.numbers[part.tensor] if operands.numbers else part.tensor
-                noise = noise_of(elements, seed=seed, step=int(rows[which].step), number=number)
+                noise = noise_of(elements, seed=seed, step=int(row.step), number=number)
                 new_p = round_stochastically(p, param.dtype, noise)
             else:
                 new_p = p.to(param.dtype)
-            new_state = [new.to(old.dtype) for new, old in zip(updated, old_state, strict=False) if new is not None]
-            live = _chosen_flags(part, work, param.device)
-            if live is not None:
-                new_p = torch.where(live, new_p, old_p)
-                new_state = [torch.where(live, new, old) for new, old in zip(new_state, old_state, strict=True)]
-            _matrix(param, part)[here] = new_p
-            for tensor, new in zip(state, new_state, strict=True):
-                _packed_matrix(tensor, part)[there] = new
+            visit.matrix[here] = visit.blend(new_p, old_p)
+            for tensor, new, old in zip(state, new_state, old_state, strict=True):
+                _packed_matrix(tensor, part)[there] = visit.blend(new, old)
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for _, chosen in _visited(work, tensors):
+        for visit in _visits(work, tensors):
+            chosen = visit.values()
             values = chosen.to(torch.complex128 if chosen.is_complex() else torch.float64).abs()
             if kind != "largest_absolute":
                 total = total + (values * values if kind == "sum_of_squares" else values).sum()
@@ -177,56 +170,64 @@ class ReferenceBackend:
 
     def scale_(self, work: WorkList, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
         if not (value := factor.item()) >= 1.0:
-            self._map(work, tensors, lambda values: _scaled(values, value))
+            for visit in _visits(work, tensors):
+                old = visit.matrix[visit.here]
+                visit.matrix[visit.here] = visit.blend(_scaled(old, value), old)
 
     def zero_(self, work: WorkList, tensors: Sequence[Tensor | None]) -> None:
-        self._map(work, tensors, torch.zeros_like)
-
-    def _map(self, work: WorkList, tensors: Sequence[Tensor | None], change: Any) -> None:
-        for part in work.parts:
-            tensor = tensors[part.tensor]
-            if tensor is None:
-                continue
-            here, _ = _places(part, tensor.device)
-            old = _matrix(tensor, part)[here]
-            chosen = _chosen_flags(part, work, tensor.device)
-            new = change(old)
-            _matrix(tensor, part)[here] = new if chosen is None else torch.where(chosen, new, old)
+        for visit in _visits(work, tensors):
+            old = visit.matrix[visit.here]
+            visit.matrix[visit.here] = visit.blend(torch.zeros_like(old), old)
 
     def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        for part, chosen in _visited(work, tensors):
-            twin = packed[part.tensor]
+        for visit in _visits(work, tensors):
+            twin, old = packed[visit.part.tensor], visit.matrix[visit.here]
             if work.frozen:
-                twin[part.packed_start : part.packed_start + chosen.numel()] = chosen.reshape(-1)
+                values = visit.values().reshape(-1)
+                twin[visit.part.packed_start :][: values.numel()] = values
             else:
-                _, there = _places(part, twin.device)
-                live = _chosen_flags(part, work, twin.device)
-                if live is not None:
-                    here, _ = _places(part, twin.device)
-                    whole = _matrix(tensors[part.tensor], part)[here]  # type: ignore[arg-type]
-                    chosen = torch.where(live, whole, torch.zeros_like(whole))
-                _packed_matrix(twin, part)[there] = chosen
+                _packed_matrix(twin, visit.part)[visit.there] = visit.blend(old, torch.zeros_like(old))
 
     def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        for part in work.parts:
-            tensor, twin = tensors[part.tensor], packed[part.tensor]
-            if tensor is None:
-                continue
-            here, there = _places(part, tensor.device)
-            matrix = _matrix(tensor, part)
-            old = matrix[here]
-            chosen = _chosen_flags(part, work, tensor.device)
+        for visit in _visits(work, tensors):
+            twin, new = packed[visit.part.tensor], visit.matrix[visit.here]
             if not work.frozen:
-                new = _packed_matrix(twin, part)[there]
-                matrix[here] = new if chosen is None else torch.where(chosen, new, old)
+                new = visit.blend(_packed_matrix(twin, visit.part)[visit.there], new)
             else:
-                count = old.numel() if chosen is None else int(chosen.sum())
-                values = twin[part.packed_start : part.packed_start + count]
-                if chosen is None:
-                    matrix[here] = values.view(old.shape)
-                else:
-                    old[chosen] = values
-                    matrix[here] = old
+                chosen = slice(None) if visit.chosen is None else visit.chosen
+                held = twin[visit.part.packed_start :][: visit.values().numel()]
+                new[chosen] = held.view(new[chosen].shape)
+            visit.matrix[visit.here] = new
+
+
+class _Visit:
+    """A part of a list, seen from a tensor: its ``matrix``, the places ``here`` in that and ``there`` in its packed
+    twin, and which of them the list visits: ``chosen``, bool [rows, cols]; None: all."""
+
+    def __init__(self, index: int, part: Part, frozen: bool, tensor: Tensor) -> None:
+        self.index, self.part, self.matrix = index, part, _matrix(tensor, part)
+        self.here = _places(part.rows, part.cols, tensor.device)
+        self.there = _places(part.packed_rows, part.packed_cols, tensor.device)
+        self.chosen: Tensor | None = None
+        if part.frozen_bits is not None:
+            flags = torch.from_numpy(part.frozen_flags()).to(tensor.device)
+            self.chosen = flags if frozen else ~flags
+
+    def values(self) -> Tensor:
+        """What the list visits."""
+        values = self.matrix[self.here]
+        return values if self.chosen is None else values[self.chosen]
+
+    def blend(self, new: Tensor, old: Tensor) -> Tensor:
+        """``new`` where the list visits, else ``old``."""
+        return new if self.chosen is None else torch.where(self.chosen, new, old)
+
+
+def _visits(work: WorkList, tensors: Sequence[Tensor | None]) -> Iterator[_Visit]:
+    for index, part in enumerate(work.parts):
+        tensor = tensors[part.tensor]
+        if tensor is not None:
+            yield _Visit(index, part, work.frozen, tensor)
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
@@ -253,33 +254,12 @@ def _packed_matrix(tensor: Tensor, part: Part) -> Tensor:
     return tensor.detach().view(-1, part.packed_width)
 
 
-def _index(index: np.ndarray | None, device: torch.device) -> Any:
-    return slice(None) if index is None else torch.tensor(index, device=device)
+def _places(rows: np.ndarray | None, cols: np.ndarray | None, device: torch.device) -> Any:
+    """Where rows meet columns in a matrix, as an index."""
+    row, col = (slice(None) if index is None else torch.tensor(index, device=device) for index in (rows, cols))
+    return (row[:, None], col[None, :]) if rows is not None and cols is not None else (row, col)  # type: ignore[index]
 
 
-def _places(part: Part, device: torch.device) -> tuple[Any, Any]:
-    """Indices of the part in its tensor's matrix and in its packed twin's."""
-    places = []
-    for rows, cols in ((part.rows, part.cols), (part.packed_rows, part.packed_cols)):
-        row, col = _index(rows, device), _index(cols, device)
-        places.append((row[:, None], col[None, :]) if rows is not None and cols is not None else (row, col))
-    return places[0], places[1]
-
-
-def _chosen_flags(part: Part, work: WorkList, device: torch.device) -> Tensor | None:
-    """Which elements of the part the list visits: bool [rows, cols]; None: all."""
-    if part.frozen_bits is None:
-        return None
-    flags = torch.from_numpy(part.frozen_flags().copy()).to(device)
-    return flags if work.frozen else ~flags
-
-
-def _visited(work: WorkList, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Part, Tensor]]:
-    """Each part with the values the list visits."""
-    for part in work.parts:
-        tensor = tensors[part.tensor]
-        if tensor is not None:
-            here, _ = _places(part, tensor.device)
-            values = _matrix(tensor, part)[here]
-            chosen = _chosen_flags(part, work, tensor.device)
-            yield part, values if chosen is None else values[chosen]
+def load() -> ReferenceBackend:
+    """The backend, which runs everywhere."""
+    return ReferenceBackend()

@@ -40,8 +40,8 @@ MUTANTS: Final = (
     Mutant(
         "decay is applied to frozen weights",
         "kernels/reference.py",
-        "            old_p = _matrix(param, part)[here]\n",
-        "            param.detach().mul_(float(rows[which].decay))\n            old_p = _matrix(param, part)[here]\n",
+        "            old_p = visit.matrix[here]\n",
+        "            param.detach().mul_(float(row.decay))\n            old_p = visit.matrix[here]\n",
     ),
     Mutant(
         "the clip norm counts frozen gradients",
