@@ -1,17 +1,23 @@
-"""What `MaskedAdam` and `MaskedAdamW` must do, one element at a time: dense tensors, no plan compiled, nothing packed.
+"""What the contract compares with.
 
-Every element has moments and an age of its own; where frozen, nothing happens. The arithmetic is that of DESIGN's three
-lines, in the parameter's float32 (or float64), so the result is equal bit for bit to the backends'.
+`Weight` is what `MaskedAdam` and `MaskedAdamW` must do, one element at a time: dense tensors, no work list, nothing
+packed. Every element has moments and an age of its own; where frozen, nothing happens. The arithmetic is that of
+DESIGN's three lines, in the parameter's float32 (or float64), so the result equals the backends' bit for bit.
+
+`Oracle` is stock `torch.optim` in float64, with the bound of what float32 may add.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from conftest import assert_within
+from torch import Tensor, nn
 
 
 def rounded_master(master: Tensor) -> Tensor:
@@ -37,14 +43,14 @@ class Weight:
         return torch.float64 if self.value.dtype == torch.float64 else torch.float32
 
     def step(self, grad: Tensor, options: dict[str, float], multiplier: Tensor | None, kind: dict[str, bool]) -> None:
-        """One update. ``options``: lr, weight_decay; ``kind``: decoupled, amsgrad, capturable (powers are torch's)."""
+        """One update. ``options``: lr, weight_decay; ``kind``: decoupled, amsgrad, capturable (torch's powers)."""
         dtype, shape = self.exact, self.value.shape
         if self.age is None:
             self.age = torch.zeros(shape, dtype=torch.int64)
             kept = dtype if dtype == torch.float64 else self.state_dtype
             self.moments = [torch.zeros(shape, dtype=kept) for _ in range(3)]
         age = self.age + 1
-        lr, decay, beta1, beta2 = options["lr"], options["weight_decay"], 0.9, 0.999
+        lr, decay, beta1, beta2 = options["lr"], options["weight_decay"], 0.9, options.get("beta2", 0.999)
         step_size, root = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         for t in age.unique().tolist():
             count = torch.tensor(float(t), dtype=torch.float64) if kind["capturable"] else t
@@ -65,7 +71,8 @@ class Weight:
         second = v
         if kind["amsgrad"]:
             second = largest = torch.maximum(largest, v)
-        square_root = second.double().sqrt().to(dtype)
+        with np.errstate(invalid="ignore"):  # numpy's root is correctly rounded, torch's is not
+            square_root = torch.from_numpy(np.sqrt(second.double().numpy())).to(dtype)
         kept = rounded(1.0 - lr * decay if kind["decoupled"] else 1.0)
         p = kept * p - step_size * m / (square_root / root + rounded(1e-8))
         live = ~self.frozen
@@ -105,3 +112,111 @@ class Weight:
         self.frozen = grown(self.frozen, torch.zeros(value.shape, dtype=torch.bool))
         self.master = None if self.master is None else grown(self.master, value.float())
         self.value = value.clone()
+
+
+U = 2.0**-24  # half a unit in the last place of a float32 in [1, 2): what one rounding may do
+U_DOUBLE = 2.0**-52  # of a float64, ours and the oracle's
+
+
+@dataclass
+class Bound:
+    """Running error analysis of one tensor: how far float32 Adam(W) may be from exact Adam(W).
+
+    Every quantity carries an absolute bound. One float32 operation adds at most ``U`` times its result; a scalar that
+    was rounded to float32 adds another ``U`` where it is used. The counts below cover both spellings of the update,
+    ours and torch's (``lerp``, ``addcmul``, ``addcdiv``, a square root that may be one unit off); each is the larger of
+    the two, plus one for products of errors. Values stay far from overflow and underflow.
+    """
+
+    p: Tensor
+    m: Tensor
+    v: Tensor
+    x: Tensor  # of the amsgrad maximum
+    u: float
+
+    @classmethod
+    def zero(cls, like: Tensor) -> Bound:
+        exact = like.dtype == torch.float64
+        return cls(*(torch.zeros(like.shape, dtype=torch.float64) for _ in range(4)), U_DOUBLE if exact else U)
+
+    def advance(
+        self, group: Mapping[str, Any], grad: Tensor, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> None:
+        """After one exact step from ``before`` to ``after`` (p, m, v, x), all in float64."""
+        lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+        decay = 1.0 - lr * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+        l2 = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        p, m = before["p"].abs(), before["m"].abs()
+        step = after["step"].item()
+        # loss scale: the multiplier and the product; L2: the coefficient, the product, the sum
+        g_bound = l2 * self.p + 4 * self.u * (grad.abs() + l2 * p)
+        g = grad.abs() + l2 * p
+        # two coefficients, two products, one sum; torch: a difference, a coefficient, a product, a sum
+        self.m = beta1 * self.m + (1 - beta1) * g_bound + 4 * self.u * (beta1 * m + (1 - beta1) * (g + m))
+        # the square, then as above
+        self.v = beta2 * self.v + (1 - beta2) * (2 * g * g_bound + g_bound**2) + 5 * self.u * after["v"]
+        self.x = torch.maximum(self.x, self.v)
+        second, second_bound = (after["x"], self.x) if group["amsgrad"] else (after["v"], self.v)
+        root = second.sqrt()
+        # |sqrt(a + e) - sqrt(a)| <= e / sqrt(a), and never more than sqrt(e)
+        root_bound = torch.minimum(second_bound / root.clamp_min(1e-300), second_bound.sqrt()) + 2 * self.u * root
+        bias2_sqrt = math.sqrt(1.0 - beta2**step)
+        denominator = root / bias2_sqrt + eps
+        denominator_bound = root_bound / bias2_sqrt + 4 * self.u * denominator
+        step_size = lr / (1.0 - beta1**step)
+        moved = step_size * after["m"].abs() / denominator
+        least = (denominator - denominator_bound).clamp_min(1e-300)
+        moved_bound = step_size * self.m / least + moved * denominator_bound / least + 4 * self.u * moved
+        self.p = decay * self.p + moved_bound + 4 * self.u * (decay * p + moved)
+
+
+class Oracle:
+    """Stock `torch.optim` in float64 on the live part, with the bound of what float32 may add.
+
+    Where parameters or state are stored in 16 bits, each step starts from what is stored: an error bound cannot be
+    carried through a rounding to 8 bits, but one step can be bounded, and its rounding is exact and monotone.
+    """
+
+    def __init__(self, kind: type[torch.optim.Optimizer], params: Mapping[str, Tensor], **arguments: Any) -> None:
+        self.params = {name: nn.Parameter(p.double()) for name, p in params.items()}
+        self.stock = kind(list(self.params.values()), foreach=False, fused=False, **arguments)
+        self.bounds = {name: Bound.zero(p) for name, p in params.items()}
+
+    def step(self, grads: Mapping[str, Tensor]) -> None:
+        before = {}
+        for name, p in self.params.items():
+            p.grad = grads[name].double()
+            before[name] = self.values(name)
+        self.stock.step()
+        (group,) = self.stock.param_groups
+        for name, bound in self.bounds.items():
+            bound.advance(group, grads[name].double(), before[name], self.values(name))
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        p = self.params[name]
+        state = self.stock.state[p]
+        zero = torch.zeros(p.shape, dtype=torch.float64)
+        return {
+            "p": p.detach().clone(),
+            "m": state.get("exp_avg", zero).clone(),
+            "v": state.get("exp_avg_sq", zero).clone(),
+            "x": state.get("max_exp_avg_sq", zero).clone(),
+            "step": state.get("step", torch.zeros(())).clone(),
+        }
+
+    def check(self, name: str, live: Tensor, got: Mapping[str, Tensor], what: str) -> None:
+        """``got``: parameter and moments as stored. Each must be what rounding makes of a value within the bound."""
+        exact = self.values(name)
+        for key, value in got.items():
+            bound = getattr(self.bounds[name], key)
+            low, high = (exact[key] - bound).to(value.dtype), (exact[key] + bound).to(value.dtype)
+            assert_within(value, low, high, f"{what}: {key} of {name!r}", where=live)
+
+    def follow(self, name: str, live: Tensor, got: Mapping[str, Tensor]) -> None:
+        """Start the next step from the values in ``got``."""
+        p = self.params[name]
+        state = self.stock.state[p]
+        homes = {"p": p.data, "m": state["exp_avg"], "v": state["exp_avg_sq"], "x": state.get("max_exp_avg_sq")}
+        for key, value in got.items():
+            homes[key].copy_(torch.where(live, value.double(), homes[key]))
+            getattr(self.bounds[name], key).zero_()
