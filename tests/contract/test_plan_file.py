@@ -210,6 +210,11 @@ def test_metadata_json_cannot_hold_is_refused_before_the_file_is_touched(path: P
 # --------------------------------------------------------------------------------------------------------- damage
 
 
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(PlanFileError, match=match):
+        FreezePlan.load(path)
+
+
 def loads_the_same_or_fails(path: Path, what: str) -> None:
     """The one law of damaged files."""
     try:
@@ -256,8 +261,7 @@ def test_every_truncation_is_seen(path: Path) -> None:
 def test_bytes_added_at_the_end_are_seen(path: Path, tail: bytes) -> None:
     a_plan().save(path)
     path.write_bytes(path.read_bytes() + tail)
-    with pytest.raises(PlanFileError, match="truncated or not a plan file"):
-        FreezePlan.load(path)
+    refused(path, "truncated or not a plan file")
 
 
 @pytest.mark.parametrize(
@@ -279,8 +283,7 @@ def test_bytes_added_at_the_end_are_seen(path: Path, tail: bytes) -> None:
 )
 def test_junk_is_not_a_plan(path: Path, junk: bytes) -> None:
     path.write_bytes(junk)
-    with pytest.raises(PlanFileError, match=r"FreezePlan\.load: .*not a plan file"):
-        FreezePlan.load(path)
+    refused(path, r"FreezePlan\.load: .*not a plan file")
 
 
 def test_a_plan_file_error_is_a_value_error_that_names_the_file(path: Path) -> None:
@@ -298,11 +301,9 @@ def test_missing_files_and_directories(path: Path) -> None:
 
 def test_weights_are_not_a_plan(path: Path) -> None:
     safetensors.torch.save_file({"up.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(PlanFileError, match=r"format None, expected 'safefreeze\.plan': not a plan file"):
-        FreezePlan.load(path)
+    refused(path, r"format None, expected 'safefreeze\.plan': not a plan file")
     safetensors.torch.save_file({"up.weight": torch.zeros(2, 2)}, path, {"format": "pt"})
-    with pytest.raises(PlanFileError, match=r"format 'pt', expected 'safefreeze\.plan': not a plan file"):
-        FreezePlan.load(path)
+    refused(path, r"format 'pt', expected 'safefreeze\.plan': not a plan file")
 
 
 # ------------------------------------------------------------------------------------------ files made up on purpose
@@ -338,8 +339,7 @@ def make_up(
 
 def test_a_later_version_says_upgrade(path: Path) -> None:
     make_up(path, lambda masks, tensors, header: header.update(version="2"))
-    with pytest.raises(PlanFileError, match="has version '2', this package reads 1: upgrade safefreeze-kernels"):
-        FreezePlan.load(path)
+    refused(path, "has version '2', this package reads 1: upgrade safefreeze-kernels")
 
 
 def test_an_altered_header_fails_its_checksum(path: Path) -> None:
@@ -348,11 +348,9 @@ def test_an_altered_header_fails_its_checksum(path: Path) -> None:
     for key in set(header) - {"format", "version"}:
         for value in (header[key] + " ", ""):
             path.write_bytes(safetensors.numpy.save(tensors, {**header, key: value}))
-            with pytest.raises(PlanFileError, match="altered: its header does not match its checksum"):
-                FreezePlan.load(path)
+            refused(path, "altered: its header does not match its checksum")
         path.write_bytes(safetensors.numpy.save(tensors, {k: v for k, v in header.items() if k != key}))
-        with pytest.raises(PlanFileError, match="altered"):
-            FreezePlan.load(path)
+        refused(path, "altered")
 
 
 def test_altered_contents_fail_the_fingerprint(path: Path) -> None:
@@ -423,8 +421,7 @@ def _entry(**fields: Any) -> Callable[[dict[str, Any], Tensors, Header], None]:
 )
 def test_a_file_that_makes_no_sense_is_refused(path: Path, change: Any) -> None:
     make_up(path, change[1])
-    with pytest.raises(PlanFileError, match=path.name):
-        FreezePlan.load(path)
+    refused(path, path.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.complex64], ids=str)
@@ -434,8 +431,7 @@ def test_dtypes_numpy_does_not_know_are_refused(path: Path, dtype: torch.dtype) 
     odd = {key: torch.from_numpy(array.astype(np.int64)) for key, array in tensors.items()}
     odd["up.weight:rows"] = odd["up.weight:rows"].to(dtype)
     path.write_bytes(safetensors.torch.save(odd, header))
-    with pytest.raises(PlanFileError, match=path.name):
-        FreezePlan.load(path)
+    refused(path, path.name)
 
 
 @pytest.mark.parametrize(

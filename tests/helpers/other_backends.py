@@ -7,7 +7,12 @@ cuda           the CUDA kernels on a GPU
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +36,26 @@ def other_backend(name: str) -> Backend:
     if isinstance(state, str):
         raise RuntimeError(f"SAFEFREEZE_TEST_BACKEND={name}: {state}")
     return state if not state.refusal(torch.device("cpu")) else OnDevice(state, torch.device("cuda", 0))
+
+
+TESTS = Path(__file__).parents[1]
+# What of the suite takes a backend by name, beside the contract.
+SUITE = (
+    "kernels/test_kernels.py", "kernels/test_capturable.py",
+    *(f"contract/test_{name}.py" for name in ("gradients", "fused_clipping", "guard", "low_precision")),
+)  # fmt: skip
+
+
+def run_suite(*names: str, least: int, **environment: str) -> None:
+    """Test files in a process of its own, with ``environment``: ``least`` tests or more must pass, and none fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore",
+         *(str(TESTS / name) for name in names)],
+        env={**os.environ, **environment}, capture_output=True, text=True, cwd=TESTS.parent, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= least, f"expected {least} to pass:\n{done.stdout[-2000:]}"
 
 
 class OnDevice:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,21 +9,16 @@ import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
+from other_backends import SUITE, run_suite
 
 from safefreeze_kernels.kernels import backend as kernels
 from safefreeze_kernels.kernels import cuda
 from safefreeze_kernels.kernels.backend import Backend
 
-TESTS = Path(__file__).parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_STATE = kernels.backend_state("cuda")
 needs_gpu = pytest.mark.skipif(isinstance(GPU_STATE, str), reason=f"GPU only: {GPU_STATE}")
-# What else of the suite takes a backend by name.
-SUITE = (
-    "kernels/test_kernels.py",
-    "kernels/test_capturable.py",
-    *(f"contract/test_{name}.py" for name in ("contract", "gradients", "fused_clipping", "guard", "low_precision")),
-)
+CONTRACT, MACHINE = "contract/test_contract.py", "contract/test_machine.py"
 
 
 @pytest.fixture(scope="module")
@@ -70,34 +60,18 @@ def test_far_addresses_on_a_gpu() -> None:
     check_far(GPU_STATE, GPU)
 
 
-def run_suite(backend: str, names: tuple[str, ...] = SUITE, least: int = 601) -> None:
-    """Tests with ``backend`` for all others, in a process of its own; ``least`` of them must pass."""
-    files = [str(TESTS / name) for name in names]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files],
-        env={**os.environ, "SAFEFREEZE_TEST_BACKEND": backend},
-        capture_output=True,
-        text=True,
-        cwd=TESTS.parent,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    dots = sum(line.split(" ")[0].count(".") for line in done.stdout.splitlines() if re.match(r"[.sx]+ +\[", line))
-    assert dots >= least, f"only {dots} tests ran:\n{done.stdout[-2000:]}"
-
-
 def test_the_suite_holds_on_the_host(native: Any) -> None:
-    run_suite("cuda-on-host")
+    run_suite(*SUITE, CONTRACT, least=601, SAFEFREEZE_TEST_BACKEND="cuda-on-host")
 
 
 def test_random_programs_on_the_host(native: Any) -> None:
     """Beside the other backends, in the same programs."""
-    run_suite("cuda-on-host", ("contract/test_machine.py",), least=2)
+    run_suite(MACHINE, least=2, SAFEFREEZE_TEST_BACKEND="cuda-on-host")
 
 
 @needs_gpu
 def test_the_suite_holds_on_a_gpu() -> None:
-    run_suite("cuda")
+    run_suite(*SUITE, CONTRACT, least=601, SAFEFREEZE_TEST_BACKEND="cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up

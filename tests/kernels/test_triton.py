@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
+from other_backends import SUITE, run_suite
 
 from safefreeze_kernels.kernels.backend import Backend, BackendUnavailableError, backend_state, choose_backend
 from safefreeze_kernels.kernels.parts import compile_live
@@ -23,12 +20,6 @@ triton = pytest.importorskip("triton")
 
 # Read when Triton is imported: one process either interprets or compiles.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TESTS = Path(__file__).parents[1]
-# What else of the suite takes a backend by name.
-SUITE = [
-    *(str(TESTS / f"kernels/test_{name}.py") for name in ("kernels", "capturable")),
-    *(str(TESTS / f"contract/test_{name}.py") for name in ("gradients", "fused_clipping", "guard", "low_precision")),
-]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICE = CPU if INTERPRETED else GPU
 STATE = backend_state("triton")
@@ -61,34 +52,17 @@ def test_far_addresses(backend: Backend) -> None:
     check_far(backend, DEVICE)
 
 
-def run_pytest(*arguments: str, expected: int, **environment: str) -> None:
-    """Runs pytest in a process of its own, where ``expected`` tests or more must pass and none fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=TESTS.parent,
-        timeout=1800,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= expected, (
-        f"expected {expected} tests to pass:\n{done.stdout[-2000:]}"
-    )
-
-
 @not_in_child
 @interprets
 def test_interpreted() -> None:
-    run_pytest(__file__, expected=len(CASES) + 1, TRITON_INTERPRET="1")
+    run_suite(__file__, least=len(CASES) + 1, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @not_in_child
 @interprets
 def test_the_suite_holds_interpreted() -> None:
-    run_pytest(*SUITE, expected=500, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+    run_suite(*SUITE, least=500, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
 
 
 @pytest.mark.slow
@@ -96,14 +70,13 @@ def test_the_suite_holds_interpreted() -> None:
 @interprets
 def test_random_programs_interpreted() -> None:
     """Beside the other backends, in the same programs."""
-    machine = str(TESTS / "contract/test_machine.py")
-    run_pytest(machine, "-m", "not slow", expected=2, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
+    run_suite("contract/test_machine.py", least=2, TRITON_INTERPRET="1", SAFEFREEZE_TEST_BACKEND="triton")
 
 
 @pytest.mark.slow
 @compiled
 def test_the_suite_holds_on_a_gpu() -> None:
-    run_pytest(*SUITE, expected=500, SAFEFREEZE_TEST_BACKEND="triton")
+    run_suite(*SUITE, least=500, SAFEFREEZE_TEST_BACKEND="triton")
 
 
 # ----------------------------------------------------------------------------------------------------- who it serves
