@@ -1,11 +1,4 @@
-"""The work list: a plan compiled against tensor shapes into the pieces a kernel visits.
-
-A live list visits what trains; a frozen row or column is simply not in it. A frozen list visits what does not train.
-Nothing here knows addresses, dtypes of parameters, or hyper-parameters, so a list lives as long as its plan.
-
-Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state without the frozen rows and
-columns (live list), or a copy of the frozen elements (frozen list).
-"""
+"""When the live elements of a tensor were thawed: their bias correction counts from there."""
 
 from __future__ import annotations
 

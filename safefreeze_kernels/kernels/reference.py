@@ -22,7 +22,7 @@ def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, s: Any, *, l2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One element-wise Adam(W) update in float32, or in float64 if the operands are: new ``p, m, v, v_max``. ``s`` is a
-    row of `kernels.SCALARS`, or of `SCALARS_DOUBLE`."""
+    row of `operands.SCALARS`, or of `SCALARS_DOUBLE`."""
     g = g * s.grad_multiplier
     if l2:
         g = g + s.weight_decay * p

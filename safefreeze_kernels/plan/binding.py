@@ -91,25 +91,31 @@ def bind(
                 "names in the plan and in what is passed, for example ('actor.' + name, parameter) and "
                 "('critic.' + name, parameter)"
             )
-        if tuple(param.shape) != mask.shape:
-            raise ValueError(
-                f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan "
-                "for the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
-            )
-        if require_grad and not param.requires_grad:
-            raise ValueError(
-                f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
-                "at all: take it out of the plan, or call requires_grad_(True)"
-            )
-        other = bound.get(id(param))
-        if other is not None and other.mask != mask:
-            raise ValueError(
-                f"{operation}: {other.name!r} and {name!r} are one tied tensor with two different masks; "
-                "give it one mask, for example the union"
-            )
-        bound.setdefault(id(param), BoundMask(name, param, mask, [])).plan_names.append(plan_name)
+        entry = bound.setdefault(id(param), BoundMask(name, param, mask, []))
+        _refuse_misfit(entry, name, mask, operation, require_grad)
+        entry.plan_names.append(plan_name)
     _refuse_overlap(list(bound.values()), named, operation, twins_allowed=twins)
     return list(bound.values())
+
+
+def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str, require_grad: bool) -> None:
+    """A mask that does not fit the parameter of this name, or not the mask it has under another name."""
+    param = entry.param
+    if tuple(param.shape) != mask.shape:
+        raise ValueError(
+            f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan "
+            "for the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
+        )
+    if require_grad and not param.requires_grad:
+        raise ValueError(
+            f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
+            "at all: take it out of the plan, or call requires_grad_(True)"
+        )
+    if entry.mask is not mask and entry.mask != mask:
+        raise ValueError(
+            f"{operation}: {entry.name!r} and {name!r} are one tied tensor with two different masks; "
+            "give it one mask, for example the union"
+        )
 
 
 # What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing; PEFT's
