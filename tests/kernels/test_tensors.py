@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -113,6 +114,10 @@ def test_an_entry_that_is_no_dict_is_a_change(compiled: bool) -> None:
     assert not found.hold(state)
 
 
+def a_reader(params: list[Tensor]) -> GradientReader:
+    return GradientReader(params, [f"p{i}" for i in range(len(params))])
+
+
 def test_nothing_leaks() -> None:
     state = a_state(2)
     p = first(state)
@@ -120,9 +125,9 @@ def test_nothing_leaks() -> None:
     watched = [p, state[p], state[p]["exp_avg"], p.grad]
     before = [sys.getrefcount(item) for item in watched]
     for _ in range(5):
-        found, reader = whereabouts(state), GradientReader(list(state))
+        found, reader = whereabouts(state), a_reader(list(state))
         found.hold(state)
-        reader.read(list(state))
+        reader.read(list(state), "test")
         del found, reader
     gc.collect()
     assert [sys.getrefcount(item) for item in watched] == before
@@ -141,11 +146,11 @@ SHAPES = ((3, 4), (), (5,), (2, 3, 4), (0, 3), (1, 6))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_gradients_are_read(compiled: bool, dtype: torch.dtype) -> None:
     params = [torch.nn.Parameter(p.detach().to(dtype)) for p in params_with_gradients(*SHAPES)]
-    reader = GradientReader(params)
+    reader = a_reader(params)
     for _ in range(2):  # new gradients each time, as after zero_grad
         for p in params:
             p.grad = torch.randn_like(p)
-        grads = reader.read(params)
+        grads = reader.read(params, "test")
         assert grads.plain and all(grad is p.grad for grad, p in zip(grads, params, strict=True))
         assert (grads.tables is not None) == compiled
     if grads.tables is not None:
@@ -179,18 +184,22 @@ def other_shape(p: Tensor) -> None:
     p.grad = torch.zeros(4, 3)
 
 
-@pytest.mark.parametrize("change", [no_gradient, other_dtype, strided, sparse, other_shape])
-def test_other_gradients_are_not_plain(compiled: bool, change: Callable[[Tensor], None]) -> None:
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [(no_gradient, ""), (other_dtype, ""), (strided, ""), (sparse, "'p1' has layout"), (other_shape, "'p1' has shape")],
+)
+def test_other_gradients_are_not_plain(compiled: bool, change: Callable[[Tensor], None], refusal: str) -> None:
     params = params_with_gradients((2, 2), (3, 4), (5,))
-    reader = GradientReader(params)
-    assert reader.read(params).plain
+    reader = a_reader(params)
+    assert reader.read(params, "test").plain
     change(params[1])
-    grads = reader.read(params)
-    assert not grads.plain and grads.tables is None
-    assert all(grad is p.grad for grad, p in zip(grads, params, strict=True))
+    with pytest.raises((RuntimeError, ValueError), match=f"test: .*{refusal}") if refusal else nullcontext():
+        grads = reader.read(params, "test")
+        assert not grads.plain and grads.tables is None
+        assert all(grad is p.grad for grad, p in zip(grads, params, strict=True))
 
 
 def test_float64_is_never_plain(compiled: bool) -> None:
     p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     p.grad = torch.zeros_like(p)
-    assert not GradientReader([p]).read([p]).plain
+    assert not a_reader([p]).read([p], "test").plain
