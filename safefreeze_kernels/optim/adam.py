@@ -31,6 +31,7 @@ from .checks import (
     check_trained,
     checked_plan,
     hyper_parameters,
+    of_an_earlier_version,
 )
 from .compiled import Handle, traced_step, untraced_step
 from .launch import LaunchPlan, LaunchPlans, PendingFactor, kernel_dtypes, make_launch_plans, multiplier
@@ -120,7 +121,7 @@ class MaskedAdam(Optimizer):
     def _start(self) -> None:
         """What no copy inherits: it is found out again at the next step."""
         self._launch = LaunchPlans()
-        self._pending: PendingFactor | None = None
+        self._pending = PendingFactor()  # what clipping left for the next step to do
         self._agreement: PlanAgreement | None = None
         self._warned = False
         self._handle = Handle(self._launch_plans, self._update)
@@ -171,7 +172,7 @@ class MaskedAdam(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         captured = all(group["capturable"] for group in self.param_groups)
         if not captured and found_inf is not None and found_inf.item() != 0:
-            self._pending = None
+            self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
@@ -192,15 +193,15 @@ class MaskedAdam(Optimizer):
             return
         if not any(grads.plain or any(g is not None for g in grads) for grads in found):
             self._trains_nothing()
-        factor = self._factor([grads.tensors for grads in found] if all(grads.own for grads in found) else None)
+        factor = multiplier(grad_scale, self._pending.now(self.param_groups, type(self).__name__, found))
         for plan, ready in zip(plans, prepared, strict=True):
-            plan.run(ready, multiplier(grad_scale, factor), found_inf)
-        self._pending = None
+            plan.run(ready, factor, found_inf)
+        self._pending.drop()
 
     def _launch_plans(self) -> list[LaunchPlan]:
         """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced."""
         if not self._launch.valid(self.param_groups, self.state):
-            self._factor()  # an error now, and not once state was made
+            self._pending.now(self.param_groups, type(self).__name__)  # an error now, and not once state was made
             self._look_for_abandoned()
             self._make_launch_plans()
             for plan in self._launch.plans:
@@ -249,8 +250,6 @@ class MaskedAdam(Optimizer):
             self._warned = True
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
-    # -- the clip factor ----------------------------------------------------------------------------------------
-
     def multiply_gradients_(self, factor: Tensor, gradients: list[Tensor | None] | None = None) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
         then; called again before it, the last factor holds. `clip_grad_norm_` with ``optimizer=`` calls this.
@@ -259,30 +258,17 @@ class MaskedAdam(Optimizer):
         are gone it is dropped; if some are, or if one was written to, or the plan, the state or the groups changed, the
         next step raises RuntimeError.
         """
-        gradients = self._present_gradients() if gradients is None else gradients
+        gradients = [p.grad for p in all_params(self.param_groups)] if gradients is None else gradients
         if all(gradient is None for gradient in gradients):
             raise RuntimeError(
                 f"{type(self).__name__}.multiply_gradients_: no parameter has a gradient, expected those that the "
                 "factor is for; call it after the backward pass"
             )
-        self._pending = PendingFactor(factor, gradients)
-
-    def _present_gradients(self) -> list[Tensor | None]:
-        return [p.grad for group in self.param_groups for p in group["params"]]
-
-    def _factor(self, gradients: Sequence[list[Tensor | None]] | None = None) -> Tensor | None:
-        """What this step multiplies gradients by (``gradients``: all of them, if just read); see `PendingFactor`."""
-        if self._pending is None:
-            return None
-        return self._pending.factor_now(gradients or [self._present_gradients()], type(self).__name__)
-
-    def _invalidate_factor(self, why: str) -> None:
-        if self._pending is not None:
-            self._pending.invalid = why
+        self._pending.put(factor, gradients)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; drops what `multiply_gradients_` said of these gradients."""
-        self._pending = None
+        self._pending.drop()
         super().zero_grad(set_to_none)
 
     # -- parameters and plan ------------------------------------------------------------------------------------
@@ -312,7 +298,7 @@ class MaskedAdam(Optimizer):
         if self._agreement is not None:  # ranks agree on plans of these very parameters
             self._agreement = None
             self._note_plan()
-        self._invalidate_factor("a parameter group was added")
+        self._pending.invalid = "a parameter group was added"
 
     @property
     def plan(self) -> FreezePlan | None:
@@ -349,7 +335,7 @@ class MaskedAdam(Optimizer):
             self.state[p].update(packed_state)
         self._ages = {name: age for name, age in ages.items() if age}
         if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
-            self._invalidate_factor("the plan changed")
+            self._pending.invalid = "the plan changed"
         self._plan, self._masks = plan, {member.name: member.mask for member in members}
         self._launch.forget()
         self._note_plan(anew=True)
@@ -416,13 +402,15 @@ class MaskedAdam(Optimizer):
             super().load_state_dict(state_dict)
         self._ages = ages
         self._launch.forget()
-        self._invalidate_factor("state was loaded")
+        self._pending.invalid = "state was loaded"
         self._note_plan()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_backend" in state:  # pickled by an earlier version
+            state = {**of_an_earlier_version(state, type(self).__name__), **state}
         copied = "_settings" in state  # or loaded: torch's loader comes here too
         if copied:
             self._start()
@@ -432,6 +420,8 @@ class MaskedAdam(Optimizer):
                 group.setdefault(key, value)
         if copied:
             self._names.note(self.param_groups)
+            if "_masks" not in state:
+                self._masks = {member.name: member.mask for member in self._members()}
             self._note_plan()
 
 

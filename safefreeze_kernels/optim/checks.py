@@ -296,3 +296,12 @@ class GivenNames:
                 for i, group in enumerate(groups)
             ]
         return keep(groups, 0)
+
+
+def of_an_earlier_version(state: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    """What a copy of an optimizer has now, from what one has that was pickled when settings were attributes."""
+    fields = ("backend", "state_dtype", "master", "rounding", "seed", "dense_checkpoints")
+    names = GivenNames()
+    names.aliases = state["_aliases"]
+    masks = {"_masks": state["_in_force"]} if "_in_force" in state else {}
+    return {"_settings": Settings(optimizer, *(state[f"_{field}"] for field in fields)), "_names": names, **masks}

@@ -330,28 +330,41 @@ def _cache_key(groups: list[dict[str, Any]]) -> Any:
 
 
 class PendingFactor:
-    """What the next step multiplies gradients by, and which gradients these are. They are kept until then, so that no
-    other can be taken for one of them.
+    """What the next step multiplies gradients by, if anything, and which gradients these are. They are kept until then,
+    so that no other can be taken for one of them.
 
     Attributes:
+        factor: a one-element tensor; None: there is nothing to multiply by.
         invalid: what changed, so that the factor is none for these gradients any more; "": nothing.
     """
 
-    def __init__(self, factor: Tensor, gradients: list[Tensor | None]) -> None:
-        self.factor, self.invalid = factor, ""
-        self._gradients = gradients
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        self.factor: Tensor | None = None
+        self.invalid = ""
+        self._gradients: list[Tensor | None] = []
+
+    def put(self, factor: Tensor, gradients: list[Tensor | None]) -> None:
+        self.factor, self.invalid, self._gradients = factor, "", gradients
         self._trace = trace(gradients)
 
-    def factor_now(self, gradients: Sequence[list[Tensor | None]], what: str) -> Tensor | None:
-        """The factor, if ``gradients`` (in lists) are as they were; None if none of them is there any more.
+    def now(self, groups: list[dict[str, Any]], what: str, read: Sequence[Gradients] = ()) -> Tensor | None:
+        """The factor, if gradients are as they were; None if none of them is there any more. ``read``: the gradients of
+        all parameters in ``groups``, if they were just read.
 
         Raises:
             RuntimeError: some of them changed, or something else did that the factor depends on.
         """
-        why = self.invalid
-        if sum(map(trace, gradients)) % 2**64 != self._trace:
+        if self.factor is None:
+            return None
+        why, present = self.invalid, [grads.tensors for grads in read if grads.own]
+        if len(present) < max(len(read), 1):
+            present = [[p.grad for group in groups for p in group["params"]]]
+        if sum(map(trace, present)) % 2**64 != self._trace:
             known = {id(g) for g in self._gradients if g is not None}
-            if known.isdisjoint(id(g) for each in gradients for g in each):
+            if known.isdisjoint(id(g) for each in present for g in each):
                 return None
             why = "gradients changed"
         if why:
@@ -381,31 +394,33 @@ def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
 
 def _host_scalars(group: dict[str, Any], step: int) -> tuple[float, ...]:
     """A row of `SCALARS`, for what took ``step`` steps with this one."""
-    lr, beta1, beta2, eps, weight_decay = hyper_parameters(group)
-    return adamw_scalars(
-        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
-        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"],
-    )  # fmt: skip
+    return _finished(group, hyper_parameters(group), step)
 
 
 def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
     """Words of `SCALARS` rows, int32 [steps, 11] (`SCALARS_DOUBLE`: [steps, 21]), from float64 ``step`` counts; tensors
     in ``group`` are read there."""
     given = (group["lr"], *group["betas"])
-    known = [0.0 if isinstance(value, Tensor) else value for value in given]
-    *numbers, eps, weight_decay = hyper_parameters({**group, "lr": known[0], "betas": known[1:]})
-    lr, beta1, beta2 = (
+    lr, *betas = (0.0 if isinstance(value, Tensor) else value for value in given)
+    numbers = hyper_parameters({**group, "lr": lr, "betas": betas})
+    there = [
         value.to(step.device, torch.float64).reshape(()) if isinstance(value, Tensor) else number
-        for value, number in zip(given, numbers, strict=True)
-    )
-    words = adamw_scalars(
-        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
-        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"],
-    )  # fmt: skip
+        for value, number in zip(given, numbers, strict=False)
+    ]
+    words = _finished(group, (*there, *numbers[3:]), step)
     # filled there: a number copied from the host would be waited for
     columns = [w.expand_as(step) if isinstance(w, Tensor) else torch.full_like(step, w) for w in words]
     floats = torch.stack(columns[:-1], dim=1).to(exact).view(torch.int32)
     return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
+
+
+def _finished(group: dict[str, Any], numbers: Sequence[Any], step: Any) -> tuple[Any, ...]:
+    """`adamw_scalars` of a group whose `hyper_parameters` are ``numbers``."""
+    lr, beta1, beta2, eps, weight_decay = numbers
+    return adamw_scalars(
+        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
+        decoupled=group["decoupled_weight_decay"], maximize=group["maximize"],
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- work list, complex parameters

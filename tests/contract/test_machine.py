@@ -373,7 +373,7 @@ class Training(RuleBasedStateMachine):
         for b in BACKENDS:
             params = self.params(b)
             before = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
-            sf.zero_frozen_grads_(params, self.plan, backend=self.optimizers[b]._backend)
+            sf.zero_frozen_grads_(params, self.plan, backend=self.optimizers[b]._settings.backend)
             for name, old in before.items():
                 now, still = params[name].grad, self.frozen(name)
                 assert_same_bits(now, torch.zeros_like(now), f"frozen gradient of {name}", where=still)

@@ -199,7 +199,10 @@ def test_what_schedulers_and_frameworks_write_is_loaded(number: Callable[[float]
 def test_an_optimizer_pickled_by_an_earlier_version_goes_on() -> None:
     model, other = layer(), layer()
     optimizer, expected = trained(model), trained(other)
-    state = {key: value for key, value in optimizer.__getstate__().items() if key != "_in_force"}
+    state = optimizer.__getstate__()
+    settings, names, _ = (state.pop(key) for key in ("_settings", "_names", "_masks"))
+    state |= {f"_{key}": value for key, value in vars(settings).items() if key != "optimizer"}
+    state["_aliases"] = names.aliases
     restored = sf.MaskedAdamW.__new__(sf.MaskedAdamW)
     restored.__setstate__(state)
     for each, opt in ((model, restored), (other, expected)):

@@ -118,8 +118,8 @@ MUTANTS: Final = (
     Mutant(
         "the clip factor is dropped",
         "optim/adam.py",
-        "        self._pending = PendingFactor(factor,",
-        "        PendingFactor(factor,",
+        "        self._pending.put(factor, gradients)\n",
+        "",
         ("contract/test_fused_clipping.py",),
     ),
     Mutant(
@@ -250,8 +250,8 @@ MUTANTS: Final = (
     Mutant(
         "a load has ranks forget to compare plans",
         "optim/adam.py",
-        '        self._invalidate_factor("state was loaded")\n        self._note_plan()\n',
-        '        self._invalidate_factor("state was loaded")\n        self._agreement = None\n',
+        '        self._pending.invalid = "state was loaded"\n        self._note_plan()\n',
+        '        self._pending.invalid = "state was loaded"\n        self._agreement = None\n',
     ),
     Mutant(
         "launch plans outlive a change of live gradients",
@@ -262,14 +262,14 @@ MUTANTS: Final = (
     Mutant(
         "a clip factor outlives the plan",
         "optim/adam.py",
-        "            self._pending.invalid = why\n",
+        '            self._pending.invalid = "the plan changed"\n',
         "            pass\n",
     ),
     Mutant(
         "a clip factor outlives its gradients",
         "optim/launch.py",
-        "for each in gradients for g in each):\n                return None",
-        "for each in gradients for g in each):\n                return self.factor",
+        "for each in present for g in each):\n                return None",
+        "for each in present for g in each):\n                return self.factor",
     ),
     Mutant(
         "a damaged note of the plan is taken as it is",
