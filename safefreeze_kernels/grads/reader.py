@@ -132,7 +132,7 @@ class GradientReader:
         self._one_device = len({p.device for p in expected}) == 1
         self._single = [i for i, p in enumerate(expected) if p.numel() == 1]
         self._native = None if _C is None else _C.Gradients(Tensor, expected)
-        self._looks = [] if self._native else list(map(_look, expected))
+        self._expected = [] if self._native else list(map(_metadata, expected))
 
     @property
     def packed(self) -> list[bool]:
@@ -165,7 +165,7 @@ class GradientReader:
                 holder.grad = grad.packed if isinstance(grad, PackedGradient) else grad
         if self._native is None:
             tensors = [p.grad for p in owners]
-            plain = all(map(self._is_plain, tensors, self._looks))
+            plain = all(map(self._is_plain, tensors, self._expected))
         else:
             tensors = list(owners)  # to be overwritten one by one
             plain = self._native.read(owners, tensors)
@@ -185,11 +185,11 @@ class GradientReader:
         return Gradients(tensors)
 
     @staticmethod
-    def _is_plain(grad: Tensor | None, look: tuple[Any, ...]) -> bool:
-        return grad is not None and _look(grad) == look and grad.is_contiguous() and grad.dtype in STORAGE
+    def _is_plain(grad: Tensor | None, expected: tuple[Any, ...]) -> bool:
+        return grad is not None and _metadata(grad) == expected and grad.is_contiguous() and grad.dtype in STORAGE
 
 
-def _look(tensor: Tensor) -> tuple[Any, ...]:
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 

@@ -170,8 +170,8 @@ class MaskedAdam(Optimizer):
         """
         _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        captured = all(group["capturable"] for group in self.param_groups)
-        if not captured and found_inf is not None and found_inf.item() != 0:
+        on_device = all(group["capturable"] for group in self.param_groups)
+        if not on_device and found_inf is not None and found_inf.item() != 0:
             self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:

@@ -320,15 +320,16 @@ def read_state_dict(given: Any, what: str) -> list[Saved]:
         _check_group(group, label, what)
         keys = group.get("params")
         _expect(isinstance(keys, list), what, f"{label}['params']", keys, "a list of numbers")
-        note = _Note.read(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys))
-        for place, key in enumerate(map(_hashable, keys)):
-            state = given["state"].get(key)
+        note = _read_note(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys))
+        for place, number in enumerate(keys):
+            number = number if isinstance(number, (int, str)) else repr(number)  # hashable
+            state = given["state"].get(number)
             if state is not None:
-                _check_state(state, f"state[{key!r}]", what)
-            ages = note.ages.get(str(place))
+                _check_state(state, f"state[{number!r}]", what)
+            mask, ages = (note.get(entry, {}).get(str(place)) for entry in ("masks", "ages"))
             if ages is not None and not state:
-                raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {key!r}, which has no state")
-            found.append(Saved(key, state or None, note.noted, note.masks.get(str(place)), note.packed, ages))
+                raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {number!r}, which has no state")
+            found.append(Saved(number, state or None, bool(note), mask, note.get("packed", False), ages))
     if len({saved.key for saved in found}) < len(found):
         raise ValueError(f"{what}: param_groups name a parameter twice, expected each number once")
     return found
@@ -338,10 +339,6 @@ def _expect(right: bool, what: str, label: str, got: Any, expected: str) -> None
     if not right:
         told = f"{got!r:.60}" if isinstance(got, (str, int, float)) else f"a {type(got).__name__}"
         raise ValueError(f"{what}: {label} is {'missing' if got is None else told}, expected {expected}")
-
-
-def _hashable(key: Any) -> Any:
-    return key if isinstance(key, (int, str)) else repr(key)
 
 
 def _check_group(group: Mapping[str, Any], label: str, what: str) -> None:
@@ -392,39 +389,30 @@ def _check_moment(moment: Any, label: str, what: str, *, whole: bool) -> None:
         raise ValueError(f"{what}: {label} has dtype {moment.dtype}, expected {'int16' if whole else 'floating point'}")
 
 
-@dataclass(frozen=True)
-class _Note:
-    """What a saved group tells of its plan, as `plan_note` wrote it. Keys are places in the group."""
-
-    noted: bool
-    packed: bool
-    masks: Mapping[str, str]
-    ages: Mapping[str, list[str]]
-
-    @classmethod
-    def read(cls, text: Any, label: str, what: str, n_params: int) -> _Note:
-        if text is None:
-            return cls(False, False, {}, {})
-        _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
-        try:
-            note = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
-        _expect(isinstance(note, dict), what, label, note, "a JSON object")
-        version = note.get("version")
-        _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1")
-        if version != 1:
-            raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1; upgrade it")
-        packed = note.get("packed")
-        _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
-        for key in ("masks", "ages"):
-            _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
-            for place in note[key]:
-                if not (place.isdecimal() and place.isascii() and int(place) < n_params):
-                    raise ValueError(f"{what}: {label}: {key} names place {place!r:.30}, expected 0 to {n_params - 1}")
-        for place, mask in note["masks"].items():
-            _expect(isinstance(mask, str), what, f"{label}: masks[{place!r}]", mask, "a fingerprint")
-        for place, ages in note["ages"].items():
-            right = isinstance(ages, list) and len(ages) in (2, 3) and all(isinstance(age, str) for age in ages)
-            _expect(right, what, f"{label}: ages[{place!r}]", ages, "two or three texts")
-        return cls(True, packed, note["masks"], note["ages"])
+def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any]:
+    """What a saved group tells of its plan, as `plan_note` wrote it: "packed", and by places in the group "masks" and
+    "ages". Empty: it tells of none."""
+    if text is None:
+        return {}
+    _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
+    try:
+        note: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
+    _expect(isinstance(note, dict), what, label, note, "a JSON object")
+    version, packed = note.get("version"), note.get("packed")
+    _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1")
+    if version != 1:
+        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1; upgrade it")
+    _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
+    for key in ("masks", "ages"):
+        _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
+        for place, got in note[key].items():
+            if not (place.isdecimal() and place.isascii() and int(place) < n_params):
+                raise ValueError(f"{what}: {label}: {key} names place {place!r:.30}, expected 0 to {n_params - 1}")
+            right, expected = isinstance(got, str), "a fingerprint"
+            if key == "ages":
+                right = isinstance(got, list) and len(got) in (2, 3) and all(isinstance(age, str) for age in got)
+                expected = "two or three texts"
+            _expect(right, what, f"{label}: {key}[{place!r}]", got, expected)
+    return note

@@ -105,7 +105,7 @@ MUTANTS: Final = (
     Mutant(
         "found_inf is not looked at",
         "optim/adam.py",
-        "if not captured and found_inf is not None and found_inf.item() != 0:",
+        "if not on_device and found_inf is not None and found_inf.item() != 0:",
         "if False:",
     ),
     Mutant(
