@@ -157,8 +157,9 @@ def _places(params: list[Tensor]) -> list[Any]:
 class _Writable:
     """Gradients to be written to. Kernels see contiguous ones: others are copied, and copied back by `finish`."""
 
-    def __init__(self, read: Gradients, names: Sequence[str], operation: str) -> None:
-        for tensor, name in () if read.plain else zip(read, names, strict=True):
+    def __init__(self, reader: GradientReader, params: list[Tensor], operation: str) -> None:
+        read = reader.read(params, operation)
+        for tensor, name in () if read.plain else zip(read, reader.names, strict=True):
             if tensor is not None and overlaps_itself(tensor):
                 raise ValueError(
                     f"{operation}: grad of {name!r} overlaps itself in memory (stride {tensor.stride()}) and cannot be "
@@ -191,10 +192,10 @@ class _Writable:
 
 
 def zero_listed_grads_(
-    backend: str, work: WorkList, reader: GradientReader, names: Sequence[str], params: list[Tensor], operation: str
+    backend: str, work: WorkList, reader: GradientReader, params: list[Tensor], operation: str
 ) -> bool:
     """Zero what a frozen list visits in the gradients of ``params``; whether these were plain (`Gradients`)."""
-    ready = _Writable(reader.read(params, operation), names, operation)
+    ready = _Writable(reader, params, operation)
     ready.backend(backend, operation).zero_(work, ready.grads)
     ready.finish()
     return ready.plain
@@ -216,10 +217,8 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     """
     operation = "zero_frozen_grads_"
     binding, params = _bind(model, plan, operation)
-    n = binding.n_masked
-    binding.sure = zero_listed_grads_(
-        backend, binding.frozen, binding.masked_reader, binding.names[:n], params[:n], operation
-    )
+    masked = params[: binding.n_masked]
+    binding.sure = zero_listed_grads_(backend, binding.frozen, binding.masked_reader, masked, operation)
 
 
 @overload
@@ -278,7 +277,7 @@ def clip_grad_norm_(
         plan = known if plan is None else plan
     binding, params = _bind(model, plan, operation)
     same = optimizer is not None and _check_same_gradients(optimizer, params, binding.names, plan or FreezePlan())
-    ready = _Writable(binding.reader.read(params, operation), binding.names, operation)
+    ready = _Writable(binding.reader, params, operation)
     chosen = ready.backend(backend, operation)
     norm, raw = _norms(chosen, binding, params, ready.grads, kind, return_raw)
     if error_if_nonfinite and not torch.isfinite(norm):

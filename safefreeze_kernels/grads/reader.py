@@ -123,7 +123,7 @@ class GradientReader:
 
     def __init__(self, params: Sequence[Tensor], names: Sequence[str], *, same_dtype: bool = False) -> None:
         self.packings: list[FreezeMask | None] = [packing(p.grad) for p in params]
-        self._names, self._same_dtype = names, same_dtype
+        self.names, self._same_dtype = names, same_dtype
         self._shapes = [p.shape for p in params]
         as_they_are = not any(map(is_sharded, params)) and not any(self.packings)
         self._inner = None if as_they_are else LocalGradients(params)
@@ -148,7 +148,7 @@ class GradientReader:
     def check_packings(self, masks: Sequence[FreezeMask], operation: str, *, exactly: bool) -> None:
         """Raise ValueError if a gradient is packed by something else than its mask or, where that need not be
         ``exactly`` so, lacks what its mask does not freeze."""
-        for name, found, mask in zip(self._names, self.packings, masks, strict=True):
+        for name, found, mask in zip(self.names, self.packings, masks, strict=True):
             if found is not None:
                 check_packing(found, mask if exactly else mask | found, name, operation)
 
@@ -176,7 +176,7 @@ class GradientReader:
         if plain:
             tables = None if self._native is None else self._native.tables
             return Gradients(tensors, plain=True, own=self._inner is None, tables=tables)
-        for grad, p, name, shape, mask in zip(tensors, params, self._names, self._shapes, self.packings, strict=True):
+        for grad, p, name, shape, mask in zip(tensors, params, self.names, self._shapes, self.packings, strict=True):
             if p.shape != shape:
                 raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
             if grad is not None:

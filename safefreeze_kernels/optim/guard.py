@@ -146,7 +146,7 @@ class Guard:
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, self._gradients, self._names, params, "guard")
+        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, "guard")
 
     def _after(self, *_: Any) -> None:
         self.put_back()
