@@ -1,15 +1,14 @@
-"""Gradients of a frozen model: zero the frozen part, clip by the norm of the live part."""
+"""What kernels take for a gradient, and errors that say what is wrong with others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ..kernels.operands import STORAGE
-from ..model.packed import PackedGradient
+from ..model.packed import packing
 from ..plan.mask import FreezeMask
 
 
@@ -18,7 +17,7 @@ def check_gradient(
 ) -> None:
     """Raise if ``grad`` is not what kernels take for a gradient of ``p``. ``dtypes``: what it may have; None: any of
     `STORAGE` where ``p`` is one of them, else that of ``p``."""
-    if isinstance(grad, PackedGradient):
+    if packing(grad) is not None:
         raise RuntimeError(
             f"{operation}: grad of {name!r} is packed by live_gradients(storage='packed'), expected an ordinary one; "
             "use MaskedAdamW or MaskedAdam, or storage='dense'"
@@ -41,11 +40,11 @@ def check_gradient(
         raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
 
 
-def check_packing(packing: FreezeMask, mask: FreezeMask, name: str, operation: str) -> None:
+def check_packing(packed_by: FreezeMask, mask: FreezeMask, name: str, operation: str) -> None:
     """Raise ValueError if a gradient is packed by something else than ``mask``."""
-    if packing != mask:
+    if packed_by != mask:
         raise ValueError(
-            f"{operation}: grad of {name!r} is packed by another plan: {packing.live_count:,} of {packing.numel:,} "
+            f"{operation}: grad of {name!r} is packed by another plan: {packed_by.live_count:,} of {packed_by.numel:,} "
             f"elements are held, expected {mask.live_count:,}; give live_gradients the same plan"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.backend import Backend, choose_backend
-from ..kernels.operands import STORAGE, GradientList, NormKind
+from ..kernels.operands import STORAGE, NormKind
 from ..kernels.parts import WorkList, compile_frozen, compile_live
 from ..model.sharding import local, local_mask, reduce_groups
 from ..plan.binding import Model, bind, named_tensors
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
-from .checks import check_gradient, check_packing, overlaps_itself, settled
-from .reader import GradientReader
+from .checks import overlaps_itself, settled
+from .reader import GradientReader, Gradients
 
 _NORM_KINDS: Final[dict[float, NormKind]] = {
     1.0: "sum_of_absolutes",
@@ -49,8 +50,8 @@ class StepsGradients(Protocol):
     def multiply_gradients_(self, factor: Tensor, gradients: list[Tensor | None] | None = None) -> None: ...
 
 
-class _Bound:
-    """A plan bound to a model: its trainable parameters, those the plan names first, and the lists compiled for them.
+class _Binding:
+    """A plan's names found in a model: its trainable parameters, those the plan names first, and their work lists.
 
     Refers to modules and parameters weakly, so that remembering a binding keeps no model alive. ``named`` is all there
     is of a model that is no module.
@@ -68,22 +69,21 @@ class _Bound:
             FreezeMask(local(p).shape) for _, p in rest.values()
         ]
         self.groups = list(map(reduce_groups, params))
-        self.shapes = [p.shape for p in params]
+        self._shapes = [p.shape for p in params]
         self._places = _places(params)
         self.sure = True  # the gradients were of the dtypes and on the device that the reader was made for
         self._params = [weakref.ref(p) for p in params]
         self._modules = (
             [weakref.ref(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else None
         )
-        self._contents = self._held(named)
-        self.gradients, self.masked_gradients = GradientReader(params), GradientReader(params[: self.n_masked])
-        # of a packed gradient, everything that is held is live
-        for i, (packing, mask) in enumerate(zip(self.gradients.packings, self.masks, strict=True)):
-            if packing is not None:
-                check_packing(packing, mask | packing, self.names[i], operation)
-                self.masks[i] = FreezeMask(packing.packed_shape)
-        self._live: WorkList | None = None
-        self._frozen: WorkList | None = None
+        self._contents = self._contents_now(named)
+        self.reader = GradientReader(params, self.names)
+        self.masked_reader = GradientReader(params[: self.n_masked], self.names[: self.n_masked])
+        self.reader.check_packings(self.masks, operation, exactly=False)
+        self.masks = [  # of a packed gradient, everything that is there is live
+            mask if packed_by is None else FreezeMask(packed_by.packed_shape)
+            for mask, packed_by in zip(self.masks, self.reader.packings, strict=True)
+        ]
 
     def params(self, named: list[tuple[str, Tensor]] | None) -> list[Tensor] | None:
         """The parameters, if the model still holds the same modules and parameters of the same looks.
@@ -91,41 +91,37 @@ class _Bound:
         ``named``: the pairs of a model that is no module.
         """
         params: list[Any] = [ref() for ref in self._params]
-        if self._held(named) != self._contents or any(p is None for p in params):
+        if self._contents_now(named) != self._contents or any(p is None for p in params):
             return None
-        if list(map(_SHAPE, params)) != self.shapes or not all(map(_TRAINS, params[: self.n_masked])):
+        if list(map(_SHAPE, params)) != self._shapes or not all(map(_TRAINS, params[: self.n_masked])):
             return None
         # The lists do not depend on these, and to look at them always would cost a third more.
         if not self.sure and _places(params) != self._places:
             return None
-        return params if self.gradients.reads(params) else None
+        return params if self.reader.packed_as_before(params) else None
 
-    def _held(self, named: list[tuple[str, Tensor]] | None) -> list[Any] | None:
-        """Which parameters and submodules each module holds, by identity, or the pairs; None if a module is gone."""
+    def _contents_now(self, named: list[tuple[str, Tensor]] | None) -> list[Any] | None:
+        """Which parameters and submodules each module has, by identity, or the pairs; None if a module is gone."""
         if self._modules is None:
             return [item for name, p in named or () for item in (name, id(p))]
-        held: list[Any] = []
+        contents: list[Any] = []
         for ref in self._modules:
             module = ref()
             if module is None:
                 return None
-            held += module._parameters.values()
-            held += module._modules.values()
-        return list(map(id, held))
+            contents += module._parameters.values()
+            contents += module._modules.values()
+        return list(map(id, contents))
 
-    @property
+    @cached_property
     def live(self) -> WorkList:
         """What trains, in all parameters."""
-        if self._live is None:
-            self._live = compile_live(self.masks)
-        return self._live
+        return compile_live(self.masks)
 
-    @property
+    @cached_property
     def frozen(self) -> WorkList:
         """What does not, in the first `n_masked` parameters."""
-        if self._frozen is None:
-            self._frozen = compile_frozen(self.masks[: self.n_masked])
-        return self._frozen
+        return compile_frozen(self.masks[: self.n_masked])
 
 
 _SHAPE: Final = attrgetter("shape")
@@ -135,7 +131,7 @@ _REMEMBERED: Final = 4
 _bindings: Final = WeakIdKeyDictionary()
 
 
-def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bound, list[Tensor]]:
+def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Binding, list[Tensor]]:
     """The binding and its parameters. The last ones are remembered: a model trains under one plan, but the parts of one
     may be clipped apart, and clipped by another plan than zeroed."""
     plan = plan if plan is not None else FreezePlan()
@@ -143,86 +139,64 @@ def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bound
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
     named = None if isinstance(model, torch.nn.Module) else named_tensors(model)
     owner: Any = model if named is None else named[0][1] if named else None
-    remembered: list[_Bound] = _bindings.setdefault(owner, []) if owner is not None else []  # type: ignore[no-untyped-call]
+    remembered: list[_Binding] = _bindings.setdefault(owner, []) if owner is not None else []  # type: ignore[no-untyped-call]
     for known in remembered:
         if known.plan_fingerprint == plan.fingerprint and (params := known.params(named)) is not None:
             return known, params
-    bound = _Bound(model, named_tensors(model) if named is None else named, plan, operation)
-    params = bound.params(named)
+    binding = _Binding(model, named_tensors(model) if named is None else named, plan, operation)
+    params = binding.params(named)
     assert params is not None
-    remembered[:] = [bound, *remembered[: _REMEMBERED - 1]]
-    return bound, params
+    remembered[:] = [binding, *remembered[: _REMEMBERED - 1]]
+    return binding, params
 
 
 def _places(params: list[Tensor]) -> list[Any]:
     return [(p.dtype, p.device) for p in params]
 
 
-def read_gradients(
-    reader: GradientReader,
-    params: list[Tensor],
-    names: Sequence[str],
-    shapes: Sequence[torch.Size],
-    operation: str,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> GradientList:
-    """The gradients of ``params``, checked. ``dtypes``: what each must have; None: as in `check_gradient`."""
-    grads = reader.read(params)
-    if not grads.plain:
-        for grad, p, name, shape, packing in zip(grads, params, names, shapes, reader.packings, strict=True):
-            if p.shape != shape:
-                raise ValueError(f"{operation}: {name!r} has shape {tuple(p.shape)}, expected {tuple(shape)} as before")
-            if grad is not None:
-                piece = local(p) if packing is None else p.new_empty((1,)).expand(packing.packed_shape)
-                check_gradient(piece, grad, name, operation, None if dtypes is None else (p.dtype,))
-    return grads
-
-
-class _Contiguous:
+class _Writable:
     """Gradients to be written to. Kernels see contiguous ones: others are copied, and copied back by `finish`."""
 
-    def __init__(self, tensors: GradientList, names: Sequence[str], operation: str) -> None:
-        for tensor, name in () if tensors.plain else zip(tensors, names, strict=True):
+    def __init__(self, reader: GradientReader, params: list[Tensor], operation: str) -> None:
+        read = reader.read(params, operation)
+        for tensor, name in () if read.plain else zip(read, reader.names, strict=True):
             if tensor is not None and overlaps_itself(tensor):
                 raise ValueError(
                     f"{operation}: grad of {name!r} overlaps itself in memory (stride {tensor.stride()}) and cannot be "
                     "written to; assign its .contiguous() copy"
                 )
-        self.originals, self.plain = tensors, tensors.plain
-        self.tensors = tensors if self.plain else GradientList(t if t is None else settled(t) for t in tensors)
+        self._read, self.plain = read, read.plain
+        self.grads = read if read.plain else Gradients([t if t is None else settled(t) for t in read])
 
     def finish(self) -> None:
-        """The originals hold what was written, and autograd knows."""
-        if self.plain:
-            torch.autograd.graph.increment_version(self.originals)  # type: ignore[arg-type]
-            return
-        torch.autograd.graph.increment_version([t for t in self.originals if t is not None])
-        for original, used in zip(self.originals, self.tensors, strict=True):
+        """The gradients that were read hold what was written, and autograd knows."""
+        torch.autograd.graph.increment_version(
+            self._read.tensors if self.plain else [t for t in self._read if t is not None]  # type: ignore[arg-type]
+        )
+        for original, used in () if self.plain else zip(self._read, self.grads, strict=True):
             if original is not None and used is not None and used is not original:
                 original.copy_(used)
 
+    def backend(self, name: str, operation: str) -> Backend:
+        """The backend of that name, or the best, for these gradients."""
+        devices = {g.device for g in (self.grads[:1] if self.plain else self.grads) if g is not None}
+        if len(devices) > 1:
+            raise ValueError(f"{operation}: gradients are on {sorted(map(str, devices))}, expected one device")
+        dtypes = STORAGE if self.plain else self.dtypes
+        return choose_backend(name, next(iter(devices), torch.device("cpu")), operation, dtypes)
 
-def _one_backend(name: str, grads: GradientList, operation: str) -> Backend:
-    devices = {g.device for g in (grads[:1] if grads.plain else grads) if g is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{operation}: gradients are on {sorted(map(str, devices))}, expected one device")
-    dtypes = STORAGE if grads.plain else {g.dtype for g in grads if g is not None}
-    return choose_backend(name, next(iter(devices), torch.device("cpu")), operation, dtypes)
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of those that are not plain: else they are of `STORAGE`."""
+        return set() if self.plain else {g.dtype for g in self.grads if g is not None}
 
 
 def zero_listed_grads_(
-    backend: str,
-    work: WorkList,
-    reader: GradientReader,
-    params: list[Tensor],
-    names: Sequence[str],
-    shapes: Sequence[torch.Size],
-    operation: str,
+    backend: str, work: WorkList, reader: GradientReader, params: list[Tensor], operation: str
 ) -> bool:
-    """Zero what a frozen list visits in the gradients of ``params``; whether these were `plain <GradientList>`."""
-    ready = _Contiguous(read_gradients(reader, params, names, shapes, operation), names, operation)
-    chosen = _one_backend(backend, ready.tensors, operation)
-    chosen.zero_(work, ready.tensors)
+    """Zero what a frozen list visits in the gradients of ``params``; whether these were plain (`Gradients`)."""
+    ready = _Writable(reader, params, operation)
+    ready.backend(backend, operation).zero_(work, ready.grads)
     ready.finish()
     return ready.plain
 
@@ -241,17 +215,10 @@ def zero_frozen_grads_(model: Model, plan: FreezePlan, *, backend: str = "auto")
     Raises:
         ValueError: the plan does not fit the model.
     """
-    bound, params = _bind(model, plan, "zero_frozen_grads_")
-    n = bound.n_masked
-    bound.sure = zero_listed_grads_(
-        backend,
-        bound.frozen,
-        bound.masked_gradients,
-        params[:n],
-        bound.names[:n],
-        bound.shapes[:n],
-        "zero_frozen_grads_",
-    )
+    operation = "zero_frozen_grads_"
+    binding, params = _bind(model, plan, operation)
+    masked = params[: binding.n_masked]
+    binding.sure = zero_listed_grads_(backend, binding.frozen, binding.masked_reader, masked, operation)
 
 
 @overload
@@ -268,16 +235,10 @@ def clip_grad_norm_(
 ) -> ClippedNorm: ...  # fmt: skip
 @torch.no_grad()
 def clip_grad_norm_(
-    model: Model,
-    max_norm: float | Tensor,
-    plan: FreezePlan | None = None,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    *,
-    return_raw: bool = False,
-    optimizer: StepsGradients | None = None,
+    model: Model, max_norm: float | Tensor, plan: FreezePlan | None = None, norm_type: float = 2.0,
+    error_if_nonfinite: bool = False, *, return_raw: bool = False, optimizer: StepsGradients | None = None,
     backend: str = "auto",
-) -> Tensor | ClippedNorm:
+) -> Tensor | ClippedNorm:  # fmt: skip
     """`torch.nn.utils.clip_grad_norm_` over live elements only: frozen gradients neither count nor change.
 
     Live gradients are multiplied by ``min(1, max_norm / (norm + 1e-6))``, as in torch. NaN or inf in a frozen gradient
@@ -310,71 +271,79 @@ def clip_grad_norm_(
         TypeError: ``optimizer`` is none of ours.
     """
     operation = "clip_grad_norm_"
+    kind, largest = _checked_norm(norm_type, max_norm, operation)
+    if optimizer is not None:
+        known = _checked_optimizer(optimizer, operation).plan
+        plan = known if plan is None else plan
+    binding, params = _bind(model, plan, operation)
+    same = optimizer is not None and _check_same_gradients(optimizer, params, binding.names, plan or FreezePlan())
+    ready = _Writable(binding.reader, params, operation)
+    chosen = ready.backend(backend, operation)
+    norm, raw = _norms(chosen, binding, params, ready.grads, kind, return_raw)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"{operation}: the live gradient norm is {norm.item()}; nothing was clipped")
+    exact = torch.float64 if {torch.float64, torch.complex128} & ready.dtypes else torch.float32
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0).to(exact)  # NaN stays: torch spreads a NaN norm too
+    if optimizer is None:
+        chosen.scale_(binding.live, ready.grads, factor)
+        ready.finish()
+    elif any(g is not None for g in ready.grads):
+        optimizer.multiply_gradients_(factor, ready.grads.tensors if same and ready.grads.own else None)
+    binding.sure = ready.plain
+    return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
+
+
+def _checked_norm(norm_type: float, max_norm: float | Tensor, operation: str) -> tuple[NormKind, float | Tensor]:
+    """Which norm, and the largest one left, as a number or as a 0-dim tensor where it is on a device."""
     kind = _NORM_KINDS.get(float(norm_type))
     if kind is None:
         raise ValueError(f"{operation}: norm_type is {norm_type}, expected 2.0, 1.0 or inf")
     if not isinstance(max_norm, (int, float, Tensor)):
         raise TypeError(f"{operation}: max_norm is a {type(max_norm).__name__}, expected a number >= 0")
     if isinstance(max_norm, Tensor) and max_norm.device.type != "cpu":
-        max_norm = max_norm.detach().double().reshape(())  # to look at it would be to wait for it
-    elif not (max_norm := float(max_norm)) >= 0:
+        return kind, max_norm.detach().double().reshape(())  # to look at it would be to wait for it
+    if not (max_norm := float(max_norm)) >= 0:
         raise ValueError(f"{operation}: max_norm is {max_norm}, expected a number >= 0")
-    if optimizer is not None:
-        if not isinstance(optimizer, StepsGradients):
-            raise TypeError(
-                f"{operation}: optimizer is a {type(optimizer).__name__}, expected a MaskedAdamW or MaskedAdam (unwrap "
-                "a wrapper first, for example accelerated.optimizer); for another one, clip without optimizer="
-            )
-        plan = plan if plan is not None else optimizer.plan
-    bound, params = _bind(model, plan, operation)
-    if optimizer is not None:
-        same = _check_same_gradients(optimizer, params, bound.names, plan or FreezePlan())
-    grads = _Contiguous(
-        read_gradients(bound.gradients, params, bound.names, bound.shapes, operation), bound.names, operation
-    )
-    chosen = _one_backend(backend, grads.tensors, operation)
-    dtypes = () if grads.plain else {g.dtype for g in grads.tensors if g is not None}
-    exact = torch.float64 if {torch.float64, torch.complex128}.intersection(dtypes) else torch.float32
-    # On the gradients' device from here on: nothing waits for it.
+    return kind, max_norm
+
+
+def _checked_optimizer(optimizer: StepsGradients, operation: str) -> StepsGradients:
+    if not isinstance(optimizer, StepsGradients):
+        raise TypeError(
+            f"{operation}: optimizer is a {type(optimizer).__name__}, expected a MaskedAdamW or MaskedAdam (unwrap a "
+            "wrapper first, for example accelerated.optimizer); for another one, clip without optimizer="
+        )
+    return optimizer
+
+
+def _norms(
+    backend: Backend, binding: _Binding, params: list[Tensor], grads: Gradients, kind: NormKind, with_raw: bool
+) -> tuple[Tensor, Tensor]:
+    """Norms over the live elements and (``with_raw``, else the same) over all: 0-dim float64 tensors on the gradients'
+    device, so that nothing waits for them."""
     device = next((local(p).device for p in params), torch.device("cpu"))
-    live = _norm_over_ranks(chosen, bound.live, grads.tensors, kind, bound.groups, device)
-    norm = live.sqrt() if kind == "sum_of_squares" else live
-    if error_if_nonfinite and not torch.isfinite(norm):
-        raise RuntimeError(f"{operation}: the live gradient norm is {norm.item()}; nothing was clipped")
-    raw = norm
-    if return_raw:
-        n = bound.n_masked
-        masked = GradientList(grads.tensors[:n])
-        frozen = _norm_over_ranks(chosen, bound.frozen, masked, kind, bound.groups[:n], device)
-        both = torch.maximum(live, frozen) if kind == "largest_absolute" else live + frozen
-        raw = both.sqrt() if kind == "sum_of_squares" else both
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(exact)  # NaN stays: torch spreads a NaN norm too
-    if optimizer is None:
-        chosen.scale_(bound.live, grads.tensors, coefficient)
-        grads.finish()
-    elif any(g is not None for g in grads.tensors):
-        optimizer.multiply_gradients_(coefficient, grads.tensors if same and grads.tensors.own else None)
-    bound.sure = grads.plain
-    return ClippedNorm(norm.to(exact), raw.to(exact)) if return_raw else norm.to(exact)
+    totals = [_norm_over_ranks(backend, binding.live, grads, kind, binding.groups, device)]
+    if with_raw:
+        n = binding.n_masked
+        frozen = _norm_over_ranks(backend, binding.frozen, grads[:n], kind, binding.groups[:n], device)
+        totals.append(torch.maximum(totals[0], frozen) if kind == "largest_absolute" else totals[0] + frozen)
+    live, *_, raw = [total.sqrt() if kind == "sum_of_squares" else total for total in (*totals, totals[-1])]
+    return live, raw
 
 
 def _norm_over_ranks(
-    backend: Backend, work: WorkList, grads: GradientList, kind: NormKind, groups: Sequence[tuple[Any, ...]],
-    device: torch.device,
+    backend: Backend, work: WorkList, grads: Sequence[Tensor | None], kind: NormKind,
+    groups: Sequence[tuple[Any, ...]], device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """`Backend.norm` of gradients of which ranks hold pieces; ``groups``: `sharding.reduce_groups` of each."""
+    """`Backend.norm` of gradients of which ranks have shards; ``groups``: `sharding.reduce_groups` of each."""
     parts = []
     ways = list(dict.fromkeys(groups))  # in one order on all ranks
+    largest = kind == "largest_absolute"
     for way in ways:
-        alike = (
-            grads
-            if len(ways) == 1
-            else GradientList(g if w == way else None for g, w in zip(grads, groups, strict=True))
-        )
+        alike = grads if len(ways) == 1 else [g if w == way else None for g, w in zip(grads, groups, strict=True)]
         part = backend.norm(work, alike, kind).to(device)
         for group in way:
             # a maximum over ranks may lose a NaN
-            largest = kind == "largest_absolute"
             both = torch.stack([part.nan_to_num(nan=0.0, posinf=math.inf), part.isnan().double()]) if largest else part
             torch.distributed.all_reduce(both, getattr(torch.distributed.ReduceOp, "MAX" if largest else "SUM"), group)
             part = torch.where(both[1] > 0, math.nan, both[0]) if largest else both
@@ -382,7 +351,7 @@ def _norm_over_ranks(
     if len(parts) == 1:
         return parts[0]
     total = torch.stack(parts) if parts else torch.zeros(1, dtype=torch.float64, device=device)
-    return total.amax() if kind == "largest_absolute" else total.sum()
+    return total.amax() if largest else total.sum()
 
 
 def _check_same_gradients(

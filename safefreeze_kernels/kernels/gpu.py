@@ -148,7 +148,7 @@ class GpuBackend(abc.ABC):
 
 def addresses(tensors: Sequence[Tensor | None]) -> bytes:
     """int64 [tensors]; 0 for a missing one."""
-    tables = getattr(tensors, "tables", None)  # a GradientList that was read by the extension knows them
+    tables = getattr(tensors, "tables", None)  # `grads.reader.Gradients` that the extension read know them
     if tables is not None:
         return ctypes.string_at(tables[0], 8 * len(tensors))
     return np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64).tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -68,20 +68,6 @@ def adamw_scalars(
     )
 
 
-class GradientList(list[Tensor | None]):
-    """The gradient of each parameter.
-
-    ``plain``: all are there, contiguous, on one device, and of the shape and dtype their parameters had.
-    ``own``: plain, and the very objects that the parameters have for gradients.
-    ``tables``: addresses of an int64 table of their addresses and an int32 table of their dtypes, if known. They belong
-    to the reader and hold until it reads again.
-    """
-
-    plain: bool = False
-    own: bool = False
-    tables: tuple[int, int] | None = None
-
-
 @dataclass
 class AdamWOperands:
     """Tensors of a masked AdamW step, one entry per tensor of the work list; state is packed."""
@@ -92,7 +78,7 @@ class AdamWOperands:
     max_exp_avg_sqs: list[Tensor] | None = None
     remainders: list[Tensor | None] | None = None  # int16, packed as state is: what bf16 parameters lack of fp32
     numbers: Sequence[int] = ()  # tell tensors apart in the noise of stochastic rounding; () = their places here
-    grads: GradientList = field(default_factory=GradientList)
+    grads: Sequence[Tensor | None] = ()
     packed_grads: Sequence[bool] = ()  # of which tensors the gradient is packed, as state is; () = of none
     native: Any = None  # address and dtype tables, kept by the compiled backend that ran last
 

@@ -1,49 +1,68 @@
-"""`MaskedAdamW` and `MaskedAdam`, drop-in for `torch.optim`."""
+"""What an optimizer is given, checked: settings, hyper-parameters, parameters, and their names under a plan."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ..grads.checks import overlaps_itself
-from ..kernels.operands import (
-    STORAGE,
-    WIDE,
-)
+from ..kernels.operands import STORAGE, WIDE
+from ..model.sharding import held, local, local_mask, piece_number
+from ..plan.binding import bare_name, bind
+from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 
-
-def _check_rounding(what: str, master: str | None, rounding: str, seed: int) -> None:
-    for word, got, valid in (
-        ("master", master, (None, "remainder")),
-        ("rounding", rounding, ("nearest", "stochastic")),
-    ):
-        if got not in valid:
-            raise ValueError(f"{what}: {word} is {got!r}, expected {' or '.join(map(repr, valid))}")
-    if master is not None and rounding == "stochastic":
-        raise ValueError(f"{what}: rounding is 'stochastic' with masters, which lose nothing; leave out one of the two")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"{what}: seed is {seed!r}, expected an integer from 0 to 2**64 - 1")
+# ----------------------------------------------------------------------------------- settings, hyper-parameters
 
 
-def _check_for_foreach(defaults: dict[str, Any]) -> None:
-    """What torch refuses of ``foreach=True``, in its words."""
-    for word, value in (("lr", defaults["lr"]), *((f"betas[{i}]", beta) for i, beta in enumerate(defaults["betas"]))):
-        if isinstance(value, Tensor) and defaults["foreach"] and not defaults["capturable"]:
-            raise ValueError(f"{word} as a Tensor is not supported for capturable=False and foreach=True")
+@dataclass(frozen=True)
+class Settings:
+    """What `MaskedAdam` has beside torch's hyper-parameters; its docstring says what each is.
+
+    Raises:
+        ValueError: one of them is none that it takes. ``optimizer`` is the name of its class, for errors.
+    """
+
+    optimizer: str
+    backend: str
+    state_dtype: torch.dtype
+    master: str | None
+    rounding: str
+    seed: int
+    dense_checkpoints: bool
+
+    def __post_init__(self) -> None:
+        what, seed = self.optimizer, self.seed
+        if self.state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{what}: state_dtype is {self.state_dtype}, expected torch.float32 or torch.bfloat16")
+        valid = {"master": (None, "remainder"), "rounding": ("nearest", "stochastic")}
+        for word, values in valid.items():
+            if (got := getattr(self, word)) not in values:
+                raise ValueError(f"{what}: {word} is {got!r}, expected {' or '.join(map(repr, values))}")
+        if self.master is not None and self.rounding == "stochastic":
+            raise ValueError(
+                f"{what}: rounding is 'stochastic' with masters, which lose nothing; leave out one of the two"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"{what}: seed is {seed!r}, expected an integer from 0 to 2**64 - 1")
 
 
-def _check_hyper_parameters(group: dict[str, Any]) -> None:
-    """Ranges, without NaN and infinity. The words are torch's, which callers and tests match."""
-    lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
+def hyper_parameters(group: Mapping[str, Any]) -> tuple[float, float, float, float, float]:
+    """(lr, beta1, beta2, eps, weight_decay) of a parameter group, as numbers.
+
+    Raises:
+        ValueError: one is out of range, NaN or infinite. The words are torch's, which callers and tests match.
+    """
+    lr, eps, weight_decay, betas = _number(group["lr"], "lr"), group["eps"], group["weight_decay"], group["betas"]
     if not 0.0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= eps < math.inf:
@@ -51,15 +70,38 @@ def _check_hyper_parameters(group: dict[str, Any]) -> None:
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
     for index, beta in enumerate(betas):
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{index}] must be 1-element")
-        if not 0.0 <= beta < 1.0:
+        if not 0.0 <= _number(beta, f"betas[{index}]") < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    return float(lr), float(betas[0]), float(betas[1]), float(eps), float(weight_decay)
+
+
+def _number(value: Any, name: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    return value.item()
+
+
+def check_defaults(defaults: Mapping[str, Any], what: str) -> None:
+    """Raise what torch raises of options that exclude each other, in its words; ValueError of what is not supported."""
+    if defaults["differentiable"]:
+        raise ValueError(f"{what}: differentiable=True is not supported; use torch.optim for it")
+    if defaults["fused"] and defaults["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for word, value in (("lr", defaults["lr"]), *((f"betas[{i}]", beta) for i, beta in enumerate(defaults["betas"]))):
+        if isinstance(value, Tensor) and defaults["foreach"] and not defaults["capturable"]:
+            raise ValueError(f"{word} as a Tensor is not supported for capturable=False and foreach=True")
+    hyper_parameters(defaults)
+
+
+# --------------------------------------------------------------------------------------------------- parameters
 
 
 def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
+    """Raise TypeError if ``p`` is not what kernels can step."""
     label = f"parameter {name!r}" if name else "a parameter"
     if p.layout != torch.strided:
         raise TypeError(f"{what}: {label} has layout {p.layout}, expected a dense (strided) tensor")
@@ -72,13 +114,17 @@ def check_parameter(p: Tensor, what: str, name: str | None = None) -> None:
         raise TypeError(f"{what}: {label} overlaps itself in memory (stride {p.stride()}); pass p.clone()")
 
 
-def _named_by_identity(groups: list[dict[str, Any]]) -> dict[int, tuple[ref[Tensor], str]]:
-    """id of a parameter -> itself, weakly, and its name."""
-    return {
-        id(p): (ref(p), name)
-        for group in groups
-        for name, p in zip(group.get("param_names", ()), group["params"], strict=False)
-    }
+def check_trained(p: Tensor, settings: Settings, name: str | None = None) -> None:
+    """Raise TypeError if ``p`` is not what an optimizer of these settings trains."""
+    what, label = settings.optimizer, f"parameter {name!r}" if name else "a parameter"
+    check_parameter(p, what, name)
+    if settings.master is not None and p.dtype == torch.float16:
+        raise TypeError(f"{what}: {label} is float16, expected bfloat16 or float32 with master='remainder'; convert it")
+    if settings.state_dtype != torch.float32 and p.dtype == torch.complex64:
+        raise TypeError(
+            f"{what}: {label} is complex64, whose moments are complex64, but state_dtype is {settings.state_dtype}; "
+            "leave state_dtype out, or give it an optimizer of its own"
+        )
 
 
 def checked_plan(plan: Any, what: str) -> FreezePlan:
@@ -87,35 +133,175 @@ def checked_plan(plan: Any, what: str) -> FreezePlan:
     return plan
 
 
-def _without_duplicates(params: Any, aliases: dict[str, str]) -> Any:
-    """Keep a tied tensor once, under its first name, and remember the other names in ``aliases``."""
-    first: dict[int, tuple[str, int]] = {}
+def abandoned(groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[str]:
+    """Names of parameters that a model seems to have taken others for: they train, have no gradient, and only an
+    optimizer, in its ``groups`` and its ``state``, refers to them."""
+    counts = [sys.getrefcount(p) for group in groups for p in group["params"]]
+    (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
+    return [
+        name
+        for p, name, count in zip(all_params(groups), all_names(groups), counts, strict=False)
+        if count <= alone + (p in state) and p.requires_grad and p.grad is None
+    ]
 
-    def keep(items: Iterable[Any], group: int) -> list[Any]:
-        kept = []
-        for item in items:
-            if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
-                name, tensor = item
-                known, home = first.setdefault(id(tensor), (name, group))
-                if home != group:
-                    raise ValueError(
-                        f"some parameters appear in more than one parameter group: {known!r} of group {home} and "
-                        f"{name!r} of group {group} are one tensor; give it to one of them"
-                    )
-                if known != name:
-                    aliases[name] = known
-                    continue
-            kept.append(item)
-        return kept
 
-    if isinstance(params, Tensor):
-        return params  # torch says what is wrong with it
-    groups = list(params)
-    if groups and isinstance(groups[0], dict):
+# -------------------------------------------------------------------------------------------- names and masks
+
+
+def all_params(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
+def all_names(groups: list[dict[str, Any]]) -> list[str]:
+    """A name per parameter, for errors and for ages: the caller's, or its place among the groups."""
+    return [
+        name
+        for index, group in enumerate(groups)
+        for name in group.get("param_names")
+        or [f"param_groups[{index}]['params'][{i}]" for i in range(len(group["params"]))]
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A parameter in an optimizer's groups.
+
+    Attributes:
+        param: as the groups have it, sharded or not.
+        name: see `all_names`.
+        mask: what is frozen of the whole parameter.
+        group: index of its group.
+        number: tells it, and this rank's shard of it, apart in the noise of stochastic rounding.
+    """
+
+    param: Tensor
+    name: str
+    mask: FreezeMask
+    group: int
+    number: int
+
+    @cached_property
+    def shard(self) -> Tensor:
+        """What this rank holds of the parameter."""
+        return local(self.param)
+
+    @cached_property
+    def shard_index(self) -> list[np.ndarray] | None:
+        """Per dimension, which indices of the parameter the shard has; None: all."""
+        return held(self.param)
+
+    @cached_property
+    def shard_mask(self) -> FreezeMask:
+        return local_mask(self.mask, self.param)
+
+
+class GivenNames:
+    """The names that an optimizer's parameters were given by, which tie a plan to them.
+
+    Attributes:
+        aliases: every further name of a tied tensor -> its name in the groups.
+    """
+
+    def __init__(self) -> None:
+        self.aliases: dict[str, str] = {}
+        self._given: dict[int, tuple[ref[Tensor], str]] = {}  # id of a parameter -> itself, and its name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"aliases": self.aliases, "_given": {}}  # a copy has parameters of its own: `note` them
+
+    def note(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Remember which name each parameter of ``groups`` has."""
+        for group in groups:
+            for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+                self._given[id(p)] = ref(p), name
+
+    def members(
+        self, groups: list[dict[str, Any]], plan: FreezePlan | None, what: str, *, require_grad: bool = False
+    ) -> list[Member]:
+        """Every parameter of ``groups`` with its mask under ``plan``: nothing is frozen of what that does not name.
+
+        ``require_grad``: for a plan that comes into force; state can be saved after ``requires_grad_(False)`` too.
+
+        Raises:
+            ValueError: the plan does not fit (contract 6).
+        """
+        params, names = all_params(groups), all_names(groups)
+        masks: dict[int, FreezeMask] = {}
+        if plan:
+            self._check(groups, what)
+            named = list(zip(names, params, strict=True))
+            by_name = dict(named)
+            named += [(alias, by_name[name]) for alias, name in self.aliases.items() if name in by_name]
+            masks = {id(it.param): it.mask for it in bind(plan, named, operation=what, require_grad=require_grad)}
+        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         return [
-            {**group, "params": keep(group["params"], i)}
-            if isinstance(group, dict) and not isinstance(group.get("params"), (Tensor, set, type(None)))
-            else group
-            for i, group in enumerate(groups)
+            Member(p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * piece_number(p))
+            for place, (p, name, group) in enumerate(zip(params, names, group_of, strict=True))
         ]
-    return keep(groups, 0)
+
+    def _check(self, groups: list[dict[str, Any]], what: str) -> None:
+        """Raise ValueError where names are missing, or no longer tell of the parameters beside them."""
+        for index, group in enumerate(groups):
+            names, params = group.get("param_names"), group["params"]
+            if names is None:
+                raise ValueError(
+                    f"{what}: a plan freezes by name, but the parameters were given without names; pass "
+                    "model.named_parameters() instead of model.parameters(), or in the groups' 'params' "
+                    "(name, parameter) pairs"
+                )
+            if len(names) != len(params):
+                raise ValueError(
+                    f"{what}: param_groups[{index}] has {len(params)} parameters and {len(names)} names: parameters "
+                    "were taken out or replaced after the optimizer was built; change 'param_names' with them, or "
+                    "build it anew. (DeepSpeed ZeRO replaces them by flat partitions, in which rows and columns cannot "
+                    "be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP)"
+                )
+            for name, p in zip(names, params, strict=True):
+                known, given = self._given.get(id(p), (None, name))
+                if known is not None and known() is p and bare_name(given) != bare_name(name):
+                    raise ValueError(
+                        f"{what}: param_groups[{index}] has {given!r} where its 'param_names' say {name!r}: "
+                        "parameters were reordered after the optimizer was built; reorder 'param_names' with them"
+                    )
+
+    def without_duplicates(self, params: Any) -> Any:
+        """``params``, as given to an optimizer, with a tied tensor once, under its first name; `aliases` has others."""
+        first: dict[int, tuple[str, int]] = {}
+
+        def keep(items: Iterable[Any], group: int) -> list[Any]:
+            kept = []
+            for item in items:
+                if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+                    name, tensor = item
+                    known, home = first.setdefault(id(tensor), (name, group))
+                    if home != group:
+                        raise ValueError(
+                            f"some parameters appear in more than one parameter group: {known!r} of group {home} and "
+                            f"{name!r} of group {group} are one tensor; give it to one of them"
+                        )
+                    if known != name:
+                        self.aliases[name] = known
+                        continue
+                kept.append(item)
+            return kept
+
+        if isinstance(params, Tensor):
+            return params  # torch says what is wrong with it
+        groups = list(params)
+        if groups and isinstance(groups[0], dict):
+            return [
+                {**group, "params": keep(group["params"], i)}
+                if isinstance(group, dict) and not isinstance(group.get("params"), (Tensor, set, type(None)))
+                else group
+                for i, group in enumerate(groups)
+            ]
+        return keep(groups, 0)
+
+
+def of_an_earlier_version(state: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    """What a copy of an optimizer has now, from what one has that was pickled when settings were attributes."""
+    fields = ("backend", "state_dtype", "master", "rounding", "seed", "dense_checkpoints")
+    names = GivenNames()
+    names.aliases = state["_aliases"]
+    masks = {"_masks": state["_in_force"]} if "_in_force" in state else {}
+    return {"_settings": Settings(optimizer, *(state[f"_{field}"] for field in fields)), "_names": names, **masks}

@@ -49,10 +49,9 @@ class Guard:
         self._names = [entry.name for entry in bound]
         self._masks = [entry.mask for entry in bound]
         self._held = [held(entry.param) for entry in bound]
-        self._shapes = [entry.param.shape for entry in bound]
         self._looks = [_look(entry.param) for entry in bound]
         self._work = compile_frozen([local_mask(entry.mask, entry.param) for entry in bound])
-        self._gradients = GradientReader([entry.param for entry in bound])
+        self._gradients = GradientReader([entry.param for entry in bound], self._names)
         self.stepping = 0  # steps under way: more than one if a class's step calls that of its base
         self._inside = False  # another method of the optimizer is under way
         self.refresh()
@@ -147,7 +146,7 @@ class Guard:
 
     @torch.no_grad()
     def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, self._names, self._shapes, "guard")
+        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, "guard")
 
     def _after(self, *_: Any) -> None:
         self.put_back()

@@ -1,197 +1,381 @@
-"""`MaskedAdamW` and `MaskedAdam`, drop-in for `torch.optim`."""
+"""Launch plans: what a step needs of the tensors of one set of dtypes, prepared once.
+
+A step asks each plan to `LaunchPlan.prepare` (gradients are read, hyper-parameters become scalars; what can fail, fails
+here) and then to `LaunchPlan.run` (the backend's kernel, and the step counts).
+"""
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Iterable
-from typing import Any, Final
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
-from ..grads.clip import read_gradients
-from ..grads.reader import GradientReader
+from ..grads.live import generation
+from ..grads.reader import GradientReader, Gradients, Whereabouts, trace, whereabouts
 from ..kernels.ages import Ages
-from ..kernels.backend import Backend
-from ..kernels.operands import (
-    SCALARS,
-    SCALARS_DOUBLE,
-    AdamWOperands,
-    GradientList,
-    adamw_scalars,
-)
-from ..kernels.parts import WorkList
-from ..model.sharding import local
+from ..kernels.backend import Backend, choose_backend
+from ..kernels.operands import SCALARS, SCALARS_DOUBLE, AdamWOperands, adamw_scalars
+from ..kernels.parts import WorkList, compile_live
 from ..plan.mask import FreezeMask
-from .checks import _check_hyper_parameters
-from .state import MOMENTS, REMAINDER
+from .checks import Member, Settings, check_trained, hyper_parameters
+from .state import MOMENTS, REMAINDER, make_state
 
 _SCALAR_ROW: Final = struct.Struct("=10fI")
 _SCALAR_ROW_DOUBLE: Final = struct.Struct("=10dI")
 
 
-class _Launch:
-    """One kernel call per step: the tensors of one device and one set of kernel flags, ready to go.
+class Kind(NamedTuple):
+    """What the parameters of one launch plan share: what selects a kernel, and where it runs."""
 
-    Everything that does not change from step to step is computed here once.
+    decoupled: bool
+    amsgrad: bool
+    l2: bool
+    capturable: bool
+    device: torch.device
+    double: bool  # the arithmetic is float64
+
+
+class Prepared(NamedTuple):
+    """What `LaunchPlan.prepare` found for one step."""
+
+    grads: Gradients
+    scalars: Any  # rows of `SCALARS` or `SCALARS_DOUBLE`, on the host or on the device
+    scalar_set: np.ndarray  # int32: which row each part of the work list takes
+
+
+class LaunchPlan:
+    """One kernel call per step, for the parameters of one `Kind`. What does not change from step to step is computed
+    here once; step counts and scalars are the host's.
+
+    Attributes:
+        owners: the parameters, as the groups have them.
+        packed_state: all that a step writes to beside parameters and step counts.
+        steps: the step counts, float32 [parameters]; each parameter's ``state["step"]`` is a view of one.
+        packed_gradients: whether some gradients are packed.
     """
 
     on_device = False  # whether step counts and scalars live on the parameters' device
 
     def __init__(
-        self, *, optimizer: str, backend: Backend, work: WorkList, owners: list[Tensor], names: list[str],
-        group_of: np.ndarray, states: list[dict[str, Any]], numbers: list[int], amsgrad: bool, l2: bool,
-        stochastic: bool, seed: int, double: bool,
+        self, kind: Kind, settings: Settings, backend: Backend, reader: GradientReader, members: Sequence[Member],
+        ages: Mapping[str, Ages], state: Mapping[Tensor, dict[str, Any]],
     ) -> None:  # fmt: skip
-        self.optimizer, self.backend, self.work = optimizer, backend, work
-        #: dtype of the arithmetic, and how its scalars are laid out
-        self.exact = torch.float64 if double else torch.float32
-        self.pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
-        params = list(map(local, owners))
-        self.owners, self.params, self.names = owners, params, names
-        self.holders: list[int] = []  # how many references there are to each owner
-        self.flags: dict[str, Any] = {"l2": l2, "amsgrad": amsgrad, "stochastic": stochastic, "seed": seed}
-        self.group_of_part = group_of[work.tensor_of_part]
-        groups, set_of_part = np.unique(self.group_of_part, return_inverse=True)
-        self.groups, self.set_of_part = groups.tolist(), set_of_part.astype(np.int32)
-        self.ageless = not work.born_of_part.any()
-        self.scalars = np.empty(len(self.groups), SCALARS_DOUBLE if double else SCALARS)
-        self.scalar_memory = self.scalars.view(np.uint8).data
-        self.shapes = [p.shape for p in owners]
-        self.dtypes = [p.dtype for p in params]
-        self.strided = [i for i, p in enumerate(params) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
-        moments = [[state[key] for state in states] for key in MOMENTS[: 3 if amsgrad else 2]]
-        remainders = [state.get(REMAINDER) for state in states]
-        real_params, *real = (list(map(_real, tensors)) for tensors in (params, *moments))
-        self.operands = AdamWOperands(
-            real_params, real[0], real[1], real[2] if amsgrad else None,
-            remainders if any(r is not None for r in remainders) else None, numbers,
+        self._operation, self._backend, self._reader = settings.optimizer, backend, reader
+        self._flags: dict[str, Any] = {
+            "l2": kind.l2, "amsgrad": kind.amsgrad, "stochastic": settings.rounding == "stochastic",
+            "seed": settings.seed,
+        }  # fmt: skip
+        self._exact = torch.float64 if kind.double else torch.float32
+        self.owners = [member.param for member in members]
+        self._shards = [member.shard for member in members]
+        self._strided = [i for i, p in enumerate(self._shards) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
+        self._work = _work_list(members, ages)
+        self._assign_scalars(members, kind.double)
+        states = [state[p] for p in self.owners]
+        moments = [[entry[key] for entry in states] for key in MOMENTS[: 3 if kind.amsgrad else 2]]
+        remainders = [entry.get(REMAINDER) for entry in states]
+        self.packed_state = [t for tensors in (*moments, remainders) for t in tensors if t is not None]
+        real_params, *real = (list(map(_real, tensors)) for tensors in (self._shards, *moments))
+        self._operands = AdamWOperands(
+            real_params, real[0], real[1], real[2] if kind.amsgrad else None,
+            remainders if any(r is not None for r in remainders) else None, [member.number for member in members],
         )  # fmt: skip
-        # all that a step writes to beside parameters and counts
-        self.moments = [t for tensors in (*moments, remainders) for t in tensors if t is not None]
-        self.gradients = GradientReader(owners)
-        self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]
+        self._operands.packed_grads = reader.packed
+        self.packed_gradients = any(reader.packed)
         # The step counts are views of one tensor, so that counting is one operation.
-        self.steps = torch.tensor([float(state["step"]) for state in states], dtype=torch.float32)
-        if self.on_device:
-            self.steps = self.steps.to(params[0].device)
-        for state, view in zip(states, self.steps.unbind(), strict=True):
-            state["step"] = view
-        if self.on_device:
-            return
-        self.counts = self.steps.numpy()
-        self.count_bytes = self.counts.view(np.uint8).data
-        self.counting: np.ndarray | None = None
-        self.uniform_count: int | None = None
+        counts = torch.tensor([float(entry["step"]) for entry in states], dtype=torch.float32)
+        self.steps = counts.to(kind.device) if self.on_device else counts
+        for entry, view in zip(states, self.steps.unbind(), strict=True):
+            entry["step"] = view
+        self._counting: np.ndarray | None = None  # float32 [parameters]: 1 where this step counts; None: everywhere
+        self._start_counting()
+
+    def _assign_scalars(self, members: Sequence[Member], double: bool) -> None:
+        """A row of scalars for each group, and which row each part of the work list takes while all its elements are as
+        old as their tensor."""
+        self._group_of_part = np.array([member.group for member in members], np.int64)[self._work.tensor_of_part]
+        groups, set_of_part = np.unique(self._group_of_part, return_inverse=True)
+        self._groups, self._set_of_part = groups.tolist(), set_of_part.astype(np.int32)
+        self._scalars = np.empty(len(self._groups), SCALARS_DOUBLE if double else SCALARS)
+        self._scalar_memory = self._scalars.view(np.uint8).data
+        self._pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
+
+    def _start_counting(self) -> None:
+        self._counts = self.steps.numpy()
+        self._count_bytes = self._counts.view(np.uint8).data
+        self._ageless = not self._work.born_of_part.any()
+        self._uniform_count: int | None = None  # that of all parameters, if nothing was thawed either
         self._note_counts()
 
-    def read_gradients(self) -> GradientList:
-        grads = read_gradients(self.gradients, self.owners, self.names, self.shapes, self.optimizer, self.dtypes)
-        # Tensors without a gradient are left alone and do not count a step.
-        self.counting = None if grads.plain else np.array([g is not None for g in grads], np.float32)
-        return grads if grads.plain else GradientList(None if g is None else _real(g).contiguous() for g in grads)
+    def packed_as_before(self) -> bool:
+        return self._reader.packed_as_before(self.owners)
 
-    def prepare(
-        self, groups: list[dict[str, Any]], grads: GradientList | None = None
-    ) -> tuple[GradientList, Any, np.ndarray]:
-        """Everything that can fail, before anything is changed: gradients, scalars, the scalar set of each part.
-        ``grads``: to be taken instead of the parameters' own."""
-        grads = self.read_gradients() if grads is None else grads
-        if grads.plain and self.uniform_count is not None and self.count_bytes == self.expected_bytes:
-            # the usual case: all tensors took as many steps, and groups are the only difference
-            for row, group in enumerate(self.groups):
-                values = _group_scalars(groups[group], self.uniform_count + 1)
-                self.pack_scalars(self.scalar_memory, row * self.scalars.itemsize, *values)
-            return grads, self.scalars, self.set_of_part
-        self.uniform_count = None
-        counts = self.counts + (np.float32(1.0) if self.counting is None else self.counting)
-        age_of_part = np.maximum(counts[self.work.tensor_of_part].astype(np.int64) - self.work.born_of_part, 1)
-        codes, inverse = np.unique(self.group_of_part << 40 | age_of_part, return_inverse=True)
-        scalars = np.empty(len(codes), self.scalars.dtype)
+    def prepare(self, groups: list[dict[str, Any]], given: Sequence[Tensor] | None = None) -> Prepared:
+        """Everything that can fail, before anything is changed. ``given``: gradients to be taken instead of the
+        parameters' own."""
+        grads = self._gradients(given)
+        if grads.plain and self._uniform_count is not None and self._count_bytes == self._expected_bytes:
+            # the usual case: all parameters took as many steps, and groups are the only difference
+            for row, group in enumerate(self._groups):
+                values = _host_scalars(groups[group], self._uniform_count + 1)
+                self._pack_scalars(self._scalar_memory, row * self._scalars.itemsize, *values)
+            return Prepared(grads, self._scalars, self._set_of_part)
+        self._uniform_count = None
+        counts = self._counts + (np.float32(1.0) if self._counting is None else self._counting)
+        age_of_part = np.maximum(counts[self._work.tensor_of_part].astype(np.int64) - self._work.born_of_part, 1)
+        codes, inverse = np.unique(self._group_of_part << 40 | age_of_part, return_inverse=True)
+        scalars = np.empty(len(codes), self._scalars.dtype)
         for row, code in enumerate(codes.tolist()):
-            scalars[row] = _group_scalars(groups[code >> 40], code & (1 << 40) - 1)
-        return grads, scalars, inverse.astype(np.int32)
+            scalars[row] = _host_scalars(groups[code >> 40], code & (1 << 40) - 1)
+        return Prepared(grads, scalars, inverse.astype(np.int32))
 
-    def run(
-        self, grads: GradientList, scalars: Any, scalar_set: np.ndarray, multiplier: Tensor | None, skip: Tensor | None
-    ) -> None:
+    def _gradients(self, given: Sequence[Tensor] | None) -> Gradients:
+        """Those of this step as kernels take them; a parameter without one is left alone and does not count a step."""
+        grads = self._reader.read(self.owners, self._operation) if given is None else Gradients(list(given))
+        self._counting = None
+        if not grads.plain:
+            grads = Gradients([None if g is None else _real(g).contiguous() for g in grads])
+            self._counting = np.array([g is not None for g in grads], np.float32)
+        return grads
+
+    def run(self, prepared: Prepared, multiplier: Tensor | None, skip: Tensor | None) -> None:
+        """The kernel, with gradients multiplied by ``multiplier``; nothing is done where ``skip`` is not 0."""
+        grads, scalars, scalar_set = prepared
         if multiplier is not None:
-            multiplier = multiplier.to(self.params[0].device, self.exact)
+            multiplier = multiplier.to(self._shards[0].device, self._exact)
         skip = skip if self.on_device else None  # else the host looked at it
-        self.operands.grads = grads
-        if self.strided:  # right, not fast: kernels see contiguous tensors only
-            for i in self.strided:
-                self.operands.params[i] = _real(self.params[i].detach()).contiguous()
-            self.operands.native = None
-        self.backend.adamw_(
-            self.work, self.operands, scalars, scalar_set, **self.flags, skip=skip, multiplier=multiplier
+        self._operands.grads = grads
+        if self._strided:  # right, not fast: kernels see contiguous tensors only
+            for i in self._strided:
+                self._operands.params[i] = _real(self._shards[i].detach()).contiguous()
+            self._operands.native = None
+        self._backend.adamw_(
+            self._work, self._operands, scalars, scalar_set, **self._flags, skip=skip, multiplier=multiplier
         )
-        for i in self.strided:
+        for i in self._strided:
             if grads[i] is not None:
-                new = self.operands.params[i]
-                self.params[i].detach().copy_(torch.view_as_complex(new) if self.params[i].is_complex() else new)
-        self.operands.grads = GradientList()
-        self.count(skip)
+                new = self._operands.params[i]
+                self._shards[i].detach().copy_(torch.view_as_complex(new) if self._shards[i].is_complex() else new)
+        self._operands.grads = ()
+        self._count(skip)
         changed = self.owners if grads.plain else [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)
 
-    def count(self, skip: Tensor | None) -> None:
-        """One more step, for tensors that had a gradient; none where ``skip`` is not 0."""
-        self.counts += np.float32(1.0) if self.counting is None else self.counting
+    def _count(self, skip: Tensor | None) -> None:
+        """One more step, for parameters that had a gradient; none where ``skip`` is not 0."""
+        self._counts += np.float32(1.0) if self._counting is None else self._counting
         self._note_counts()
 
     def _note_counts(self) -> None:
         """Remember the step counts, so as to see at a glance whether someone else wrote to them."""
-        if self.uniform_count is not None:
-            self.uniform_count += 1
-        elif self.ageless and len(self.counts) and (self.counts == self.counts[0]).all():
-            self.uniform_count = int(self.counts[0])
-        self.expected_bytes = bytes(self.count_bytes)
+        if self._uniform_count is not None:
+            self._uniform_count += 1
+        elif self._ageless and len(self._counts) and (self._counts == self._counts[0]).all():
+            self._uniform_count = int(self._counts[0])
+        self._expected_bytes = bytes(self._count_bytes)
+
+    def note_references(self) -> None:
+        """Remember how many references there are to each parameter; the caller has none."""
+        self._references = self._references_now()
+
+    def may_have_lost_a_parameter(self, grads: Gradients) -> bool:
+        """Whether a parameter has no gradient, and fewer refer to it than when they were counted."""
+        return not grads.plain and any(
+            gradient is None and now < before
+            for gradient, now, before in zip(grads, self._references_now(), self._references, strict=True)
+        )
+
+    def _references_now(self) -> list[int]:
+        return [sys.getrefcount(p) for p in self.owners]
 
 
-class _CapturableLaunch(_Launch):
-    """A launch whose step counts and scalars live on the parameters' device, so that the host never waits for it."""
+class CapturablePlan(LaunchPlan):
+    """A launch plan whose step counts and scalars live on the parameters' device: the host never waits for it."""
 
     on_device = True
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        # A set of scalars for each tensor and each age in it: which tensors took a step, only the device knows.
-        part = np.stack([self.group_of_part, self.work.tensor_of_part, self.work.born_of_part], axis=1)
+    def _start_counting(self) -> None:
+        # A set of scalars for each parameter and each age in it: which of them took a step, only the device knows.
+        part = np.stack([self._group_of_part, self._work.tensor_of_part, self._work.born_of_part], axis=1)
         sets, set_of_part = np.unique(part, axis=0, return_inverse=True)
-        self.set_of_part = set_of_part.reshape(-1).astype(np.int32)
-        self.set_of_group = [(group, np.flatnonzero(sets[:, 0] == group).tolist()) for group in self.groups]
-        device = self.steps.device
-        self.tensor_of_set = torch.from_numpy(sets[:, 1].copy()).to(device)
-        self.born_of_set = torch.from_numpy(sets[:, 2].astype(np.float64)).to(device)
-        self.counted: tuple[bytes, Tensor] | None = None
+        self._set_of_part = set_of_part.reshape(-1).astype(np.int32)
+        self._sets_of_group = [(group, np.flatnonzero(sets[:, 0] == group).tolist()) for group in self._groups]
+        self._tensor_of_set = torch.from_numpy(sets[:, 1].copy()).to(self.steps.device)
+        self._born_of_set = torch.from_numpy(sets[:, 2].astype(np.float64)).to(self.steps.device)
+        self._counted: tuple[bytes, Tensor] | None = None
 
     @torch.no_grad()
-    def prepare(
-        self, groups: list[dict[str, Any]], grads: GradientList | None = None
-    ) -> tuple[GradientList, Any, np.ndarray]:
-        grads = self.read_gradients() if grads is None else grads
-        ages = (self.steps[self.tensor_of_set].double() + 1.0 - self.born_of_set).clamp(min=1.0)
+    def prepare(self, groups: list[dict[str, Any]], given: Sequence[Tensor] | None = None) -> Prepared:
+        grads = self._gradients(given)
+        ages = (self.steps[self._tensor_of_set].double() + 1.0 - self._born_of_set).clamp(min=1.0)
         rows = [
-            _scalars_on_device(groups[group], ages[members[0] : members[-1] + 1], self.exact)
-            for group, members in self.set_of_group
-        ] or [_scalars_on_device(groups[0], ages, self.exact)]  # nothing is live, so there are no sets
-        return grads, torch.cat(rows), self.set_of_part
+            _scalars_on_device(groups[group], ages[sets[0] : sets[-1] + 1], self._exact)
+            for group, sets in self._sets_of_group
+        ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live, so there are no sets
+        return Prepared(grads, torch.cat(rows), self._set_of_part)
 
-    def count(self, skip: Tensor | None) -> None:
+    def _count(self, skip: Tensor | None) -> None:
         one: Any = 1.0 if skip is None else (skip.reshape(()) == 0).float()
-        if self.counting is not None:
-            key = self.counting.tobytes()
-            if self.counted is None or self.counted[0] != key:
-                self.counted = key, torch.from_numpy(self.counting).to(self.steps.device)
-            one = self.counted[1] * one
+        if self._counting is not None:
+            key = self._counting.tobytes()
+            if self._counted is None or self._counted[0] != key:
+                self._counted = key, torch.from_numpy(self._counting).to(self.steps.device)
+            one = self._counted[1] * one
         self.steps.add_(one)
 
 
-def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None:
+# ----------------------------------------------------------------------------------------- made, and kept while valid
+
+
+def make_launch_plans(
+    groups: list[dict[str, Any]], members: Sequence[Member], ages: dict[str, Ages],
+    state: Mapping[Tensor, dict[str, Any]], settings: Settings,
+) -> list[LaunchPlan]:  # fmt: skip
+    """A launch plan per `Kind` among the parameters that have a gradient or state. State that is missing is made, once
+    everything was found in order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a parameter or a gradient is none that kernels take; no backend runs here.
+    """
+    kinds: dict[Kind, list[Member]] = {}
+    for member in members:
+        p = member.param
+        if p.grad is not None or state.get(p):
+            check_trained(p, settings, member.name)
+            double = p.dtype in (torch.float64, torch.complex128)
+            kinds.setdefault(Kind(*_flags(groups[member.group]), member.shard.device, double), []).append(member)
+    ready = [(kind, alike, *_checked(kind, alike, groups, settings)) for kind, alike in kinds.items()]
+    for kind, alike, *_ in ready:
+        for member in alike:
+            entries = state[member.param]
+            if not entries:
+                ages.pop(member.name, None)  # without state everything is equally young
+            make_state(entries, member, settings, amsgrad=kind.amsgrad)
+    return [
+        (CapturablePlan if kind.capturable else LaunchPlan)(kind, settings, backend, reader, alike, ages, state)
+        for kind, alike, backend, reader in ready
+    ]
+
+
+def _checked(
+    kind: Kind, members: Sequence[Member], groups: list[dict[str, Any]], settings: Settings
+) -> tuple[Backend, GradientReader]:
+    """The backend of a launch plan, and what reads its gradients, which were read once."""
+    if kind.device.type == "meta" and any(groups[member.group]["fused"] for member in members):
+        raise RuntimeError(  # torch's words, in torch's error: callers match them
+            "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+            f"{members[0].name!r} is on the meta device and holds no values; materialise the model first"
+        )
+    params = [member.param for member in members]
+    reader = GradientReader(params, [member.name for member in members], same_dtype=True)
+    reader.check_packings([member.mask for member in members], settings.optimizer, exactly=True)
+    reader.read(params, settings.optimizer)
+    return choose_backend(settings.backend, kind.device, settings.optimizer, kernel_dtypes(params)), reader
+
+
+class LaunchPlans:
+    """An optimizer's launch plans, and their cache key: what must be as it was for them to be valid.
+
+    Attributes:
+        plans: the launch plans; none before the first step.
+        traceable: whether `torch.compile` can take a step into its graph: the state is there, nothing is sharded.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.plans: list[LaunchPlan] = []
+        self.traceable = False
+        self._key: Any = None
+        self._whereabouts: Whereabouts | None = None
+        self._sharded = False
+        self._waiting: list[Tensor] = []  # parameters that never had a gradient, and so are in no plan
+
+    def valid(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters, their state and the way their gradients are packed are as they were."""
+        return (
+            self._whereabouts is not None
+            and self._key == _cache_key(groups)
+            and self._whereabouts.hold(self._by_shard(state))
+            and not any(p.grad is not None for p in self._waiting)
+            and all(plan.packed_as_before() for plan in self.plans)
+        )
+
+    def keep(
+        self, plans: list[LaunchPlan], groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]],
+        *, sharded: bool,
+    ) -> None:  # fmt: skip
+        """Take ``plans``, just made for what is there now."""
+        self.plans, self._sharded = plans, sharded
+        self._key, self._whereabouts = _cache_key(groups), whereabouts(self._by_shard(state))
+        self._waiting = [p for group in groups for p in group["params"] if p.grad is None and not state.get(p)]
+        self.traceable = bool(plans) and not sharded and not any(plan.packed_gradients for plan in plans)
+
+    def _by_shard(self, state: Mapping[Tensor, dict[str, Any]]) -> Mapping[Tensor, dict[str, Any]]:
+        """``state`` by what this rank holds of the parameters: what kernels take the addresses of."""
+        return {getattr(p, "_local_tensor", p): entries for p, entries in state.items()} if self._sharded else state
+
+
+def _cache_key(groups: list[dict[str, Any]]) -> Any:
+    return generation(), [(_flags(group), list(map(id, group["params"]))) for group in groups]
+
+
+# ---------------------------------------------------------------------------------------------------- clip factor
+
+
+class PendingFactor:
+    """What the next step multiplies gradients by, if anything, and which gradients these are. They are kept until then,
+    so that no other can be taken for one of them.
+
+    Attributes:
+        factor: a one-element tensor; None: there is nothing to multiply by.
+        invalid: what changed, so that the factor is none for these gradients any more; "": nothing.
+    """
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        self.factor: Tensor | None = None
+        self.invalid = ""
+        self._gradients: list[Tensor | None] = []
+
+    def put(self, factor: Tensor, gradients: list[Tensor | None]) -> None:
+        self.factor, self.invalid, self._gradients = factor, "", gradients
+        self._trace = trace(gradients)
+
+    def now(self, groups: list[dict[str, Any]], what: str, read: Sequence[Gradients] = ()) -> Tensor | None:
+        """The factor, if gradients are as they were; None if none of them is there any more. ``read``: the gradients of
+        all parameters in ``groups``, if they were just read.
+
+        Raises:
+            RuntimeError: some of them changed, or something else did that the factor depends on.
+        """
+        if self.factor is None:
+            return None
+        why, present = self.invalid, [grads.tensors for grads in read if grads.own]
+        if len(present) < max(len(read), 1):
+            present = [[p.grad for group in groups for p in group["params"]]]
+        if sum(map(trace, present)) % 2**64 != self._trace:
+            known = {id(g) for g in self._gradients if g is not None}
+            if known.isdisjoint(id(g) for each in present for g in each):
+                return None
+            why = "gradients changed"
+        if why:
+            raise RuntimeError(
+                f"{what}: a clip factor waits for this step, but since it was computed {why}; call clip_grad_norm_ "
+                "after that (or zero_grad() of this optimizer, which drops the factor)"
+            )
+        return self.factor
+
+
+def multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None:
     """What gradients are multiplied by: one IEEE float32 division and one product, the same on every device."""
     if grad_scale is None:
         return clip
@@ -199,55 +383,67 @@ def _multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None
     return unscale if clip is None else unscale * clip.to(unscale.device)
 
 
-# ------------------------------------------------------------------------------------------------------- checks
+# -------------------------------------------------------------------------------------------------------- scalars
+
+
+def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+    """The first fields of `Kind`."""
+    decoupled = group["decoupled_weight_decay"]
+    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
+
+
+def _host_scalars(group: dict[str, Any], step: int) -> tuple[float, ...]:
+    """A row of `SCALARS`, for what took ``step`` steps with this one."""
+    return _finished(group, hyper_parameters(group), step)
 
 
 def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
     """Words of `SCALARS` rows, int32 [steps, 11] (`SCALARS_DOUBLE`: [steps, 21]), from float64 ``step`` counts; tensors
     in ``group`` are read there."""
-    betas = group["betas"]
-    known = {"lr": 0.0} if isinstance(group["lr"], Tensor) else {}
-    _check_hyper_parameters({**group, **known, "betas": [0.0 if isinstance(b, Tensor) else b for b in betas]})
-
-    def there(value: Any) -> Any:
-        return value.to(step.device, torch.float64).reshape(()) if isinstance(value, Tensor) else float(value)
-
-    words = adamw_scalars(
-        lr=there(group["lr"]), betas=(there(betas[0]), there(betas[1])), eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]), step=step, decoupled=group["decoupled_weight_decay"],
-        maximize=group["maximize"],
-    )  # fmt: skip
+    given = (group["lr"], *group["betas"])
+    lr, *betas = (0.0 if isinstance(value, Tensor) else value for value in given)
+    numbers = hyper_parameters({**group, "lr": lr, "betas": betas})
+    there = [
+        value.to(step.device, torch.float64).reshape(()) if isinstance(value, Tensor) else number
+        for value, number in zip(given, numbers, strict=False)
+    ]
+    words = _finished(group, (*there, *numbers[3:]), step)
     # filled there: a number copied from the host would be waited for
     columns = [w.expand_as(step) if isinstance(w, Tensor) else torch.full_like(step, w) for w in words]
     floats = torch.stack(columns[:-1], dim=1).to(exact).view(torch.int32)
     return torch.cat([floats, columns[-1].to(torch.int32)[:, None]], dim=1)
 
 
-def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
-    """What selects a kernel: (decoupled, amsgrad, l2, capturable)."""
-    decoupled = group["decoupled_weight_decay"]
-    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
-
-
-def _group_scalars(group: dict[str, Any], step: int) -> tuple[float, ...]:
-    lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-    beta1, beta2 = group["betas"]
-    beta1, beta2 = float(beta1), float(beta2)
-    if not (
-        0.0 <= lr < math.inf
-        and 0.0 <= eps < math.inf
-        and 0.0 <= weight_decay < math.inf
-        and 0.0 <= beta1 < 1.0
-        and 0.0 <= beta2 < 1.0
-    ):
-        _check_hyper_parameters(group)
+def _finished(group: dict[str, Any], numbers: Sequence[Any], step: Any) -> tuple[Any, ...]:
+    """`adamw_scalars` of a group whose `hyper_parameters` are ``numbers``."""
+    lr, beta1, beta2, eps, weight_decay = numbers
     return adamw_scalars(
         lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
         decoupled=group["decoupled_weight_decay"], maximize=group["maximize"],
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- complex parameters
+# ----------------------------------------------------------------------------------- work list, complex parameters
+
+
+def _work_list(members: Sequence[Member], ages: Mapping[str, Ages]) -> WorkList:
+    """What is live in the shards of ``members``; of complex ones in their real view, as kernels see them."""
+    masks: list[FreezeMask] = []
+    aged: list[Ages | None] = []
+    for member in members:
+        mask, age = member.shard_mask, ages.get(member.name)
+        age = None if age is None else age.shard(member.mask, member.shard_index)
+        if member.param.is_complex():  # a matrix with a pair of columns for each column
+            n_rows, n_cols = mask.matrix_shape
+            bits = None if mask.elements is None else mask.elements.reshape(n_rows, n_cols).repeat_interleave(2, dim=1)
+            cols = (mask.cols[:, None] * 2 + torch.arange(2)).reshape(-1)
+            mask = FreezeMask((n_rows, 2 * n_cols), rows=mask.rows, cols=cols, elements=bits)
+            if age is not None:
+                born = None if age.elements is None else age.elements.repeat(2, axis=1)
+                age = Ages(age.rows, age.cols.repeat(2), born)
+        masks.append(mask)
+        aged.append(age)
+    return compile_live(masks, aged)
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -258,18 +454,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _kernel_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
+def kernel_dtypes(params: Iterable[Tensor]) -> set[torch.dtype]:
     """Of what kernels see of parameters."""
     return {torch.float32 if p.dtype == torch.complex64 else p.dtype for p in params}
-
-
-def _of_real_view(mask: FreezeMask, ages: Ages | None) -> tuple[FreezeMask, Ages | None]:
-    """Mask and ages of a complex tensor's real view, a matrix with a pair of columns for each column."""
-    n_rows, n_cols = mask.matrix_shape
-    elements = None if mask.elements is None else mask.elements.reshape(n_rows, n_cols).repeat_interleave(2, dim=1)
-    cols = (mask.cols[:, None] * 2 + torch.arange(2)).reshape(-1)
-    real = FreezeMask((n_rows, 2 * n_cols), rows=mask.rows, cols=cols, elements=elements)
-    if ages is None:
-        return real, None
-    born = None if ages.elements is None else ages.elements.repeat(2, axis=1)
-    return real, Ages(ages.rows, ages.cols.repeat(2), born)

@@ -1,29 +1,286 @@
-"""State dicts of optimizers, read with care: whatever is damaged is told by its entry, before anything is changed."""
+"""An optimizer's state: made, packed by masks, and in and out of state dicts.
+
+What comes in is read with care: whatever is damaged is told by its entry, before anything is changed.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..model.sharding import local
+from ..grads.checks import settled
+from ..kernels.ages import Ages
+from ..kernels.operands import STORAGE, moment_dtype
+from ..kernels.reference import from_remainder
+from ..model.sharding import is_sharded, local, spread, take
 from ..plan.mask import FreezeMask
+from .checks import Member, Settings, hyper_parameters
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 REMAINDER: Final = "master_remainder"
+PACKED: Final = (*MOMENTS, REMAINDER)  # the entries of a parameter's state that are packed by its mask
 FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
 
 _NEEDED: Final = ("step", "exp_avg", "exp_avg_sq")
 _MOST_STEPS: Final = 1 << 24  # float32, in which torch counts, cannot count further
 _FLAGS: Final = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
+
+# -------------------------------------------------------------------------------------------------- packed state
+
+
+def make_state(state: dict[str, Any], member: Member, settings: Settings, *, amsgrad: bool) -> None:
+    """Make what ``state`` of a parameter lacks; check what is there, since a kernel takes its addresses.
+
+    Raises:
+        ValueError: an entry has another shape, dtype or device than this parameter's has.
+    """
+    param, shape = member.param, member.shard_mask.packed_shape
+    state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+    dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, settings.state_dtype))
+    if settings.master is not None and param.dtype == torch.bfloat16:
+        dtypes[REMAINDER] = torch.int16
+    for key, dtype in dtypes.items():
+        if key not in state:
+            state[key] = torch.zeros(shape, dtype=dtype, device=member.shard.device)
+        moment = state[key]
+        for got, expected, aspect in (
+            (tuple(moment.shape), shape, "shape"),
+            (moment.dtype, dtype, "dtype"),
+            (moment.device, param.device, "device"),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"{settings.optimizer}: state {key!r} of {member.name!r} has {aspect} {got}, expected {expected}; "
+                    "load foreign state with load_state_dict; after a parameter grew, call set_freeze"
+                )
+        state[key] = settled(moment)
+
+
+def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
+    """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
+    n_rows, n_cols = old.matrix_shape
+    packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
+    places = []
+    for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
+        place = np.full(size, -1)
+        place[was] = np.arange(was.size)
+        both = np.flatnonzero(place[now] >= 0)
+        places.append((torch.from_numpy(both), torch.from_numpy(place[now][both])))
+    (rows_to, rows_from), (cols_to, cols_from) = places
+    if packed.numel() and rows_to.numel() and cols_to.numel():
+        matrix = packed.view(-1, new.live_cols.size)
+        source = moment.reshape(-1, old.live_cols.size)
+        matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
+        for mask in (old, new):
+            if mask.elements is not None:
+                frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
+                matrix[frozen] = 0
+    return packed
+
+
+def unpack(moment: Tensor, mask: FreezeMask) -> Tensor:
+    """State packed under ``mask`` in full size, zero where frozen."""
+    return repack(moment, mask, FreezeMask(mask.shape)) if mask.frozen_count else moment
+
+
+def pack(moment: Tensor, mask: FreezeMask) -> Tensor:
+    """Full-size state packed under ``mask``."""
+    return repack(moment, FreezeMask(mask.shape), mask) if mask.frozen_count else moment
+
+
+def refrozen(
+    state: Mapping[str, Any] | None, member: Member, was: FreezeMask | None, ages: Ages | None, what: str
+) -> tuple[dict[str, Tensor], Ages] | None:
+    """Packed state and ages of a parameter once its mask takes the place of ``was``, which had the shape that the
+    parameter had then; None: they stay as they are.
+
+    Raises:
+        ValueError: the parameter shrank, or is sharded and grew.
+    """
+    p, new = member.param, member.mask
+    if was is None or not was.frozen_count:  # a parameter that no plan names has state of its own shape
+        was = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
+    try:
+        if was.shape != new.shape and is_sharded(p):
+            raise ValueError("it is sharded")
+        old = was.grown(new.shape)  # what was added counts as frozen
+    except ValueError as error:
+        raise ValueError(
+            f"{what}: {member.name!r} has another shape than before, and its state cannot be carried over ({error}); "
+            "build the optimizer anew"
+        ) from error
+    if not state or (old == new and was is old):
+        return None
+    ages = (ages or Ages.none(was)).grown(was, old).after(old, new, int(state["step"].item()))
+    masks = [mask.shard(member.shard_index) for mask in (old, new)]
+    return {key: repack(state[key], *masks) for key in PACKED if key in state}, ages
+
+
+# ------------------------------------------------------------------------------------------------ state dicts out
+
+
+@torch.no_grad()
+def dense_states(states: Mapping[int, dict[str, Any]], members: Sequence[Member]) -> dict[int, dict[str, Any]]:
+    """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is."""
+    return {
+        index: {
+            key: spread(unpack(value, members[index].shard_mask), members[index].param) if key in PACKED else value
+            for key, value in entry.items()
+        }
+        for index, entry in states.items()
+    }
+
+
+def plan_note(members: Sequence[Member], ages: Mapping[str, Ages], *, packed: bool) -> str:
+    """What a state dict's group tells of the plan of its ``members``, which `read_state_dict` reads. ``packed``:
+    whether their moments are."""
+    masks = {str(i): it.mask.fingerprint for i, it in enumerate(members) if it.mask.frozen_count}
+    thawed = {str(i): ages[it.name].encode() for i, it in enumerate(members) if it.name in ages}
+    return json.dumps({"version": 1, "packed": packed, "masks": masks, "ages": thawed})
+
+
+def master_weight(member: Member, state: Mapping[str, Any]) -> Tensor:
+    """The float32 weights of a parameter: its master where ``state`` has one, else its values; what float32 does not
+    hold is given as it is."""
+    shard, mask = member.shard.detach(), member.shard_mask
+    weight = shard.float() if shard.dtype in STORAGE else shard
+    if (remainder := state.get(REMAINDER)) is not None:
+        live = from_remainder(shard, repack(remainder, mask, FreezeMask(shard.shape)))
+        weight = torch.where(mask.dense().to(shard.device), weight, live)
+    return spread(weight, member.param)
+
+
+# ------------------------------------------------------------------------------------------------- state dicts in
+
+
+def only_makes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a first step is no training step: distributed checkpoint asks for the state to be made by a step with
+    zero gradients and learning rates, and it must count nothing. A warm-up may begin alike; so who asks is looked up,
+    at the first step alone."""
+    if any(isinstance(group["lr"], float) and group["lr"] != 0 for group in groups):
+        return False
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextmanager
+def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings) -> Iterator[dict[str, Ages]]:
+    """Within, torch's loader of ``optimizer`` takes what `_converted` makes of a state dict. Yields the ages in it, by
+    name, which are there once it was loaded."""
+    ages: dict[str, Ages] = {}
+
+    # The first hook runs after the user's own and hides tensors from torch's casting; the second brings them back.
+    def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        return _converted(given, members, settings, optimizer.param_groups, ages)
+
+    def unveil(_: Optimizer) -> None:
+        for state in optimizer.state.values():
+            state.update({key: value.tensor for key, value in state.items() if isinstance(value, _Veiled)})
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(convert),
+        optimizer.register_load_state_dict_post_hook(unveil, prepend=True),
+    ]
+    try:
+        yield ages
+    except RecursionError as error:
+        raise ValueError(f"{settings.optimizer}.load_state_dict: the state dict is nested too deeply") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Veiled:
+    """Carries a tensor through torch's state loader unseen."""
+
+    tensor: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Veiled:
+        return self
+
+
+def _converted(
+    given: Any, members: Sequence[Member], settings: Settings, groups: Sequence[dict[str, Any]], ages: dict[str, Ages]
+) -> dict[str, Any]:
+    """``given`` with moments packed to the masks of ``members``, in this optimizer's dtype, veiled; ``ages`` gets those
+    it has."""
+    what = f"{settings.optimizer}.load_state_dict"
+    found = read_state_dict(given, what)
+    converted = dict(given)
+    if len(found) != len(members):
+        return converted  # torch's loader says what differs
+    converted["state"] = dict(given["state"])
+    # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
+    converted["param_groups"] = [
+        {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
+        for saved, own in zip(given["param_groups"], groups, strict=False)
+    ]
+    for saved, member in zip(found, members, strict=True):
+        if saved.state is not None:
+            converted["state"][saved.key] = _converted_entry(saved, saved.state, member, settings, what)
+        if saved.ages is not None and saved.state is not None:
+            try:
+                ages[member.name] = Ages.decode(saved.ages, member.mask, int(saved.state["step"]))
+            except ValueError as error:
+                raise ValueError(f"{what}: {member.name!r}: {error}") from error
+    return converted
+
+
+def _converted_entry(
+    saved: Saved, state: Mapping[str, Any], member: Member, settings: Settings, what: str
+) -> dict[str, Any]:
+    p, name, mask = member.param, member.name, member.mask
+    if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):
+        raise ValueError(
+            f"{what}: state of {name!r} was saved under another freeze plan; build the optimizer with the plan it was "
+            "saved with (then set_freeze), or save with dense_state_dict(); full-size moments are taken as they are "
+            "once 'freeze' is gone from their param_groups"
+        )
+    if REMAINDER in state and (settings.master is None or p.dtype != torch.bfloat16):
+        raise ValueError(
+            f"{what}: state of {name!r} holds a float32 master ({REMAINDER}), which this optimizer would lose; build "
+            "it with master='remainder' and bfloat16 parameters"
+        )
+    packed = saved.packed and saved.mask is not None
+    expected = mask.packed_shape if packed else tuple(p.shape)
+    entry: dict[str, Any] = {"step": _Veiled(torch.tensor(float(state["step"]), dtype=torch.float32))}
+    for key, value in state.items():
+        if key not in PACKED:
+            entry.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+            continue
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
+        if value.is_complex() != p.is_complex():
+            raise ValueError(f"{what}: {key} of {name!r} has dtype {value.dtype}, its parameter {p.dtype}")
+        moment = value.detach()
+        if not packed or is_sharded(p):
+            moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_mask)
+        dtype = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, settings.state_dtype)
+        entry[key] = _Veiled(_owned(moment.to(member.shard.device, dtype).contiguous(), value))
+    return entry
+
+
+def _owned(tensor: Tensor, given: Tensor) -> Tensor:
+    """``tensor``, or a copy of it if it lies in the memory of ``given``: another optimizer's, or a file's."""
+    shared = tensor.untyped_storage().data_ptr() == local(given).untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
+
+
+# -------------------------------------------------------------------------------------- state dicts, read with care
 
 
 @dataclass(frozen=True)
@@ -47,9 +304,8 @@ class Saved:
     ages: list[str] | None
 
 
-def read_state_dict(given: Any, what: str, check_group: Callable[[dict[str, Any]], None]) -> list[Saved]:
-    """Every parameter of a state dict, checked, in the order of its groups. ``check_group`` raises where a
-    hyper-parameter is out of range.
+def read_state_dict(given: Any, what: str) -> list[Saved]:
+    """Every parameter of a state dict, checked, in the order of its groups.
 
     Raises:
         ValueError: naming the entry that is missing or is none that an Adam could have saved.
@@ -61,18 +317,19 @@ def read_state_dict(given: Any, what: str, check_group: Callable[[dict[str, Any]
     for index, group in enumerate(given["param_groups"]):
         label = f"param_groups[{index}]"
         _expect(isinstance(group, Mapping), what, label, group, "a dict")
-        _check_hyper_parameters(group, label, what, check_group)
+        _check_group(group, label, what)
         keys = group.get("params")
         _expect(isinstance(keys, list), what, f"{label}['params']", keys, "a list of numbers")
-        note = _Note.read(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys))
-        for place, key in enumerate(map(_hashable, keys)):
-            state = given["state"].get(key)
+        note = _read_note(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys))
+        for place, number in enumerate(keys):
+            number = number if isinstance(number, (int, str)) else repr(number)  # hashable
+            state = given["state"].get(number)
             if state is not None:
-                _check_state(state, f"state[{key!r}]", what)
-            ages = note.ages.get(str(place))
+                _check_state(state, f"state[{number!r}]", what)
+            mask, ages = (note.get(entry, {}).get(str(place)) for entry in ("masks", "ages"))
             if ages is not None and not state:
-                raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {key!r}, which has no state")
-            found.append(Saved(key, state or None, note.noted, note.masks.get(str(place)), note.packed, ages))
+                raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {number!r}, which has no state")
+            found.append(Saved(number, state or None, bool(note), mask, note.get("packed", False), ages))
     if len({saved.key for saved in found}) < len(found):
         raise ValueError(f"{what}: param_groups name a parameter twice, expected each number once")
     return found
@@ -84,13 +341,7 @@ def _expect(right: bool, what: str, label: str, got: Any, expected: str) -> None
         raise ValueError(f"{what}: {label} is {'missing' if got is None else told}, expected {expected}")
 
 
-def _hashable(key: Any) -> Any:
-    return key if isinstance(key, (int, str)) else repr(key)
-
-
-def _check_hyper_parameters(
-    group: Mapping[str, Any], label: str, what: str, check_group: Callable[[dict[str, Any]], None]
-) -> None:
+def _check_group(group: Mapping[str, Any], label: str, what: str) -> None:
     for key in ("lr", "betas", "eps", "weight_decay"):
         value = group.get(key)
         numbers = value if key == "betas" and isinstance(value, (list, tuple)) else [value]
@@ -100,7 +351,7 @@ def _check_hyper_parameters(
     for key in _FLAGS:
         _expect(isinstance(group.get(key, False), bool), what, f"{label}[{key!r}]", group.get(key), "True or False")
     try:
-        check_group(dict(group))
+        hyper_parameters(group)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{what}: {label}: {error}") from error
 
@@ -111,7 +362,7 @@ def _check_state(state: Any, label: str, what: str) -> None:
     for key in _NEEDED if state else ():
         if key not in state:
             raise ValueError(f"{what}: {label} lacks {key!r}, expected the state of an Adam or AdamW")
-    for key in (*MOMENTS, REMAINDER):
+    for key in PACKED:
         if key in state:
             _check_moment(state[key], f"{label}[{key!r}]", what, whole=key == REMAINDER)
     if "step" in state:
@@ -138,70 +389,30 @@ def _check_moment(moment: Any, label: str, what: str, *, whole: bool) -> None:
         raise ValueError(f"{what}: {label} has dtype {moment.dtype}, expected {'int16' if whole else 'floating point'}")
 
 
-@dataclass(frozen=True)
-class _Note:
-    """What a saved group tells of its plan, as `MaskedAdam.state_dict` wrote it. Keys are places in the group."""
-
-    noted: bool
-    packed: bool
-    masks: Mapping[str, str]
-    ages: Mapping[str, list[str]]
-
-    @classmethod
-    def read(cls, text: Any, label: str, what: str, n_params: int) -> _Note:
-        if text is None:
-            return cls(False, False, {}, {})
-        _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
-        try:
-            note = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
-        _expect(isinstance(note, dict), what, label, note, "a JSON object")
-        version = note.get("version")
-        _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1")
-        if version != 1:
-            raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1; upgrade it")
-        packed = note.get("packed")
-        _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
-        for key in ("masks", "ages"):
-            _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
-            for place in note[key]:
-                if not (place.isdecimal() and place.isascii() and int(place) < n_params):
-                    raise ValueError(f"{what}: {label}: {key} names place {place!r:.30}, expected 0 to {n_params - 1}")
-        for place, mask in note["masks"].items():
-            _expect(isinstance(mask, str), what, f"{label}: masks[{place!r}]", mask, "a fingerprint")
-        for place, ages in note["ages"].items():
-            right = isinstance(ages, list) and len(ages) in (2, 3) and all(isinstance(age, str) for age in ages)
-            _expect(right, what, f"{label}: ages[{place!r}]", ages, "two or three texts")
-        return cls(True, packed, note["masks"], note["ages"])
-
-
-# ----------------------------------------------------------------------------------------------- packed state
-
-
-def _owned(tensor: Tensor, given: Tensor) -> Tensor:
-    """``tensor``, or a copy of it if it lies in the memory of ``given``: another optimizer's, or a file's."""
-    shared = tensor.untyped_storage().data_ptr() == local(given).untyped_storage().data_ptr()
-    return tensor.clone() if shared else tensor
-
-
-def _repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
-    """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
-    n_rows, n_cols = old.matrix_shape
-    packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
-    places = []
-    for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
-        place = np.full(size, -1)
-        place[was] = np.arange(was.size)
-        both = np.flatnonzero(place[now] >= 0)
-        places.append((torch.from_numpy(both), torch.from_numpy(place[now][both])))
-    (rows_to, rows_from), (cols_to, cols_from) = places
-    if packed.numel() and rows_to.numel() and cols_to.numel():
-        matrix = packed.view(-1, new.live_cols.size)
-        source = moment.reshape(-1, old.live_cols.size)
-        matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
-        for mask in (old, new):
-            if mask.elements is not None:
-                frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
-                matrix[frozen] = 0
-    return packed
+def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any]:
+    """What a saved group tells of its plan, as `plan_note` wrote it: "packed", and by places in the group "masks" and
+    "ages". Empty: it tells of none."""
+    if text is None:
+        return {}
+    _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
+    try:
+        note: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
+    _expect(isinstance(note, dict), what, label, note, "a JSON object")
+    version, packed = note.get("version"), note.get("packed")
+    _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1")
+    if version != 1:
+        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1; upgrade it")
+    _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
+    for key in ("masks", "ages"):
+        _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
+        for place, got in note[key].items():
+            if not (place.isdecimal() and place.isascii() and int(place) < n_params):
+                raise ValueError(f"{what}: {label}: {key} names place {place!r:.30}, expected 0 to {n_params - 1}")
+            right, expected = isinstance(got, str), "a fingerprint"
+            if key == "ages":
+                right = isinstance(got, list) and len(got) in (2, 3) and all(isinstance(age, str) for age in got)
+                expected = "two or three texts"
+            _expect(right, what, f"{label}: {key}[{place!r}]", got, expected)
+    return note

@@ -63,6 +63,25 @@ def steps(opt: torch.optim.Optimizer, params: dict[str, Any], seeds: Iterable[in
         opt.step()
 
 
+class Twins:
+    """An optimizer to be spoilt, and one that never is: ``build`` makes parameters and their optimizer."""
+
+    def __init__(self, build: Callable[[], tuple[dict[str, Any], MaskedAdamW]]) -> None:
+        (self.params, self.opt), (self.twin, self.never) = build(), build()
+
+    def steps(self, seeds: Iterable[int]) -> None:
+        steps(self.opt, self.params, seeds)
+        steps(self.never, self.twin, seeds)
+
+    def assert_same(self) -> None:
+        assert_same_state(everything(self.opt), everything(self.never), "afterwards")
+
+
+def planned(**arguments: Any) -> tuple[dict[str, Any], MaskedAdamW]:
+    params = parameters()
+    return params, MaskedAdamW(params.items(), freeze=PLAN, **arguments)
+
+
 def everything(opt: torch.optim.Optimizer) -> dict[str, Any]:
     """What an error must leave alone. State made but not used yet (zeros, before a first step) counts as none."""
     seen: dict[str, Any] = {"groups": [], "plan": getattr(getattr(opt, "plan", None), "fingerprint", None)}
@@ -114,11 +133,7 @@ def refused(
         (torch.zeros(5, dtype=torch.bool), ValueError, ["bool vector of 5 entries", "expected 4"]),
         ([0.0, 1.0], TypeError, ["float64", "expected integer indices or a bool vector"]),
         (torch.tensor([1.0]), TypeError, ["float32", "expected integer indices or a bool vector"]),
-        (
-            torch.tensor([1.0], dtype=torch.bfloat16),
-            TypeError,
-            ["bfloat16", "expected integer indices or a bool vector"],
-        ),
+        (torch.tensor([1.0]).bfloat16(), TypeError, ["bfloat16", "expected integer indices or a bool vector"]),
         (["1"], TypeError, ["expected integer indices or a bool vector"]),
         ([None], TypeError, ["object", "expected integer indices or a bool vector"]),
         (2, ValueError, ["0 dimensions", "expected a 1-D list"]),
@@ -196,25 +211,21 @@ def operations(params: dict[str, Any], plan: Any) -> dict[str, Callable[[], Any]
 OPERATIONS = list(operations(parameters(), PLAN))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_plan_that_names_a_missing_parameter(operation: str) -> None:
-    plan = FreezePlan({"up.wieght": FreezeMask((6, 4), rows=[0])})
-    with refused(ValueError, f"{operation}: ", "'up.wieght'", "nearest: 'up.weight'", "plan for another model"):
-        operations(parameters(), plan)[operation]()
+PLANS_THAT_DO_NOT_FIT: dict[str, tuple[Any, list[str]]] = {
+    "missing": ({"up.wieght": FreezeMask((6, 4), rows=[0])},
+                ["'up.wieght'", "nearest: 'up.weight'", "plan for another model"]),
+    "another model": ({f"transformer.h.{i}.c_fc": FreezeMask((8, 8), rows=[0]) for i in range(3)},
+                      ["'transformer.h.0.c_fc'", "3 parameters", "plan for another model"]),
+    "another shape": ({"down.weight": FreezeMask((6, 4), rows=[0])}, ["'down.weight'", "(4, 6)", "expects (6, 4)"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_plan_for_another_model(operation: str) -> None:
-    plan = FreezePlan({f"transformer.h.{i}.c_fc": FreezeMask((8, 8), rows=[0]) for i in range(3)})
-    with refused(ValueError, f"{operation}: ", "'transformer.h.0.c_fc'", "3 parameters", "plan for another model"):
-        operations(parameters(), plan)[operation]()
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_plan_of_another_shape(operation: str) -> None:
-    plan = FreezePlan({"down.weight": FreezeMask((6, 4), rows=[0])})
-    with refused(ValueError, f"{operation}: ", "'down.weight'", "(4, 6)", "expects (6, 4)"):
-        operations(parameters(), plan)[operation]()
+@pytest.mark.parametrize("fault", PLANS_THAT_DO_NOT_FIT)
+def test_a_plan_that_does_not_fit(fault: str, operation: str) -> None:
+    plan, words = PLANS_THAT_DO_NOT_FIT[fault]
+    with refused(ValueError, f"{operation}: ", *words):
+        operations(parameters(), FreezePlan(plan))[operation]()
 
 
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "snapshot"])
@@ -344,23 +355,19 @@ def test_a_plan_by_name_needs_names() -> None:
 
 
 def test_set_freeze_refused_keeps_the_plan_in_force() -> None:
-    params, twin = parameters(), parameters()
-    opt = MaskedAdamW(params.items(), freeze=PLAN)
-    never_asked = MaskedAdamW(twin.items(), freeze=PLAN)
-    steps(opt, params, [1])
-    steps(never_asked, twin, [1])
+    twins = Twins(planned)
+    twins.steps([1])
     for kind, plan, words in (
         (ValueError, FreezePlan({"up.weigth": FreezeMask((6, 4))}), ["'up.weigth'", "'up.weight'"]),
         (ValueError, FreezePlan({"up.weight": FreezeMask((4, 6))}), ["(6, 4)", "(4, 6)"]),
         (ValueError, FreezePlan({**PLAN, "up.bias": FreezeMask((7,))}), ["'up.bias'", "(6,)", "(7,)"]),
         (TypeError, {"up.weight": FreezeMask((6, 4))}, ["set_freeze", "dict", "FreezePlan"]),
     ):
-        with refused(kind, "MaskedAdamW", *words, of=opt):
-            opt.set_freeze(plan)
-        assert opt.plan == PLAN
-    steps(opt, params, [2])
-    steps(never_asked, twin, [2])
-    assert_same_state(everything(opt), everything(never_asked), "a step later")
+        with refused(kind, "MaskedAdamW", *words, of=twins.opt):
+            twins.opt.set_freeze(plan)
+        assert twins.opt.plan == PLAN
+    twins.steps([2])
+    twins.assert_same()
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -423,8 +430,7 @@ def test_moments_of_real_numbers_are_no_moments_of_complex_ones() -> None:
 
 
 def test_a_dtype_changed_later_is_refused_at_the_step() -> None:
-    params = parameters()
-    opt = MaskedAdamW(params.items(), freeze=PLAN)
+    params, opt = planned()
     steps(opt, params, [1])
     params["down.weight"].data = params["down.weight"].data.double()
     with refused(ValueError, "MaskedAdamW", "'down.weight'", "torch.float32", "expected float64", of=opt):
@@ -444,8 +450,7 @@ SELF_OVERLAPPING = {
 def test_parameters_that_overlap_themselves(how: str) -> None:
     with refused(TypeError, "MaskedAdamW", "overlaps itself", "clone()"):
         MaskedAdamW([("up.weight", nn.Parameter(SELF_OVERLAPPING[how]()))])
-    params = parameters()
-    opt = MaskedAdamW(params.items(), freeze=PLAN)
+    params, opt = planned()
     steps(opt, params, [1])
     params["up.weight"].data = SELF_OVERLAPPING[how]()
     with refused(TypeError, "MaskedAdamW", "'up.weight'", "overlaps itself", "clone()", of=opt):
@@ -460,29 +465,12 @@ def test_guard_refuses_what_it_cannot_copy() -> None:
     ):
         model = nn.Module()
         model.weight = p
+        sgd, plan = torch.optim.SGD(model.parameters(), lr=0.1), FreezePlan({"weight": FreezeMask((6, 4), rows=[0])})
         with refused(TypeError, "guard", "'weight'", *words):
-            sf.guard(
-                torch.optim.SGD(model.parameters(), lr=0.1), FreezePlan({"weight": FreezeMask((6, 4), rows=[0])}), model
-            )
+            sf.guard(sgd, plan, model)
 
 
 # ------------------------------------------------------------------------------------------------ gradients
-
-
-def _shape(p: Param) -> None:
-    p.grad.data = torch.ones(p.shape[1], p.shape[0])
-
-
-def _fewer_rows(p: Param) -> None:
-    p.grad.data = torch.ones(p.shape[0] - 1, p.shape[1])
-
-
-def _dtype(p: Param) -> None:
-    p.grad.data = p.grad.data.double()
-
-
-def _half(p: Param) -> None:
-    p.grad.data = p.grad.data.bfloat16()
 
 
 def _grad_dtype(p: Param) -> None:
@@ -494,23 +482,21 @@ def _grad_dtype(p: Param) -> None:
     p.grad = half
 
 
-def _sparse(p: Param) -> None:
-    p.grad = torch.ones(p.shape).to_sparse()
-
-
-def _meta(p: Param) -> None:
-    p.stand_in = torch.ones(p.shape, device="meta")
+def _data(of: Callable[[Tensor], Tensor]) -> Callable[[Param], None]:
+    """The gradient becomes ``of`` it, in a way that torch does not look at."""
+    return lambda p: setattr(p.grad, "data", of(p.grad.data))
 
 
 WRONG_GRADIENTS: dict[str, tuple[Callable[[Param], None], list[str]]] = {
-    "shape": (_shape, ["shape (6, 4)", "expected (4, 6)"]),
-    "rows": (_fewer_rows, ["shape (3, 6)", "expected (4, 6)"]),
-    "dtype": (_dtype, ["torch.float64", "expected", "float32"]),
-    "narrower": (_half, ["torch.bfloat16", "expected", "float32"]),
+    "shape": (_data(lambda g: torch.ones(g.shape[::-1])), ["shape (6, 4)", "expected (4, 6)"]),
+    "rows": (_data(lambda g: torch.ones_like(g[1:])), ["shape (3, 6)", "expected (4, 6)"]),
+    "dtype": (_data(Tensor.double), ["torch.float64", "expected", "float32"]),
+    "narrower": (_data(Tensor.bfloat16), ["torch.bfloat16", "expected", "float32"]),
     "grad_dtype": (_grad_dtype, ["torch.bfloat16", "expected", "float32"]),
-    "sparse": (_sparse, ["torch.sparse_coo", "expected a dense one"]),
-    "device": (_meta, ["meta", "expected"]),
-}
+    "sparse": (lambda p: setattr(p, "grad", torch.ones(p.shape).to_sparse()),
+               ["torch.sparse_coo", "expected a dense one"]),
+    "device": (lambda p: setattr(p, "stand_in", torch.ones(p.shape, device="meta")), ["meta", "expected"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -523,22 +509,19 @@ WRONG_GRADIENTS: dict[str, tuple[Callable[[Param], None], list[str]]] = {
 )
 def test_a_wrong_gradient_changes_nothing_and_loses_nothing(fault: str, age: str) -> None:
     spoil, words = WRONG_GRADIENTS[fault]
-    params, twin = parameters(), parameters()
-    opt, never_spoiled = (MaskedAdamW(p.items(), weight_decay=0.1, freeze=PLAN) for p in (params, twin))
+    twins = Twins(lambda: planned(weight_decay=0.1))
     done = 0 if age == "first step" else 2
-    steps(opt, params, range(done))
-    steps(never_spoiled, twin, range(done))
-    give_gradients(params, done)
-    spoil(params["down.weight"])  # the last one: the others might have been stepped already
-    with refused((ValueError, TypeError, RuntimeError), "MaskedAdamW", "'down.weight'", *words, of=opt):
-        opt.step()
-    params["down.weight"].stand_in = None
-    params["down.weight"].grad = None
-    if hasattr(params["down.weight"], "grad_dtype"):
-        params["down.weight"].grad_dtype = torch.float32
-    steps(opt, params, range(done, done + 2))
-    steps(never_spoiled, twin, range(done, done + 2))
-    assert_same_state(everything(opt), everything(never_spoiled), "two steps later")
+    twins.steps(range(done))
+    give_gradients(twins.params, done)
+    last = twins.params["down.weight"]  # the others might have been stepped already
+    spoil(last)
+    with refused((ValueError, TypeError, RuntimeError), "MaskedAdamW", "'down.weight'", *words, of=twins.opt):
+        twins.opt.step()
+    last.stand_in = last.grad = None
+    if hasattr(last, "grad_dtype"):
+        last.grad_dtype = torch.float32
+    twins.steps(range(done, done + 2))
+    twins.assert_same()
 
 
 @pytest.mark.parametrize("operation", ["guard", "zero_frozen_grads_", "clip_grad_norm_"])
@@ -641,26 +624,24 @@ def test_wrong_hyper_parameters_of_an_added_group(key: str, value: Any, words: s
 @wrong_values
 @pytest.mark.parametrize("age", ["first step", "third step"])
 def test_hyper_parameters_that_go_wrong_mid_run(age: str, key: str, value: Any, words: str) -> None:
-    def build() -> tuple[dict[str, Param], MaskedAdamW]:
+    def build() -> tuple[dict[str, Any], MaskedAdamW]:
         params = parameters()
         first, *others = params.items()
         # the healthy groups come first, in launches of their own and in the broken group's
         groups = [{"params": [first], "amsgrad": True}, {"params": [others[0]]}, {"params": [others[1]]}]
         return params, MaskedAdamW(groups, freeze=PLAN)
 
-    (params, opt), (twin, never_broken) = build(), build()
+    twins = Twins(build)
     done = 0 if age == "first step" else 2
-    steps(opt, params, range(done))
-    steps(never_broken, twin, range(done))
-    give_gradients(params, done)
-    good = opt.param_groups[2][key]
-    opt.param_groups[2][key] = value
-    with refused(ValueError, f"Invalid {words}", of=opt):
-        opt.step()
-    opt.param_groups[2][key] = good
-    steps(opt, params, range(done, done + 2))
-    steps(never_broken, twin, range(done, done + 2))
-    assert_same_state(everything(opt), everything(never_broken), "two steps later")
+    twins.steps(range(done))
+    give_gradients(twins.params, done)
+    group = twins.opt.param_groups[2]
+    group[key], good = value, group[key]
+    with refused(ValueError, f"Invalid {words}", of=twins.opt):
+        twins.opt.step()
+    group[key] = good
+    twins.steps(range(done, done + 2))
+    twins.assert_same()
 
 
 def test_a_scheduler_that_runs_into_nan() -> None:
@@ -764,14 +745,8 @@ def test_state_of_another_plan() -> None:
     steps(other, others, [1, 2])
     unmasked = MaskedAdamW(parameters().items())
     for target in (opt, unmasked):
-        with refused(
-            ValueError,
-            "MaskedAdamW.load_state_dict",
-            "'up.weight'",
-            "another freeze plan",
-            "dense_state_dict()",
-            of=target,
-        ):
+        words = ["MaskedAdamW.load_state_dict", "'up.weight'", "another freeze plan", "dense_state_dict()"]
+        with refused(ValueError, *words, of=target):
             target.load_state_dict(other.state_dict())
     opt.load_state_dict(other.dense_state_dict())
     unmasked.load_state_dict(other.dense_state_dict())
@@ -814,8 +789,7 @@ MEDDLED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
 
 @pytest.mark.parametrize("how", MEDDLED)
 def test_state_somebody_wrote_to(how: str) -> None:
-    params = parameters()
-    opt = MaskedAdamW(params.items(), freeze=PLAN)
+    params, opt = planned()
     steps(opt, params, [1])
     give_gradients(params, 2)
     meddle, words = MEDDLED[how]
@@ -824,31 +798,25 @@ def test_state_somebody_wrote_to(how: str) -> None:
         opt.step()
 
 
-def _turned_state(state: dict[str, Tensor]) -> None:
-    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
-
-
-def _turned_in_place(state: dict[str, Tensor]) -> None:
-    state["exp_avg"].data = state["exp_avg"].data.t().contiguous().t()
-
-
-def _moved_in_place(state: dict[str, Tensor]) -> None:  # as offloading does, and back
+def _moved(state: dict[str, Tensor]) -> None:  # as offloading does, and back
     for key in ("exp_avg", "exp_avg_sq"):
         state[key].data = state[key].data.clone()
 
 
-@pytest.mark.parametrize(
-    "move", [_turned_state, _turned_in_place, _moved_in_place], ids=lambda f: f.__name__.strip("_")
-)
-def test_state_that_lies_elsewhere_now_is_used_where_it_lies(move: Callable[[dict[str, Tensor]], None]) -> None:
-    moved, twin = parameters(), parameters()
-    opts = [(MaskedAdamW(p.items(), freeze=PLAN), p) for p in (moved, twin)]
-    for opt, params in opts:
-        steps(opt, params, [1])
-    move(opts[0][0].state[moved["up.weight"]])
-    for opt, params in opts:
-        steps(opt, params, [2, 3])
-    assert_same_state(everything(opts[0][0]), everything(opts[1][0]), "two steps later")
+MOVED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "turned_state": lambda state: state.update(exp_avg=state["exp_avg"].t().contiguous().t()),
+    "turned_in_place": lambda state: setattr(state["exp_avg"], "data", state["exp_avg"].data.t().contiguous().t()),
+    "moved_in_place": _moved,
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_state_that_lies_elsewhere_now_is_used_where_it_lies(how: str) -> None:
+    twins = Twins(planned)
+    twins.steps([1])
+    MOVED[how](twins.opt.state[twins.params["up.weight"]])
+    twins.steps([2, 3])
+    twins.assert_same()
 
 
 def test_a_parameter_that_shrank_is_refused() -> None:
@@ -902,14 +870,9 @@ def test_no_parameters_at_all() -> None:
 # ------------------------------------------------------------------------------------------------ odd but right
 
 ODD_SHAPES = {
-    "scalar": (),
-    "one": (1,),
-    "none": (0,),
-    "no rows": (0, 4),
-    "no columns": (3, 0),
-    "deep": (2, 0, 3),
+    "scalar": (), "one": (1,), "none": (0,), "no rows": (0, 4), "no columns": (3, 0), "deep": (2, 0, 3),
     "weight": (5, 4),
-}
+}  # fmt: skip
 
 
 def test_zero_size_and_0_dim_parameters_step_like_torch() -> None:
@@ -947,9 +910,7 @@ def test_zero_size_and_0_dim_tensors_everywhere_else(frozen: bool) -> None:
     give_gradients(params, 1)
     masks = {name: FreezeMask(p.shape) for name, p in params.items()}
     if frozen:
-        masks = {
-            name: FreezeMask(p.shape, elements=torch.ones(p.shape, dtype=torch.bool)) for name, p in params.items()
-        }
+        masks = {n: FreezeMask(p.shape, elements=torch.ones(p.shape, dtype=torch.bool)) for n, p in params.items()}
     plan = FreezePlan(masks)
     model = nn.ParameterDict(dict(params))
     before = {name: p.detach().clone() for name, p in params.items()}
@@ -1003,10 +964,8 @@ def test_strided_tensors_step_like_contiguous_ones(shape: tuple[int, ...], layou
         FreezeMask(shape, rows=[2], cols=[0], elements=everything_else),
     ):
         values = random_normal(1, *shape)
-        odd, even = (
-            nn.Parameter(laid_out(values) if which != "gradient" else values.clone()),
-            nn.Parameter(values.clone()),
-        )
+        odd = nn.Parameter(laid_out(values) if which != "gradient" else values.clone())
+        even = nn.Parameter(values.clone())
         first = odd.detach().clone()
         storage = odd.untyped_storage()
         around = torch.empty(0).set_(storage).clone()

@@ -35,6 +35,10 @@ def give_gradients(params: dict[str, Any], step: int) -> None:
     params["w"].grad[5] = math.nan  # frozen: counts nowhere
 
 
+def pair(backend: str, *args: Any, **settings: Any) -> list[tuple[dict[str, Any], sf.MaskedAdamW]]:
+    return [build(backend, *args, **settings) for _ in range(2)]
+
+
 def assert_same(one: dict[str, Any], other: dict[str, Any], what: str) -> None:
     for name in SHAPES:
         assert_same_bits(one[name].detach(), other[name].detach(), f"{what}: {name}")
@@ -45,7 +49,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], what: str) -> None:
 )
 @over_backends
 def test_the_step_is_that_of_clipped_gradients(backend: str, settings: dict[str, Any]) -> None:
-    (fused, opt), (plain, other) = build(backend, **settings), build(backend, **settings)
+    (fused, opt), (plain, other) = pair(backend, **settings)
     for step in range(4):
         give_gradients(fused, step)
         give_gradients(plain, step)
@@ -66,7 +70,7 @@ def test_the_step_is_that_of_clipped_gradients(backend: str, settings: dict[str,
 @over_backends
 def test_sixteen_bit_gradients_lose_no_digits(backend: str) -> None:
     """As if they had been clipped in float32: scaled in place, they would be rounded once more."""
-    (fused, opt), (exact, other) = build(backend, torch.bfloat16), build(backend, torch.bfloat16)
+    (fused, opt), (exact, other) = pair(backend, torch.bfloat16)
     give_gradients(fused, 0)
     give_gradients(exact, 0)
     sf.clip_grad_norm_(fused, MAX_NORM, optimizer=opt, backend=backend)
@@ -80,7 +84,7 @@ def test_sixteen_bit_gradients_lose_no_digits(backend: str) -> None:
 
 @over_backends
 def test_one_step_takes_it(backend: str) -> None:
-    (clipped, opt), (once, other) = build(backend), build(backend)
+    (clipped, opt), (once, other) = pair(backend)
     for params, optimizer in ((clipped, opt), (once, other)):
         give_gradients(params, 0)
         sf.clip_grad_norm_(params, MAX_NORM, PLAN, optimizer=optimizer, backend=backend)
@@ -96,7 +100,7 @@ def test_one_step_takes_it(backend: str) -> None:
 @pytest.mark.parametrize("end", ["zero_grad", "load_state_dict", "found_inf", "clipped again", "pickle", "deepcopy"])
 @over_backends
 def test_what_ends_it(backend: str, end: str) -> None:
-    (params, opt), (plain, other) = build(backend), build(backend)
+    (params, opt), (plain, other) = pair(backend)
     for tensors, optimizer in ((params, opt), (plain, other)):
         give_gradients(tensors, 0)
         optimizer.step()
@@ -125,7 +129,7 @@ def test_what_ends_it(backend: str, end: str) -> None:
 @over_backends
 def test_with_a_loss_scale(backend: str) -> None:
     """The order of PyTorch's recipe: unscale, clip, step; here the step does the first and the last at once."""
-    (fused, opt), (plain, other) = build(backend), build(backend)
+    (fused, opt), (plain, other) = pair(backend)
     give_gradients(fused, 0)
     give_gradients(plain, 0)
     for p in fused.values():
@@ -141,7 +145,7 @@ def test_with_a_loss_scale(backend: str) -> None:
 
 @over_backends
 def test_a_failed_step_leaves_it_for_the_next(backend: str) -> None:
-    (params, opt), (plain, other) = build(backend), build(backend)
+    (params, opt), (plain, other) = pair(backend)
     for tensors, optimizer in ((params, opt), (plain, other)):
         give_gradients(tensors, 0)
         sf.clip_grad_norm_(tensors, MAX_NORM, PLAN, optimizer=optimizer, backend=backend)

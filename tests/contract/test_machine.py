@@ -334,7 +334,7 @@ class Training(RuleBasedStateMachine):
         exact = math.sqrt(math.fsum((torch.cat(live) ** 2).tolist())) if live else 0.0
         if torch.float64 not in {p.grad.dtype for p in params.values() if p.grad is not None}:
             exact = torch.tensor(exact, dtype=torch.float64).float().item()  # which overflows where the norm does
-        name = optimizer._backend
+        name = optimizer._settings.backend
         norm = sf.clip_grad_norm_(
             net, largest, self.plan, optimizer=optimizer if inside else None, backend=name
         ).item()  # fmt: skip
@@ -373,7 +373,7 @@ class Training(RuleBasedStateMachine):
         for b in BACKENDS:
             params = self.params(b)
             before = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
-            sf.zero_frozen_grads_(params, self.plan, backend=self.optimizers[b]._backend)
+            sf.zero_frozen_grads_(params, self.plan, backend=self.optimizers[b]._settings.backend)
             for name, old in before.items():
                 now, still = params[name].grad, self.frozen(name)
                 assert_same_bits(now, torch.zeros_like(now), f"frozen gradient of {name}", where=still)

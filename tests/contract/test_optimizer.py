@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
+import doctest
 import io
 import math
 import pickle
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +83,49 @@ def assert_same_weights(model: nn.Module, other: nn.Module, what: str) -> None:
 def assert_close_weights(model: nn.Module, other: nn.Module, what: str) -> None:
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, **CLOSE, msg=lambda text, name=name: f"{what}: {name!r}: {text}")
+
+
+def trained(steps: int, kind: Any = sf.MaskedAdamW, **arguments: Any) -> tuple[Net, Any]:
+    """A net and its optimizer, after that many steps."""
+    model = Net()
+    optimizer = kind(model.named_parameters(), **arguments)
+    train(model, optimizer, batches(steps))
+    return model, optimizer
+
+
+def against_stock(start: Tensor, grads: Iterable[Tensor], **arguments: Any) -> tuple[nn.Parameter, Any]:
+    """A parameter that starts as ``start`` and its optimizer, after steps with ``grads``: where stock's comes too."""
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = sf.MaskedAdamW([("w", ours)], lr=0.1, **arguments)
+    reference = torch.optim.AdamW([theirs], lr=0.1, **STOCK_IS_ONE_LOOP)
+    for grad in grads:
+        ours.grad = theirs.grad = grad
+        optimizer.step(), reference.step()
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    return ours, optimizer
+
+
+class Pair:
+    """Two nets that start alike and train alike, each with its optimizer: ``model`` and what it is compared with."""
+
+    def __init__(self, ours: Any = sf.MaskedAdamW, stock: Any = sf.MaskedAdamW, **arguments: Any) -> None:
+        self.model, self.other = Net(), Net()
+        self.optimizer = ours(self.model.named_parameters(), **arguments)
+        one_loop = STOCK_IS_ONE_LOOP if stock in (torch.optim.AdamW, torch.optim.Adam) else {}
+        self.reference = stock(self.other.named_parameters(), **arguments, **one_loop)
+
+    def __iter__(self) -> Iterator[tuple[Net, Any]]:
+        return iter(((self.model, self.optimizer), (self.other, self.reference)))
+
+    def train(self, steps: int, seed: int = 1) -> None:
+        for model, optimizer in self:
+            train(model, optimizer, batches(steps, seed))
+
+    def assert_close(self, what: str) -> None:
+        assert_close_weights(self.model, self.other, what)
+
+    def assert_same(self, what: str) -> None:
+        assert_same_weights(self.model, self.other, what)
 
 
 def saved(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -156,18 +201,13 @@ def test_torchs_own_errors(ours: Any, stock: Any, torch_cases: dict[str, Any]) -
     assert len(errors) >= 10
     silent = []
     for params, arguments, at_construction, error, regex in errors:
-        kind = {
-            "UserWarning": UserWarning,
-            "ValueError": ValueError,
-            "TypeError": TypeError,
-            "RuntimeError": RuntimeError,
-        }
+        kind = getattr(builtins, error)
         params = params if params is not None else [nn.Parameter(torch.ones(2, 3))]
         assert at_construction
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             try:
-                with pytest.raises(kind[error], match=regex):
+                with pytest.raises(kind, match=regex):
                     ours(params, **arguments)
             except pytest.fail.Exception:
                 silent.append(f"{arguments}, {params}: no {error} {regex!r}")
@@ -269,14 +309,12 @@ def test_a_group_that_is_refused_leaves_the_others() -> None:
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_settings_changed_between_steps_take_effect(ours: Any, stock: Any, change: str) -> None:
     values = {"lr": 0.1, "weight_decay": 0.5, "betas": (0.3, 0.5), "eps": 0.1, "amsgrad": False, "maximize": True}
-    model, other = Net(), Net()
-    start = {"amsgrad": change == "amsgrad", "weight_decay": 0.0}
-    optimizer, reference = ours(model.parameters(), **start), stock(other.parameters(), **start, **STOCK_IS_ONE_LOOP)
-    for each, net in ((optimizer, model), (reference, other)):
-        train(net, each, batches(2))
-        each.param_groups[0][change] = values[change]
-        train(net, each, batches(3, seed=2))
-    assert_close_weights(model, other, f"after {change} changed")
+    pair = Pair(ours, stock, amsgrad=change == "amsgrad", weight_decay=0.0)
+    pair.train(2)
+    for _, optimizer in pair:
+        optimizer.param_groups[0][change] = values[change]
+    pair.train(3, seed=2)
+    pair.assert_close(f"after {change} changed")
 
 
 @pytest.mark.parametrize("tensors", ["lr", "betas", "both"])
@@ -287,17 +325,13 @@ def test_tensor_settings(ours: Any, stock: Any, tensors: str) -> None:
         arguments["lr"] = torch.tensor(0.01)
     if tensors != "lr":
         arguments["betas"] = (torch.tensor(0.8), torch.tensor(0.95))
-    model, other = Net(), Net()
-    optimizer, reference = (
-        ours(model.parameters(), **arguments),
-        stock(other.parameters(), **arguments, **STOCK_IS_ONE_LOOP),
-    )
-    train(model, optimizer, batches(3)), train(other, reference, batches(3))
+    pair = Pair(ours, stock, **arguments)
+    pair.train(3)
     if tensors != "betas":  # a tensor is changed in place
-        optimizer.param_groups[0]["lr"].fill_(0.1)
-        reference.param_groups[0]["lr"].fill_(0.1)
-    train(model, optimizer, batches(3, seed=2)), train(other, reference, batches(3, seed=2))
-    assert_close_weights(model, other, tensors)
+        for _, optimizer in pair:
+            optimizer.param_groups[0]["lr"].fill_(0.1)
+    pair.train(3, seed=2)
+    pair.assert_close(tensors)
 
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
@@ -311,26 +345,22 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_schedulers_drive_it(ours: Any, stock: Any, name: str) -> None:
-    model, other = Net(), Net()
-    optimizer, reference = ours(model.parameters(), lr=0.05), stock(other.parameters(), lr=0.05, **STOCK_IS_ONE_LOOP)
-    rates: dict[str, list[float]] = {"ours": [], "stock": []}
-    for whose, net, each in (("ours", model, optimizer), ("stock", other, reference)):
-        scheduler = SCHEDULERS[name](each)
+    pair, rates = Pair(ours, stock, lr=0.05), []
+    for model, optimizer in pair:
+        scheduler = SCHEDULERS[name](optimizer)
         for batch in batches(8):
-            train(net, each, [batch])
-            rates[whose].append(each.param_groups[0]["lr"])
+            train(model, optimizer, [batch])
+            rates.append(optimizer.param_groups[0]["lr"])
             scheduler.step(*([1.0] if name == "plateau" else []))
-    assert rates["ours"] == rates["stock"]
-    assert len(set(rates["ours"])) > 1
-    assert_close_weights(model, other, name)
+    assert rates[:8] == rates[8:] and len(set(rates)) > 1
+    pair.assert_close(name)
 
 
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_closures_run_first_with_gradients_on_and_their_loss_is_returned(ours: Any, stock: Any) -> None:
-    model, other = Net(), Net()
-    optimizer, reference = ours(model.parameters()), stock(other.parameters(), **STOCK_IS_ONE_LOOP)
+    pair = Pair(ours, stock)
     (x, y), *_ = batches(1)
-    for net, each in ((model, optimizer), (other, reference)):
+    for net, each in pair:
 
         def closure(net: nn.Module = net, each: Any = each) -> Tensor:
             assert torch.is_grad_enabled()
@@ -343,29 +373,24 @@ def test_closures_run_first_with_gradients_on_and_their_loss_is_returned(ours: A
         assert isinstance(first, Tensor)
         with torch.no_grad():
             assert each.step(closure=closure) < first
-    assert_close_weights(model, other, "after two closures")
-    assert optimizer.step() is None
+    pair.assert_close("after two closures")
+    assert pair.optimizer.step() is None
 
 
 def test_hooks_run_once_each_in_order() -> None:
     model = Net()
     optimizer = sf.MaskedAdamW(model.parameters())
     calls: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict_pre"))
-    optimizer.register_state_dict_post_hook(lambda _, state: calls.append("state_dict_post"))
-    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("load_pre"))
-    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load_post"))
+    hooks = [f"{what}_{when}" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")]
+    for hook in hooks:
+        getattr(optimizer, f"register_{hook}_hook")(lambda *_, hook=hook: calls.append(hook))
     train(model, optimizer, batches(1))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["pre", "post", "state_dict_pre", "state_dict_post", "load_pre", "load_post"]
+    assert calls == hooks
 
 
 def test_load_hooks_see_and_may_replace_what_is_loaded() -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=PLAN)
-    train(model, optimizer, batches(2))
+    model, optimizer = trained(2, freeze=PLAN)
     state = optimizer.state_dict()
     fresh = sf.MaskedAdamW(model.named_parameters(), freeze=PLAN)
 
@@ -392,15 +417,18 @@ def test_the_profiler_names_the_step() -> None:
 
 
 def test_zero_grad_and_repr_are_torchs() -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.parameters(), lr=0.25)
-    train(model, optimizer, batches(1))
+    model, optimizer = trained(1, lr=0.25)
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    expected = repr(torch.optim.AdamW(model.parameters(), lr=0.25)).replace("AdamW", "MaskedAdamW", 1)
+    expected = repr(torch.optim.AdamW(model.named_parameters(), lr=0.25)).replace("AdamW", "MaskedAdamW", 1)
     assert repr(optimizer) == expected
+
+
+def test_the_example_of_its_docstring_runs() -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(sf.MaskedAdamW, globs={})
+    assert len(example.examples) == 9 and not doctest.DocTestRunner().run(example).failed
 
 
 def test_an_optimizer_is_a_torch_optimizer() -> None:
@@ -420,9 +448,7 @@ def test_an_optimizer_is_a_torch_optimizer() -> None:
 
 def test_state_can_be_saved_and_loaded_when_training_is_over() -> None:
     """``model.requires_grad_(False)`` before the last checkpoint is written must not lose it."""
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=PLAN)
-    train(model, optimizer, batches(2))
+    model, optimizer = trained(2, freeze=PLAN)
     before, dense = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.dense_state_dict())
     model.requires_grad_(False)
     assert_same_state(optimizer.state_dict(), before, "packed")
@@ -433,9 +459,7 @@ def test_state_can_be_saved_and_loaded_when_training_is_over() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alone(how: str) -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05, freeze=PLAN, state_dtype=torch.bfloat16)
-    train(model, optimizer, batches(3))
+    model, optimizer = trained(3, lr=0.05, freeze=PLAN, state_dtype=torch.bfloat16)
     optimizer.set_freeze(sf.FreezePlan({"up.weight": sf.FreezeMask((8, 6), rows=[1])}))  # ages, too
     train(model, optimizer, batches(2))
     pair = (model, optimizer)
@@ -453,9 +477,7 @@ def test_copies_go_on_alone(how: str) -> None:
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_stock_goes_on_from_our_state_and_we_from_its(ours: Any, stock: Any, amsgrad: bool) -> None:
     arguments = {"lr": 0.02, "weight_decay": 0.1, "amsgrad": amsgrad}
-    model = Net()
-    optimizer = ours(model.named_parameters(), **arguments)
-    train(model, optimizer, batches(3))
+    model, optimizer = trained(3, ours, **arguments)
     as_stock, as_ours = copy.deepcopy(model), copy.deepcopy(model)
     reference = stock(as_stock.parameters(), **arguments, **STOCK_IS_ONE_LOOP)
     reference.load_state_dict(saved(optimizer.state_dict()))
@@ -474,9 +496,7 @@ def test_stock_goes_on_from_our_state_and_we_from_its(ours: Any, stock: Any, ams
 
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_a_stock_checkpoint_is_packed_to_the_plan(ours: Any, stock: Any) -> None:
-    other = Net()
-    reference = stock(other.parameters(), lr=0.02, **STOCK_IS_ONE_LOOP)
-    train(other, reference, batches(3))
+    other, reference = trained(3, stock, lr=0.02, **STOCK_IS_ONE_LOOP)
     model = copy.deepcopy(other)
     optimizer = ours(model.named_parameters(), lr=0.02, freeze=PLAN)
     optimizer.load_state_dict(saved(reference.state_dict()))
@@ -495,9 +515,7 @@ def test_a_stock_checkpoint_is_packed_to_the_plan(ours: Any, stock: Any) -> None
 @pytest.mark.parametrize(("ours", "stock"), PAIRS)
 def test_dense_state_goes_to_stock(ours: Any, stock: Any) -> None:
     """A frozen run finished without us: live elements go on as they would have."""
-    model = Net()
-    optimizer = ours(model.named_parameters(), lr=0.02, freeze=PLAN)
-    train(model, optimizer, batches(3))
+    model, optimizer = trained(3, ours, lr=0.02, freeze=PLAN)
     other = copy.deepcopy(model)
     reference = stock(other.parameters(), lr=0.02, **STOCK_IS_ONE_LOOP)
     reference.load_state_dict(saved(optimizer.dense_state_dict()))
@@ -516,22 +534,12 @@ def test_dense_state_goes_to_stock(ours: Any, stock: Any) -> None:
 
 
 def test_old_checkpoints_lack_keys_and_count_steps_in_python_numbers() -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.02, weight_decay=0.1)
-    train(model, optimizer, batches(3))
+    model, optimizer = trained(3, lr=0.02, weight_decay=0.1)
     old = copy.deepcopy(optimizer.state_dict())
     for group in old["param_groups"]:
-        for key in (
-            "maximize",
-            "foreach",
-            "capturable",
-            "differentiable",
-            "fused",
-            "amsgrad",
-            "decoupled_weight_decay",
-        ):
+        flags = "maximize foreach capturable differentiable fused amsgrad decoupled_weight_decay"
+        for key in (*flags.split(), "param_names"):
             del group[key]
-        group.pop("param_names")
     for entry in old["state"].values():
         entry["step"] = int(entry["step"].item())
     twin = copy.deepcopy(model)
@@ -545,9 +553,7 @@ def test_old_checkpoints_lack_keys_and_count_steps_in_python_numbers() -> None:
 def test_an_adam_checkpoint_stays_decoupled_in_adamw_as_in_torch() -> None:
     answers = []
     for kind, source in ((torch.optim.AdamW, torch.optim.Adam), (sf.MaskedAdamW, sf.MaskedAdam)):
-        model = Net()
-        adam = source(model.parameters())
-        train(model, adam, batches(1))
+        model, adam = trained(1, source)
         adamw = kind(model.parameters())
         adamw.load_state_dict(adam.state_dict())
         answers.append(adamw.param_groups[0]["decoupled_weight_decay"])
@@ -607,9 +613,7 @@ OTHER_PLANS = {
 
 @pytest.mark.parametrize("other", OTHER_PLANS)
 def test_state_packed_under_another_plan_is_refused_and_nothing_changes(other: str) -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.3, freeze=PLAN)
-    train(model, optimizer, batches(2))
+    model, optimizer = trained(2, lr=0.3, freeze=PLAN)
     receiver = sf.MaskedAdamW(model.named_parameters(), lr=0.1, freeze=OTHER_PLANS[other])
     train(model, receiver, batches(1))
     before = copy.deepcopy(receiver.state_dict())
@@ -620,31 +624,25 @@ def test_state_packed_under_another_plan_is_refused_and_nothing_changes(other: s
     train(model, receiver, batches(1))
 
 
-def spoil_groups(state: dict[str, Any]) -> None:
-    state["param_groups"] = state["param_groups"] * 2
-
-
-def spoil_size(state: dict[str, Any]) -> None:
-    state["param_groups"][0]["params"].pop()
-
-
-def spoil_shape(state: dict[str, Any]) -> None:
-    state["state"][0]["exp_avg"] = torch.zeros(2, 2)
-
-
-def spoil_version(state: dict[str, Any]) -> None:
+def later_version(state: dict[str, Any]) -> None:
     group = state["param_groups"][0]
     group["freeze"] = group["freeze"].replace('"version": 1', '"version": 99')
 
 
-@pytest.mark.parametrize("spoil", [spoil_groups, spoil_size, spoil_shape, spoil_version])
-def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil: Callable[[dict[str, Any]], None]) -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=PLAN)
-    train(model, optimizer, batches(2))
+SPOILT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "groups": lambda state: state.update(param_groups=state["param_groups"] * 2),
+    "size": lambda state: state["param_groups"][0]["params"].pop(),
+    "shape": lambda state: state["state"][0].update(exp_avg=torch.zeros(2, 2)),
+    "version": later_version,
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(what: str) -> None:
+    model, optimizer = trained(2, freeze=PLAN)
     state = copy.deepcopy(optimizer.state_dict())
     before = copy.deepcopy(state)
-    spoil(state)
+    SPOILT[what](state)
     with pytest.raises(ValueError):
         optimizer.load_state_dict(state)
     assert_same_state(optimizer.state_dict(), before, "after a refused load")
@@ -684,9 +682,7 @@ def test_names_in_a_checkpoint_do_not_move_the_plan() -> None:
 
 @pytest.mark.parametrize("how", ["clear", "replace", "delete_one"])
 def test_a_state_that_was_thrown_away_starts_again(how: str) -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.parameters(), lr=0.05)
-    train(model, optimizer, batches(3))
+    model, optimizer = trained(3, lr=0.05)
     other = copy.deepcopy(model)
     reference = sf.MaskedAdamW(other.parameters(), lr=0.05)
     if how == "delete_one":
@@ -702,66 +698,48 @@ def test_a_state_that_was_thrown_away_starts_again(how: str) -> None:
     assert optimizer.state[model.up.weight]["step"].item() == 2.0
 
 
-def test_moments_and_steps_edited_in_place_count() -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.parameters(), lr=0.05)
-    train(model, optimizer, batches(3))
-    other = copy.deepcopy(model)
-    for entry in optimizer.state.values():
-        entry["exp_avg"].zero_()
-        entry["exp_avg_sq"].zero_()
-        entry["step"].zero_()
-    train(model, optimizer, batches(2, seed=3))
-    train(other, sf.MaskedAdamW(other.parameters(), lr=0.05), batches(2, seed=3))
-    assert_same_weights(model, other, "moments zeroed by hand")
+# as by hand, and as offloading code brings moments back
+ZEROED: dict[str, Callable[[Tensor], Any]] = {
+    "in place": Tensor.zero_,
+    "through data": lambda value: setattr(value, "data", torch.zeros_like(value)),
+}
 
 
-def test_moments_replaced_through_data_count() -> None:
-    """As offloading code brings moments back."""
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.parameters(), lr=0.05)
-    train(model, optimizer, batches(3))
+@pytest.mark.parametrize("how", ZEROED)
+def test_moments_and_steps_edited_or_replaced_count(how: str) -> None:
+    model, optimizer = trained(3, lr=0.05)
     other = copy.deepcopy(model)
     for entry in optimizer.state.values():
         for value in entry.values():
-            value.data = torch.zeros_like(value)
+            ZEROED[how](value)
     train(model, optimizer, batches(2, seed=3))
     train(other, sf.MaskedAdamW(other.parameters(), lr=0.05), batches(2, seed=3))
-    assert_same_weights(model, other, "moments replaced by zeros")
+    assert_same_weights(model, other, f"moments zeroed {how}")
     assert all(entry["exp_avg"].any() for entry in optimizer.state.values())
 
 
-def wrong_shape(state: dict[str, Tensor]) -> None:
-    state["exp_avg"] = torch.zeros(1000)[:4].view(2, 2)  # in a wider memory: a walk past its end breaks nothing else
-
-
-def wrong_dtype(state: dict[str, Tensor]) -> None:
-    state["exp_avg_sq"] = state["exp_avg_sq"].double()
-
-
-def mixed_dtypes(state: dict[str, Tensor]) -> None:
-    state["exp_avg"] = state["exp_avg"].bfloat16()
-
-
-def wrong_layout(state: dict[str, Tensor]) -> None:
-    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+SPOILT_MOMENTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    # in a wider memory: a walk past its end breaks nothing else
+    "wrong_shape": lambda state: state.update(exp_avg=torch.zeros(1000)[:4].view(2, 2)),
+    "wrong_dtype": lambda state: state.update(exp_avg_sq=state["exp_avg_sq"].double()),
+    "mixed_dtypes": lambda state: state.update(exp_avg=state["exp_avg"].bfloat16()),
+    "wrong_layout": lambda state: state.update(exp_avg=state["exp_avg"].t().contiguous().t()),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("spoil", [wrong_shape, wrong_dtype, mixed_dtypes, wrong_layout])
-def test_moments_put_there_by_hand_are_checked(spoil: Callable[[dict[str, Tensor]], None], backend: str) -> None:
+@pytest.mark.parametrize("what", SPOILT_MOMENTS)
+def test_moments_put_there_by_hand_are_checked(what: str, backend: str) -> None:
     """Kernels take addresses: a moment that does not fit must be an error (or made to fit), never read as it lies."""
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05, backend=backend)
-    train(model, optimizer, batches(2))
+    model, optimizer = trained(2, lr=0.05, backend=backend)
     other, reference = copy.deepcopy((model, optimizer))
-    spoil(optimizer.state[model.up.weight])
+    SPOILT_MOMENTS[what](optimizer.state[model.up.weight])
     try:
         train(model, optimizer, batches(1, seed=3))
     except (ValueError, TypeError) as error:
         assert "up.weight" in str(error)
         return
-    assert spoil is not wrong_shape
+    assert what != "wrong_shape"
     train(other, reference, batches(1, seed=3))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):  # moments may have been rounded to bfloat16
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
@@ -830,16 +808,14 @@ def test_grad_scaler_with_clipping_between() -> None:
 
 def test_a_preset_scale_clips_in_the_step() -> None:
     """``grad_scale = 1 / coefficient`` folds clipping into the step."""
-    model, other = Net(), Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05)
-    reference = sf.MaskedAdamW(other.named_parameters(), lr=0.05)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+    pair = Pair(lr=0.05)
+    for p, q in zip(pair.model.parameters(), pair.other.parameters(), strict=True):
         p.grad = replay(3)(tuple(p.shape))
         q.grad = p.grad * 0.25
-    optimizer.grad_scale = torch.tensor(4.0)
-    optimizer.step()
-    reference.step()
-    assert_same_weights(model, other, "scale of 4")
+    pair.optimizer.grad_scale = torch.tensor(4.0)
+    for _, optimizer in pair:
+        optimizer.step()
+    pair.assert_same("scale of 4")
 
 
 # ---------------------------------------------------------------------------------------------- gradients that are None
@@ -874,14 +850,12 @@ def test_gradients_that_never_come_come_later_or_stop(ours: Any, stock: Any, pla
 
 def test_a_first_step_without_any_gradient_does_not_stop_later_ones() -> None:
     """Some schedulers' warm-ups call ``step()`` before the first backward."""
-    model, other = Net(), Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05)
-    reference = sf.MaskedAdamW(other.named_parameters(), lr=0.05)
-    optimizer.step()
-    optimizer.step()
-    train(model, optimizer, batches(2)), train(other, reference, batches(2))
-    assert_same_weights(model, other, "two empty steps first")
-    assert (model.up.weight != Net().up.weight).any()
+    pair = Pair(lr=0.05)
+    pair.optimizer.step()
+    pair.optimizer.step()
+    pair.train(2)
+    pair.assert_same("two empty steps first")
+    assert (pair.model.up.weight != Net().up.weight).any()
 
 
 def test_a_step_with_zero_gradients_and_no_learning_rate_moves_nothing() -> None:
@@ -973,14 +947,8 @@ def test_strides(layout: str, backend: str, of: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradients(backend: str) -> None:
-    ours, theirs = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
-    optimizer = sf.MaskedAdamW([ours], lr=0.1, backend=backend)
-    reference = torch.optim.AdamW([theirs], lr=0.1, **STOCK_IS_ONE_LOOP)
-    for grad in (torch.tensor(2.0).expand(4, 3), torch.tensor([1.0, 2.0, 3.0]).expand(4, 3)):
-        ours.grad = theirs.grad = grad
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    grads = (torch.tensor(2.0).expand(4, 3), torch.tensor([1.0, 2.0, 3.0]).expand(4, 3))
+    against_stock(torch.ones(4, 3), grads, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -993,27 +961,21 @@ def test_parameters_that_overlap_themselves_are_refused(overlapping: Tensor) -> 
         sf.MaskedAdamW([nn.Parameter(overlapping)])
 
 
-def replace_values(model: Net) -> None:
-    model.up.weight.data = model.up.weight.data.clone()
+REPLACED: dict[str, Callable[[Tensor], Tensor]] = {
+    "by a copy": torch.clone,
+    "by transposed memory": lambda t: t.t().contiguous().t(),
+    "by a view": lambda t: t.clone().as_strided(t.shape, t.stride()),
+}
 
 
-def replace_by_transposed_memory(model: Net) -> None:
-    model.up.weight.data = model.up.weight.data.t().contiguous().t()
-
-
-def to_channels_last_and_back(model: Net) -> None:
-    model.down.weight.data = model.down.weight.data.clone().as_strided((3, 8), (8, 1))
-
-
-@pytest.mark.parametrize("replace", [replace_values, replace_by_transposed_memory, to_channels_last_and_back])
-def test_parameters_may_be_replaced_through_data(replace: Callable[[Net], None]) -> None:
-    model, other = Net(), Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05, freeze=PLAN)
-    reference = sf.MaskedAdamW(other.named_parameters(), lr=0.05, freeze=PLAN)
-    train(model, optimizer, batches(3)), train(other, reference, batches(3))
-    replace(model)
-    train(model, optimizer, batches(3, seed=2)), train(other, reference, batches(3, seed=2))
-    assert_close_weights(model, other, replace.__name__)  # a product of transposed memory is rounded otherwise
+@pytest.mark.parametrize("how", REPLACED)
+def test_parameters_may_be_replaced_through_data(how: str) -> None:
+    pair = Pair(lr=0.05, freeze=PLAN)
+    pair.train(3)
+    weight = pair.model.down.weight if how == "by a view" else pair.model.up.weight
+    weight.data = REPLACED[how](weight.data)
+    pair.train(3, seed=2)
+    pair.assert_close(how)  # a product of transposed memory is rounded otherwise
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -1274,16 +1236,6 @@ def test_all_parameters_of_a_quantised_model_may_be_passed() -> None:
     assert (model.scales < 1.0).all(), "what began to train later"
 
 
-def test_a_fused_optimizer_refuses_meta_tensors_in_torchs_words() -> None:
-    with torch.device("meta"):
-        model = nn.Linear(4, 4)
-    optimizer = sf.MaskedAdamW(model.parameters(), fused=True)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=short)
 def test_torchs_default_dtype_changes_nothing(default: torch.dtype) -> None:
     results = []
@@ -1320,9 +1272,7 @@ def test_gradients_are_not_written_to() -> None:
 def test_the_step_bumps_version_counters_as_torch_does() -> None:
     counts = []
     for kind in (sf.MaskedAdamW, torch.optim.AdamW):
-        model = Net()
-        optimizer = kind(model.parameters())
-        train(model, optimizer, batches(1))
+        model, optimizer = trained(1, kind)
         before = {name: p._version for name, p in model.named_parameters()}
         model.scale.grad = None
         optimizer.step()
@@ -1346,35 +1296,53 @@ def test_autograd_notices_that_a_saved_weight_was_stepped() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_steps_under_every_grad_mode(mode: Any) -> None:
-    model, other = Net(), Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.05, freeze=PLAN)
-    reference = sf.MaskedAdamW(other.named_parameters(), lr=0.05, freeze=PLAN)
+    pair = Pair(lr=0.05, freeze=PLAN)
     for x, y in batches(3):
-        for net, each in ((model, optimizer), (other, reference)):
+        for net, each in pair:
             each.zero_grad()
             (net(x) - y).square().mean().backward()
         with mode():
-            optimizer.step()
-        reference.step()
-    assert_same_weights(model, other, mode.__name__)
-    assert all(p.requires_grad for p in model.parameters())
+            pair.optimizer.step()
+        pair.reference.step()
+    pair.assert_same(mode.__name__)
+    assert all(p.requires_grad for p in pair.model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------- what it refuses
 
 
-@pytest.mark.parametrize("dtype", [torch.complex32, torch.float8_e4m3fn], ids=short)
-def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
-    model = Net()
-    odd = nn.Parameter(torch.ones(2, 2).to(dtype))
-    with pytest.raises(TypeError, match=f"{short(dtype)}.*float32"):
-        sf.MaskedAdamW([*model.named_parameters(), ("odd", odd)])
+def meta_layer() -> nn.Linear:
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return model
+
+
+def odd(value: Tensor) -> list[tuple[str, Tensor]]:
+    return [*Net().named_parameters(), ("odd", nn.Parameter(value))]
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "complex32": (lambda: sf.MaskedAdamW(odd(torch.ones(2, 2).to(torch.complex32))), TypeError, "complex32.*float32"),
+    "float8": (lambda: sf.MaskedAdamW(odd(torch.ones(2, 2).to(torch.float8_e4m3fn))), TypeError,
+               "float8_e4m3fn.*float32"),
+    "sparse": (lambda: sf.MaskedAdamW(odd(torch.eye(3).to_sparse())), TypeError, "sparse"),
+    "meta": (lambda: sf.MaskedAdamW(meta_layer().named_parameters()).step(), ValueError, "weight.*meta"),
+    "meta, fused": (lambda: sf.MaskedAdamW(meta_layer().parameters(), fused=True).step(), RuntimeError,
+                    "`fused=True` requires all the params to be floating point Tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_kernels_do_not_take_is_refused(what: str) -> None:
+    run, kind, match = REFUSED[what]
+    with pytest.raises(kind, match=match):
+        run()
 
 
 def test_a_parameter_that_changed_to_another_dtype_is_refused_by_name() -> None:
-    model = Net()
-    optimizer = sf.MaskedAdamW(model.named_parameters())
-    train(model, optimizer, batches(1))
+    model, optimizer = trained(1)
     model.double()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -1391,20 +1359,6 @@ def test_sparse_gradients_are_refused_by_name() -> None:
         optimizer.step()
     assert_same_bits(embedding.weight.detach(), before, "embedding")
     assert not optimizer.state_dict()["state"]
-
-
-def test_sparse_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match="sparse"):
-        sf.MaskedAdamW([nn.Parameter(torch.eye(3).to_sparse())])
-
-
-def test_meta_tensors_are_refused_by_name() -> None:
-    with torch.device("meta"):
-        model = nn.Linear(4, 4)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match=r"weight.*meta"):
-        sf.MaskedAdamW(model.named_parameters()).step()
 
 
 def test_a_model_can_be_materialised_after_the_optimizer_was_made() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from safefreeze_kernels.kernels.backend import Backend, backend_state
-from safefreeze_kernels.kernels.operands import AdamWOperands, GradientList
+from safefreeze_kernels.kernels.operands import AdamWOperands
 from safefreeze_kernels.kernels.parts import WorkList
 
 
@@ -85,7 +85,7 @@ class OnDevice:
         *, skip: Tensor | None = None, multiplier: Tensor | None = None, **flags: Any,
     ) -> None:  # fmt: skip
         def step(p: Any, m: Any, v: Any, x: Any, r: Any) -> None:
-            grads = GradientList(self._there(operands.grads))
+            grads = self._there(operands.grads)
             there = AdamWOperands(p, m, v, x or None, r or None, operands.numbers, grads)
             (skipped, multiplied) = self._there([skip, multiplier])
             self._backend.adamw_(

@@ -117,9 +117,9 @@ def test_the_operation_keeps_torchs_rules() -> None:
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=1e-2, freeze=PLAN)
     backward(model, 0)
     optimizer.step()
-    (launch,) = optimizer._launches
-    grads = [torch.ones_like(p) for p in launch.owners]
-    arguments = ([p.detach() for p in launch.owners], grads, launch.moments, [launch.steps], optimizer._handle)
+    (plan,) = optimizer._launch.plans
+    grads = [torch.ones_like(p) for p in plan.owners]
+    arguments = ([p.detach() for p in plan.owners], grads, plan.packed_state, [plan.steps], optimizer._handle.number)
     torch.library.opcheck(torch.ops.safefreeze.step_.default, arguments)
     with pytest.raises(RuntimeError, match="compile it anew"):
         torch.ops.safefreeze.step_(*arguments[:4], -1)

@@ -69,9 +69,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a thawed row is as old as the tensor",
-        "optim/adam.py",
-        'ages[name] = age.grown(was, old).after(old, new, int(state["step"].item()))',
-        "ages[name] = age.grown(was, old)",
+        "optim/state.py",
+        '(ages or Ages.none(was)).grown(was, old).after(old, new, int(state["step"].item()))',
+        "(ages or Ages.none(was)).grown(was, old)",
         (CONTRACT,),
     ),
     Mutant(
@@ -83,21 +83,21 @@ MUTANTS: Final = (
     ),
     Mutant(
         "state keeps its places when as much is frozen as before",
-        "optim/adam.py",
+        "optim/state.py",
         "if not state or (old == new and was is old):",
         "if not state or old.frozen_count == new.frozen_count:",
     ),
     Mutant(
         "ages are lost on resume",
         "optim/adam.py",
-        'self._ages = loaded["ages"]',
-        "self._ages = {}",
+        "self._ages = ages\n",
+        "self._ages = {}\n",
         ("contract/test_optimizer.py",),
     ),
-    Mutant("the plan is lost when an optimizer is copied", "optim/adam.py", '            "_plan",\n', ""),
+    Mutant("the plan is lost when an optimizer is copied", "optim/adam.py", '"_plan", ', ""),
     Mutant(
         "a plan of another checkpoint is taken",
-        "optim/adam.py",
+        "optim/state.py",
         "if saved.noted and saved.mask != (mask.fingerprint if mask.frozen_count else None):",
         "if False:",
         ("contract/test_optimizer.py", "contract/test_bad_input.py"),
@@ -105,7 +105,7 @@ MUTANTS: Final = (
     Mutant(
         "found_inf is not looked at",
         "optim/adam.py",
-        "if not captured and found_inf is not None and found_inf.item() != 0:",
+        "if not on_device and found_inf is not None and found_inf.item() != 0:",
         "if False:",
     ),
     Mutant(
@@ -118,14 +118,14 @@ MUTANTS: Final = (
     Mutant(
         "the clip factor is dropped",
         "optim/adam.py",
-        "        self._pending = _PendingFactor(factor,",
-        "        _PendingFactor(factor,",
+        "        self._pending.put(factor, gradients)\n",
+        "",
         ("contract/test_fused_clipping.py",),
     ),
     Mutant(
         "frozen gradients are left as they are",
         "grads/clip.py",
-        "    chosen.zero_(work, ready.tensors)\n",
+        "    ready.backend(backend, operation).zero_(work, ready.grads)\n",
         "    pass\n",
     ),
     Mutant(
@@ -194,14 +194,14 @@ MUTANTS: Final = (
     Mutant(
         "a packed gradient is taken for an ordinary one",
         "optim/launch.py",
-        "self.operands.packed_grads = [mask is not None for mask in self.gradients.packings]",
+        "self._operands.packed_grads = reader.packed",
         "pass",
         ("contract/test_live.py",),
     ),
     Mutant(
         "a packed gradient by another plan is taken",
         "grads/checks.py",
-        "    if packing != mask:\n",
+        "    if packed_by != mask:\n",
         "    if False:\n",
         ("contract/test_live.py",),
     ),
@@ -250,26 +250,26 @@ MUTANTS: Final = (
     Mutant(
         "a load has ranks forget to compare plans",
         "optim/adam.py",
-        '        self._void_factor("state was loaded")\n        self._note_plan()\n',
-        '        self._void_factor("state was loaded")\n        self._agreement = None\n',
+        '        self._pending.invalid = "state was loaded"\n        self._note_plan()\n',
+        '        self._pending.invalid = "state was loaded"\n        self._agreement = None\n',
     ),
     Mutant(
-        "launches outlive a change of live gradients",
-        "optim/adam.py",
-        "key = generation(), [",
-        "key = 0, [",
+        "launch plans outlive a change of live gradients",
+        "optim/launch.py",
+        "return generation(), [",
+        "return 0, [",
     ),
     Mutant(
         "a clip factor outlives the plan",
         "optim/adam.py",
-        "            self._pending.void = why\n",
+        '            self._pending.invalid = "the plan changed"\n',
         "            pass\n",
     ),
     Mutant(
         "a clip factor outlives its gradients",
-        "optim/adam.py",
-        "for each in gradients for g in each):\n                return None",
-        "for each in gradients for g in each):\n                return self.factor",
+        "optim/launch.py",
+        "for each in present for g in each):\n                return None",
+        "for each in present for g in each):\n                return self.factor",
     ),
     Mutant(
         "a damaged note of the plan is taken as it is",
@@ -297,9 +297,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a first step at rate 0 makes state, whoever asks",
-        "optim/adam.py",
-        "        return frame is not None\n",
-        "        return True\n",
+        "optim/state.py",
+        "    return frame is not None\n",
+        "    return True\n",
     ),
     Mutant(
         "copies of a model have its live gradients",
