@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import safefreeze_kernels as sf
 from safefreeze_kernels import FreezeMask, FreezePlan
 from safefreeze_kernels.measure import step as profiling
-from safefreeze_kernels.measure.result import PHASES, StepCost, StepProfile, _median_interval
+from safefreeze_kernels.measure.result import PHASES, StepCost, StepProfile
 from safefreeze_kernels.measure.step import profile_step
+from safefreeze_kernels.measure.timing import Clock, median_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +143,7 @@ def test_peak_memory_counts_what_a_step_holds() -> None:
 
 
 def test_where_there_is_no_peak_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_restart_peak", lambda device: None)
+    monkeypatch.setattr(profiling, "restart_peak", lambda device: None)
     profile = profiled()
     assert profile.masked.peak_bytes is profile.stock.peak_bytes is None
     assert "peak: cannot be measured here" in str(profile)
@@ -227,7 +228,7 @@ def test_on_a_gpu_events_time_the_phases_and_only_reading_waits(monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    clock = profiling._Clock(torch.device("cuda", 0))
+    clock = Clock(torch.device("cuda", 0))
     for name in ("forward", "backward", "forward"):
         with clock.phase(name):
             pass
@@ -400,13 +401,13 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     for n in (6, 7, 10, 25):
         held = 0
         for values in draw.standard_exponential((2000, n)):
-            low, high = _median_interval(values.tolist())
+            low, high = median_interval(values.tolist())
             held += low <= math.log(2) <= high
         assert held > 0.94 * 2000, n
         if n == 25:
             assert held < 0.98 * 2000, "wider than needed"
     for n in range(1, 6):
-        assert _median_interval([1.0] * n) == (0.0, math.inf)
+        assert median_interval([1.0] * n) == (0.0, math.inf)
 
 
 def test_a_difference_smaller_than_the_spread_is_none() -> None:
