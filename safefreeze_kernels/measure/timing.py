@@ -127,15 +127,17 @@ class ColdCaches:
 # ------------------------------------------------------------------------------------------------- taking turns
 
 
-def turns(contenders: Sequence[T], rounds: int, warmup: int = 0) -> Iterator[tuple[int, T]]:
-    """Yield (number of the round, contender), each contender once a round; rounds below 0 warm up.
-
-    The first of the order changes every round, and the order of more than two turns round after each has been first.
-    """
+def in_order(contenders: Sequence[T], number: int) -> list[T]:
+    """The order of a round: its first changes every round, and more than two turn round after each has been first."""
     n = len(contenders)
+    order = [*contenders[number % n :], *contenders[: number % n]]
+    return order[::-1] if n > 2 and number // n % 2 else order
+
+
+def turns(contenders: Sequence[T], rounds: int, warmup: int = 0) -> Iterator[tuple[int, T]]:
+    """Yield (number of the round, contender), each contender once a round; rounds below 0 warm up."""
     for number in range(-warmup, rounds):
-        order = [*contenders[number % n :], *contenders[: number % n]]
-        for contender in order[::-1] if n > 2 and number // n % 2 else order:
+        for contender in in_order(contenders, number):
             yield number, contender
 
 
