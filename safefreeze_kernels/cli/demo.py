@@ -7,36 +7,33 @@ before they are timed.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..attribution import MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
-from ..attribution.pictures import COLOURS, draw_layers, frozen_units, shares_by_layer
+from ..attribution import MaskBuilder, encode_pairs, find_units, score_units
+from ..attribution.pictures import frozen_units, shares_by_layer
 from ..calibration import load_pairs
 from ..grads.clip import clip_grad_norm_
 from ..integrations.transformers import PACKAGED, load_model
 from ..kernels.backend import choose_backend
 from ..measure.memory import state_tensors
 from ..measure.practice import mask_step_restore
-from ..measure.timing import Clock, in_turns, milliseconds, settle, was_busy
+from ..measure.timing import Clock, in_turns, milliseconds, settle
 from ..optim.adam import MaskedAdamW
 from ..plan.binding import bind
 from ..plan.files import write_atomically
@@ -44,9 +41,7 @@ from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 from ..proof.drift import INTEGER_OF_WIDTH, FrozenDriftError
 from ..proof.snapshot import snapshot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .demo_report import DemoReport, Plans, Timing, draw, show
 
 _WEIGHT_DECAY: Final = 0.1
 _MAX_NORM: Final = 1.0
@@ -54,7 +49,6 @@ _MAX_LENGTH: Final = 256  # tokens; with a chat template around them the shipped
 _SCORE_BATCH: Final = 8
 _HELD_OUT_EVERY: Final = 5
 _SAMPLE_TOKENS: Final = 32
-_BUSY: Final = 0.5  # quartiles this far apart, of the median: what is told are minima, which less than that spares
 
 Advance = Callable[..., None]
 Batch = dict[str, Tensor]
@@ -62,71 +56,6 @@ Batch = dict[str, Tensor]
 
 class DemoError(Exception):
     """The demo cannot run as asked, or a result was not what it must be. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one way of stepping costs: milliseconds of each timed step, and bytes it keeps between steps."""
-
-    name: str
-    frozen_fraction: float
-    step_ms: list[float]
-    state_bytes: int
-    #: kept for freezing alone: indices of, and copies of, frozen values
-    extra_bytes: int
-
-    @property
-    def min_ms(self) -> float:
-        """Fastest step."""
-        return min(self.step_ms)
-
-    @property
-    def median_ms(self) -> float:
-        """Median step."""
-        return statistics.median(self.step_ms)
-
-
-@dataclass
-class DemoReport:
-    """What a run found. Losses are in nats per response token, `seconds` is wall time per stage."""
-
-    model: str
-    parameters: int
-    plan: str
-    fingerprint: str
-    frozen_fraction_of_blocks: float
-    frozen_fraction: float
-    frozen_values: int
-    frozen_values_changed: int
-    live_values: int
-    live_values_changed: int
-    training_loss: list[float]
-    live_norms: list[float]
-    loss_before: dict[str, float]
-    loss_after: dict[str, float]
-    sample: dict[str, str]
-    timings: list[Timing]
-    settings: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def was_busy(self) -> bool:
-        """Whether the machine had other work while steps were timed: they vary too much to be compared."""
-        return any(was_busy(timing.step_ms, _BUSY) for timing in self.timings)
-
-
-@dataclass(frozen=True)
-class _Plans:
-    """The plan to train with, what to call it, and what the picture needs to know about it."""
-
-    plan: FreezePlan
-    title: str
-    layout: UnitLayout
-    #: label -> share of each layer's heads and channels frozen under that label, 0 to 1, ``[n_layers]``
-    heads: dict[str, np.ndarray]
-    channels: dict[str, np.ndarray]
-    #: a plan that freezes much more, timed for comparison
-    larger: FreezePlan | None = None
 
 
 def run_demo(
@@ -231,11 +160,11 @@ def run_demo(
             f"demo: {frozen_changed:,} frozen and {live_changed:,} live values changed, expected 0 and more than 0"
         )
     with stages.stage("Draw"):
-        image = _draw(plans, report)
+        image = draw(plans, report)
     report.seconds.update(stages.seconds)
     write_atomically(folder / "demo.png", image)
     write_atomically(folder / "demo.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
-    _print(console, report, folder)
+    show(console, report, folder)
     return report
 
 
@@ -290,7 +219,7 @@ class _Stages:
 # ------------------------------------------------------------------------------------------------ model and plan
 
 
-def _score(stages: _Stages, network: torch.nn.Module, tokenizer: Any, share: float | None) -> _Plans:
+def _score(stages: _Stages, network: torch.nn.Module, tokenizer: Any, share: float | None) -> Plans:
     with _explained("cannot score the model"):
         sets = [
             encode_pairs(tokenizer, load_pairs(word), max_length=_MAX_LENGTH, batch_size=_SCORE_BATCH)
@@ -305,7 +234,7 @@ def _score(stages: _Stages, network: torch.nn.Module, tokenizer: Any, share: flo
         plan = selection.build(network)
     heads, channels = shares_by_layer(selection, builder.labels)
     title = "SCU + 6% CU" if share is None else f"{share:.0%} of the units"
-    return _Plans(plan, title, scores.layout, heads, channels, larger)
+    return Plans(plan, title, scores.layout, heads, channels, larger)
 
 
 def _announced(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
@@ -314,12 +243,12 @@ def _announced(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
         advance()
 
 
-def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> _Plans:
+def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> Plans:
     with _explained("the plan does not fit the model"):
         plan.check(network)
         layout = find_units(network)
     units = frozen_units(plan, layout)
-    return _Plans(plan, Path(path).name, layout, {"frozen": units.heads.mean(1)}, {"frozen": units.channels.mean(1)})
+    return Plans(plan, Path(path).name, layout, {"frozen": units.heads.mean(1)}, {"frozen": units.channels.mean(1)})
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -442,7 +371,7 @@ class _Contender:
     kept: Sequence[Tensor] = ()
 
 
-def _contenders(network: torch.nn.Module, plans: _Plans, lr: float) -> list[_Contender]:
+def _contenders(network: torch.nn.Module, plans: Plans, lr: float) -> list[_Contender]:
     """Stock AdamW, with nothing frozen, is the second."""
     adamw: dict[str, Any] = {"lr": lr, "weight_decay": _WEIGHT_DECAY}
 
@@ -479,7 +408,7 @@ def _copies(network: torch.nn.Module) -> dict[str, Parameter]:
 
 
 def _measure(
-    stages: _Stages, network: torch.nn.Module, plans: _Plans, batch: Batch, lr: float, repeats: int
+    stages: _Stages, network: torch.nn.Module, plans: Plans, batch: Batch, lr: float, repeats: int
 ) -> list[Timing]:
     """Step all contenders in turns on the same gradients. First they must agree; then they are timed."""
     with stages.stage("Measure steps", total=repeats + 2) as advance:
@@ -542,109 +471,3 @@ def _check_live(contender: _Contender, stock: _Contender, lr: float) -> None:
                 f"demo: {contender.name} moved live {name!r} at {place} to {param[place].item():.9g}, expected "
                 f"{other[place].item():.9g} as {stock.name}; no times"
             )
-
-
-# --------------------------------------------------------------------------------------------------------- results
-
-
-def _draw(plans: _Plans, report: DemoReport) -> bytes:
-    """PNG: what is frozen in each layer, how the loss fell, what a step costs."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 7), dpi=120)
-    figure.set_layout_engine("constrained", hspace=0.08, wspace=0.06)
-    channels, loss, heads, cost = figure.subplots(2, 2, width_ratios=(1.2, 1)).flat
-    figure.suptitle(
-        f"{report.model}: {report.plan} frozen, {report.frozen_fraction_of_blocks:.1%} of the block parameters\n",
-        fontsize=14,
-    )
-    layout = plans.layout
-    shares = {label: 100 * share for label, share in plans.channels.items()}
-    draw_layers(channels, shares, f"MLP channels ({layout.d_ff:,} per layer)", "frozen, % of the layer's", 1.0)
-    counts = {label: layout.n_heads * share for label, share in plans.heads.items()}
-    draw_layers(heads, counts, f"attention heads ({layout.n_heads} per layer)", "frozen, number", 2.0)
-    _draw_loss(loss, report)
-    _draw_cost(cost, report)
-    for axis in (channels.xaxis, heads.xaxis, heads.yaxis, loss.xaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (channels, loss, heads, cost):
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _draw_loss(axes: Axes, report: DemoReport) -> None:
-    steps = len(report.training_loss)
-    axes.plot(range(1, steps + 1), report.training_loss, "o-", ms=4, color=COLOURS["CU"], label="training batch")
-    before, after = report.loss_before["held-out"], report.loss_after["held-out"]
-    axes.plot([0, steps], [before, after], "D", ms=8, color=COLOURS["SCU"], label="held-out, before and after")
-    for x, value in ((0, before), (steps, after)):
-        axes.annotate(f"{value:.2f}", (x, value), (0, 9), textcoords="offset points", ha="center", color="#A04000")
-    axes.set(title="loss while fine-tuning", xlabel="step", ylabel="nats per response token")
-    axes.set_xlim(-0.06 * steps, 1.06 * steps)
-    axes.set_ylim(0, 1.3 * max(*report.training_loss, before, after))
-    axes.legend(frameon=False, loc="upper right", ncols=2)
-
-
-def _draw_cost(axes: Axes, report: DemoReport) -> None:
-    for place, timing in enumerate(report.timings):
-        colour = COLOURS["frozen"] if timing.name.startswith("sf.") else "#8C8C8C"
-        axes.barh(place, timing.min_ms, height=0.42, color=colour)
-        frozen = f", {timing.frozen_fraction:.1%} of all values frozen" if timing.frozen_fraction else ""
-        axes.annotate(timing.name + frozen, (0, place - 0.27), (2, 0), textcoords="offset points", va="bottom")
-        note = f"{timing.min_ms:,.1f} ms, state {_megabytes(timing.state_bytes)}"
-        axes.annotate(note, (timing.min_ms, place), (5, 0), textcoords="offset points", va="center")
-    busy = " (busy machine)" if report.was_busy else ""
-    axes.set(title=f"one optimizer step, fastest of {report.settings['repeats']}{busy}", xlabel="ms", yticks=[])
-    axes.set_xlim(0, 1.8 * max(timing.min_ms for timing in report.timings))  # the rest is for the notes
-    axes.set_ylim(len(report.timings) - 0.6, -0.75)
-    axes.spines["left"].set_visible(False)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
-
-
-def _print(console: Console, report: DemoReport, folder: Path) -> None:
-    table = Table(
-        title=f"{report.model}, {report.parameters / 1e6:,.1f} M parameters; "
-        f"backend {report.settings['backend']}, {report.settings['threads']} threads\n"
-        f"plan: {report.plan}, {report.frozen_fraction_of_blocks:.1%} of the block parameters",
-        caption=(
-            "\n".join(
-                f"loss, {word} examples: {report.loss_before[word]:.2f} before fine-tuning, {after:.2f} after"
-                for word, after in report.loss_after.items()
-            )
-            + f"\nvalues changed: {report.frozen_values_changed:,} of {report.frozen_values:,} frozen, "
-            f"{report.live_values_changed:,} of {report.live_values:,} live"
-        ),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for heading in ("frozen\nof all", "step, ms\nmin / median", "optimizer\nstate", "saved\ncopies"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for timing in report.timings:
-        table.add_row(
-            timing.name,
-            f"{timing.frozen_fraction:.1%}" if timing.frozen_fraction else "-",
-            f"{timing.min_ms:,.1f} / {timing.median_ms:,.1f}",
-            _megabytes(timing.state_bytes),
-            _megabytes(timing.extra_bytes) if timing.extra_bytes else "-",
-        )
-    console.print()
-    console.print(table)
-    if report.was_busy:
-        console.print(
-            "The machine was busy (medians far above minima): times say little, run again when it is quiet.",
-            style="yellow",
-            highlight=False,
-        )
-    console.print(f"\n{report.sample['prompt']}", style="bold", highlight=False, markup=False)
-    for when in ("before", "after"):
-        answer = " ".join(report.sample[when].split())
-        console.print(f"  {when + ':':<7} {answer}", highlight=False, markup=False, overflow="ellipsis", no_wrap=True)
-    console.print(f"\nFrozen bytes are equal (plan {report.fingerprint[:12]}). Written to {folder}:", highlight=False)
-    console.print("  plan.safetensors  demo.png  demo.json", highlight=False)
