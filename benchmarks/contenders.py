@@ -161,10 +161,9 @@ class Runner:
         Raises:
             ResultDiffersError: naming tensor, element and both values.
         """
-        if self.optimizer is None:
-            self._check_gradients()
-            return
         self.check_frozen()
+        if self.optimizer is None:
+            return
         for i, want in enumerate(self.inputs.stock(self.contender.weights, self.contender.state)):
             wrong = ~((self.params[i].detach().float() - want).abs() <= _tolerance(want, self.contender))
             if self.masks[i].frozen_count:
@@ -172,24 +171,20 @@ class Runner:
             self._report(wrong, i, self.params[i].detach(), want, "live weight")
 
     def check_frozen(self) -> None:
-        """Frozen bytes are those of the start.
+        """Frozen bytes are those of the start; of what only masks gradients: those are zero where frozen.
 
         Raises:
             ResultDiffersError: naming tensor, element and both values.
         """
-        if self.optimizer is None:
-            self._check_gradients()
-            return
-        for i, (mask, start) in enumerate(zip(self.masks, self.inputs.start(self.contender.weights), strict=True)):
-            if mask.frozen_count:
+        weights = self.contender.weights
+        for i, (mask, start) in enumerate(zip(self.masks, self.inputs.start(weights), strict=True)):
+            frozen = mask.dense().to(start.device)
+            if self.optimizer is None:
+                want = self.inputs.gradients(weights)[i].masked_fill(frozen, 0.0)
+                self._report(self.grads[i].ne(want), i, self.grads[i], want, "gradient")
+            elif mask.frozen_count:
                 now, bits = self.params[i].detach(), _AS_BITS[start.element_size()]
-                frozen = mask.dense().to(now.device)
                 self._report((now.view(bits) != start.view(bits)) & frozen, i, now, start, "frozen weight")
-
-    def _check_gradients(self) -> None:
-        for i, given in enumerate(self.inputs.gradients(self.contender.weights)):
-            want = given.masked_fill(self.masks[i].dense().to(given.device), 0.0)
-            self._report(self.grads[i].ne(want), i, self.grads[i], want, "gradient")
 
     def _report(self, wrong: Tensor, i: int, got: Tensor, want: Tensor, what: str) -> None:
         if wrong.any():

@@ -157,11 +157,8 @@ class Report:
 
     def save(self, folder: Path) -> list[Path]:
         """Write ``<cpu>.json`` and ``<cpu>.png``; ``-noisy`` or ``-partial`` is appended where that is what it was."""
-        written = [self.save_numbers(folder)]
-        if any(timed.times_ns for timed in self.bench.timed):
-            written.append(folder / f"{self._stem}.png")
-            self.draw(written[-1])
-        return written
+        data, picture = self.save_numbers(folder), folder / f"{self._stem}.png"
+        return [data, picture] if self.draw(picture) else [data]
 
     def save_numbers(self, folder: Path) -> Path:
         """Write the numbers alone."""
@@ -207,15 +204,10 @@ class Report:
     def _case_dict(self, timed: Timed, speeds: dict[str, float]) -> dict[str, Any]:
         case, word = timed.case, self.verdict(timed)
         entry: dict[str, Any] = {
-            "name": case.name,
-            "tensors": str(case.tensors),
-            "contender": str(case.contender),
-            "against": str(case.against),
-            "target": case.target,
-            "met": _MET.get(word),
-            "verdict": word,
+            "name": case.name, "tensors": str(case.tensors), "contender": str(case.contender),
+            "against": str(case.against), "target": case.target, "met": _MET.get(word), "verdict": word,
             "trouble": timed.trouble,
-        }
+        }  # fmt: skip
         if timed.reported:
             entry |= {"checked_equal": True, "ratio": _rounded(timed.ratio.median)}
         if timed.reported and timed.times_ns:
@@ -230,8 +222,8 @@ class Report:
 
     # -- picture ----------------------------------------------------------------------------------------------
 
-    def draw(self, path: Path) -> None:
-        """Ratios as bars against their targets, peers beside ours."""
+    def draw(self, path: Path) -> bool:
+        """Ratios as bars against their targets, peers beside ours. Returns whether there was anything to draw."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -246,6 +238,8 @@ class Report:
             and t.case.contender.freeze.kind in ("nothing", "rows")
         ] if others else []  # fmt: skip
         panels = [(promised, True)] * bool(promised) + [(others, False)] * bool(others)
+        if not panels:
+            return False
         heights = [len(rows) + (0 if with_targets else len(beside)) + 2 for rows, with_targets in panels]
         figure, all_axes = plt.subplots(
             len(panels), 1, figsize=(8.5, 0.33 * sum(heights) + 1.1), height_ratios=heights, squeeze=False,
@@ -258,11 +252,8 @@ class Report:
                 self._draw_peers(axes, beside + rows, n_ours=len(beside))
         noisy = "; NOISY RUN, not judged" if self._noisy else ""
         small = "; small tensors, not to be judged" if self.settings["quick"] else ""
-        figure.suptitle(
-            f"safefreeze_kernels: AdamW step on a {'GPU' if self.machine.gpu else 'CPU'}",
-            fontsize=11,
-            fontweight="bold",
-        )
+        kind = "GPU" if self.machine.gpu else "CPU"
+        figure.suptitle(f"safefreeze_kernels: AdamW step on a {kind}", fontsize=11, fontweight="bold")
         versions = _versions()
         figure.supxlabel(
             f"{self.machine.device}, {self.machine.threads} threads, torch {versions['torch']}, "
@@ -273,6 +264,7 @@ class Report:
         figure.savefig(temporary, dpi=150, format="png")
         plt.close(figure)
         temporary.replace(path)
+        return True
 
     def _draw_promises(self, axes: Axes, rows: list[Timed]) -> None:
         for y, timed in enumerate(rows):
