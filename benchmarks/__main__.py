@@ -19,11 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .cases import CASES, shrink
-from .claims import CLAIMS, LABELS_FILE, STATE, measure_claims, state_claim
-from .measure import Bench, describe_machine
+from .measure import RESULTS, Bench, at_least_one, describe_machine
 from .report import WIDTH, Report
 
-RESULTS: Final = Path(__file__).parent / "results"
 FEWEST_ROUNDS: Final = 15  # of a run whose results are kept
 
 
@@ -33,18 +31,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description="Time masked AdamW steps against stock ones, as checked ratios."
     )
     parser.add_argument("--quick", action="store_true", help="small tensors, few rounds: tries the harness only")
-    parser.add_argument("--rounds", type=int, help="timings of every pair (default 60; 4 with --quick)")
-    parser.add_argument("--passes", type=int, help="how often everything is built anew (default 3; 1 with --quick)")
+    parser.add_argument("--rounds", type=at_least_one, help="timings of every pair (default 60; 6 with --quick)")
+    parser.add_argument("--passes", type=at_least_one, help="how often all is built anew (default 3; 1 with --quick)")
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name matches this regular expression")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
     parser.add_argument("--output", type=Path, help="folder for JSON and picture (default: results/ after a full run)")
-    parser.add_argument("--labels", type=Path, default=LABELS_FILE, help="unit labels of Llama-2-7B, safetensors")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     given = parser.parse_args(arguments)
-    for word in ("rounds", "passes", "threads"):
-        if getattr(given, word) is not None and getattr(given, word) < 1:
-            parser.error(f"--{word} is {getattr(given, word)}, expected at least 1")
-    given.rounds = given.rounds or (4 if given.quick else 60)
+    given.rounds = given.rounds or (6 if given.quick else 60)
     given.passes = min(given.passes or (1 if given.quick else 3), given.rounds)
     try:
         given.chosen = re.compile(given.only or "", re.IGNORECASE)
@@ -58,12 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     console = Console(width=WIDTH if not sys.stdout.isatty() else None)
     cases = [shrink(case) if given.quick else case for case in CASES if given.chosen.search(case.name)]
-    names = [*(case.name for case in CASES), STATE, *CLAIMS]
-    if given.list or not any(given.chosen.search(name) for name in names):
-        console.print("\n".join(names), markup=False, highlight=False)
+    if given.list or not cases:
+        console.print("\n".join(case.name for case in CASES), markup=False, highlight=False)
         return 0 if given.list else 2
     torch.set_num_threads(given.threads)
-    machine = describe_machine(given.threads)
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, refresh_per_second=2,
@@ -74,16 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def tick(what: str) -> None:
             progress.update(task, advance=1, description=what[:50])
 
-        bench = Bench(cases, machine, given.rounds, given.passes, tick)
-        progress.update(task, total=bench.ticks, description="plan, import, overhead")
-        with bench.quietness:
-            claims = measure_claims(given.chosen.search, given.labels, tries=3 if given.quick else 7)
+        bench = Bench(cases, given.rounds, given.passes, tick)
+        progress.update(task, total=bench.ticks)
         bench.run()
-    if bench.state_bytes and given.chosen.search(STATE):
-        claims.insert(0, state_claim(bench.state_bytes))
     settings = {"quick": given.quick, "rounds": given.rounds, "passes": given.passes, "only": given.only}
     full = not given.quick and not given.only and given.rounds >= FEWEST_ROUNDS
-    report = Report(machine, bench, claims, settings, full)
+    report = Report(describe_machine(given.threads), bench, settings, full)
     report.print(console)
     folder = given.output or (RESULTS if report.full else None)
     for path in report.save(folder) if folder else ():

@@ -8,12 +8,12 @@ too, in a process of its own, with its peak memory. Every verdict is looked at. 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import UnitSelection, find_units
 from safefreeze_kernels.integrations.transformers import load_model
+from safefreeze_kernels.measure.timing import in_turns, milliseconds
 from safefreeze_kernels.proof import audit
 
-from .measure import describe_machine, quartiles
+from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
-RESULTS: Final = Path(__file__).parent / "results"
 FROZEN: Final = 0.8
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # argv: base, tuned, plan. Prints the process's peak last.
@@ -78,12 +78,6 @@ def _drop(*paths: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def _measure(base: Path, tuned: Path, plan_file: Path, rounds: int) -> dict[str, Any]:
     plan = sf.FreezePlan.load(plan_file)
     peaks: list[int] = []
@@ -98,48 +92,41 @@ def _measure(base: Path, tuned: Path, plan_file: Path, rounds: int) -> dict[str,
         assert "proven: no frozen byte differs" in done.stdout
         peaks.append(int(done.stdout.split()[-1]) << 10)
 
-    contenders = {"read": lambda: _read(base, tuned), "compare": compare, "verify": verify}
+    def seconds(call: Callable[[], None], from_disk: bool) -> float:
+        if from_disk:
+            _drop(base, tuned)
+        return milliseconds(call) / 1e3
+
+    calls = {"read": partial(_read, base, tuned), "compare": compare, "verify": verify}
     found: dict[str, Any] = {"bytes": base.stat().st_size + tuned.stat().st_size}
     for place in ("disk", "page cache"):
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for number in range(rounds + 1):
-            for name in list(contenders)[:: 1 if number % 2 else -1]:
-                if place == "disk":
-                    _drop(base, tuned)
-                seconds = _seconds(contenders[name])
-                if number:  # the first round warms up
-                    times[name].append(seconds)
-        found[f"from {place}"] = {f"{name}_s": quartiles(values) for name, values in times.items()} | {
-            f"{name} / read": quartiles([a / b for a, b in zip(times[name], times["read"], strict=True)])
-            for name in ("compare", "verify")
+        timed = {name: partial(seconds, call, place == "disk") for name, call in calls.items()}
+        times = in_turns(timed, rounds, warmup=1)
+        found[f"from {place}"] = {f"{name}_s": as_entry(values) for name, values in times.items()} | {
+            f"{name} / read": ratio_entry(times[name], times["read"]) for name in ("compare", "verify")
         }
     return {**found, "verify_peak_bytes": max(peaks)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audits", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=at_least_one, default=11)
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     given = parser.parse_args()
     found = {}
     for name, dtype in DTYPES.items():
         with TemporaryDirectory(dir=Path.cwd()) as folder:
             found[name] = _measure(*_checkpoints(Path(folder), dtype), given.rounds)
-    machine = describe_machine(torch.get_num_threads())
-    report = {
-        "cpu": machine.cpu, "cores": machine.cores, "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds,
-        "frozen_units": FROZEN, "checkpoints": found,
-    }  # fmt: skip
-    path = RESULTS / f"audits-{machine.slug}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
     for name, entries in found.items():
-        print(
-            f"{name}: {entries['bytes'] >> 20} MB in two files; verify's peak {entries['verify_peak_bytes'] >> 20} MB"
-        )
+        size, peak = entries["bytes"] >> 20, entries["verify_peak_bytes"] >> 20
+        print(f"{name}: {size} MB in two files; verify's peak {peak} MB")
         for place in ("from disk", "from page cache"):
-            for what, values in entries[place].items():
-                low, high = values["quartile_1"], values["quartile_3"]
-                print(f"  {place:16} {what:16} {values['median']:7.3f}  ({low:.3f} to {high:.3f})")
-    print(f"Written to {path}")
+            for what, entry in entries[place].items():
+                print_entry(f"  {place:16} {what:16}", entry)
+    report = {
+        "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds, "frozen_units": FROZEN, "checkpoints": found
+    }  # fmt: skip
+    save_result("audits", describe_machine(torch.get_num_threads()), report, given.output)
 
 
 if __name__ == "__main__":

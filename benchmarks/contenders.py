@@ -7,7 +7,7 @@ storage type after every step.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.measure.memory import state_tensors
+from safefreeze_kernels.measure.practice import mask_gradients, mask_step_restore
 
 from .cases import NOTHING, Contender, Freeze, Storage, TensorSet
-
-__all__ = ["CHECKED_STEPS", "Inputs", "ResultDiffersError", "Runner", "UnavailableError"]
 
 DTYPES: Final[dict[Storage, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HYPER: Final[dict[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 CHECKED_STEPS: Final = 3  # also the warm-up; more than one, so that a wrong state shows in the weights
 LINE: Final = 64  # bytes that move together between memory and cache
 SINGLE_PASS: Final = ("masked", "masked, triton backend", "masked, masters", "torch fused")
+WRITE_GRADIENTS: Final = ("mask + step + restore", "zero_frozen_grads_", "grad.mul_(mask)")
 T = TypeVar("T")
 _AS_BITS: Final = {2: torch.int16, 4: torch.int32}
 
@@ -84,20 +85,17 @@ class Inputs:
         )
 
     def _draw_masks(self, freeze: Freeze) -> list[sf.FreezeMask]:
-        draw = np.random.default_rng(self._seed)
-        shape = self.tensors.shape
-        masks = []
-        for _ in range(self.tensors.count):
-            if freeze.kind == "rows":
-                mask = sf.FreezeMask(shape, rows=draw.choice(shape[0], round(freeze.share * shape[0]), replace=False))
-            elif freeze.kind == "columns":
-                mask = sf.FreezeMask(shape, cols=draw.choice(shape[-1], round(freeze.share * shape[-1]), replace=False))
-            elif freeze.kind == "elements":
-                mask = sf.FreezeMask(shape, elements=torch.from_numpy(draw.random(shape) < freeze.share))
-            else:
-                mask = sf.FreezeMask(shape)
-            masks.append(mask)
-        return masks
+        draw, shape = np.random.default_rng(self._seed), self.tensors.shape
+
+        def one() -> sf.FreezeMask:
+            if freeze.kind == "nothing":
+                return sf.FreezeMask(shape)
+            if freeze.kind == "elements":
+                return sf.FreezeMask(shape, elements=torch.from_numpy(draw.random(shape) < freeze.share))
+            word, n = ("rows", shape[0]) if freeze.kind == "rows" else ("cols", shape[-1])
+            return sf.FreezeMask(shape, **{word: draw.choice(n, round(freeze.share * n), replace=False)})
+
+        return [one() for _ in range(self.tensors.count)]
 
     def stock(self, weights: Storage, state: Storage) -> list[Tensor]:
         """Weights after `CHECKED_STEPS` steps of the oracle, float32."""
@@ -136,13 +134,15 @@ class Runner:
     def __init__(self, contender: Contender, inputs: Inputs) -> None:
         self.contender, self.inputs = contender, inputs
         self.masks = inputs.masks(contender.freeze)
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Any = None
         self.params = [Parameter(start.clone()) for start in inputs.start(contender.weights)]
-        writes_gradients = contender.method in ("mask + step + restore", "zero_frozen_grads_", "grad.mul_(mask)")
+        writes_gradients = contender.method in WRITE_GRADIENTS
         for p, grad in zip(self.params, inputs.gradients(contender.weights), strict=True):
             p.grad = grad.clone() if writes_gradients else grad
         self.grads = [p.grad for p in self.params if p.grad is not None]
-        self.run: Callable[[], Any] = _BUILDERS[contender.method](self)
+        self.named = dict(zip(inputs.names, self.params, strict=True))
+        self.plan = inputs.plan(contender.freeze)
+        self.run: Callable[[], Any] = BUILDERS[contender.method](self)
 
     def warm_up(self) -> None:
         """Take the steps that `check` looks at."""
@@ -161,10 +161,9 @@ class Runner:
         Raises:
             ResultDiffersError: naming tensor, element and both values.
         """
-        if self.optimizer is None:
-            self._check_gradients()
-            return
         self.check_frozen()
+        if self.optimizer is None:
+            return
         for i, want in enumerate(self.inputs.stock(self.contender.weights, self.contender.state)):
             wrong = ~((self.params[i].detach().float() - want).abs() <= _tolerance(want, self.contender))
             if self.masks[i].frozen_count:
@@ -172,24 +171,20 @@ class Runner:
             self._report(wrong, i, self.params[i].detach(), want, "live weight")
 
     def check_frozen(self) -> None:
-        """Frozen bytes are those of the start.
+        """Frozen bytes are those of the start; of what only masks gradients: those are zero where frozen.
 
         Raises:
             ResultDiffersError: naming tensor, element and both values.
         """
-        if self.optimizer is None:
-            self._check_gradients()
-            return
-        for i, (mask, start) in enumerate(zip(self.masks, self.inputs.start(self.contender.weights), strict=True)):
-            if mask.frozen_count:
+        weights = self.contender.weights
+        for i, (mask, start) in enumerate(zip(self.masks, self.inputs.start(weights), strict=True)):
+            frozen = mask.dense().to(start.device)
+            if self.optimizer is None:
+                want = self.inputs.gradients(weights)[i].masked_fill(frozen, 0.0)
+                self._report(self.grads[i].ne(want), i, self.grads[i], want, "gradient")
+            elif mask.frozen_count:
                 now, bits = self.params[i].detach(), _AS_BITS[start.element_size()]
-                frozen = mask.dense().to(now.device)
                 self._report((now.view(bits) != start.view(bits)) & frozen, i, now, start, "frozen weight")
-
-    def _check_gradients(self) -> None:
-        for i, given in enumerate(self.inputs.gradients(self.contender.weights)):
-            want = given.masked_fill(self.masks[i].dense().to(given.device), 0.0)
-            self._report(self.grads[i].ne(want), i, self.grads[i], want, "gradient")
 
     def _report(self, wrong: Tensor, i: int, got: Tensor, want: Tensor, what: str) -> None:
         if wrong.any():
@@ -225,9 +220,7 @@ class Runner:
         """Optimizer state held, and what the live fraction of a dense state is. Single elements keep their place."""
         if self.contender.method != "masked" or self.optimizer is None:
             return None
-        held = sum(
-            value.nbytes for state in self.optimizer.state.values() for key, value in state.items() if key != "step"
-        )
+        held = sum(value.nbytes for value in state_tensors(self.optimizer) if value.dim())
         dense = 2 * DTYPES[self.contender.state].itemsize
         if self.contender.freeze.kind == "elements":
             return held, dense * self.inputs.tensors.numel
@@ -267,13 +260,9 @@ def _live_line_bytes(mask: sf.FreezeMask, itemsize: int) -> int:
 
 def _masked(runner: Runner, backend: str = "auto", master: str | None = None) -> Callable[[], Any]:
     runner.optimizer = sf.MaskedAdamW(
-        zip(runner.inputs.names, runner.params, strict=True),
-        **HYPER,
-        freeze=runner.inputs.plan(runner.contender.freeze),
-        backend=backend,
-        state_dtype=DTYPES[runner.contender.state],
-        master=master,
-    )
+        runner.named.items(), **HYPER, freeze=runner.plan, backend=backend,
+        state_dtype=DTYPES[runner.contender.state], master=master,
+    )  # fmt: skip
     return runner.optimizer.step
 
 
@@ -295,24 +284,17 @@ def _compiled(runner: Runner) -> Callable[[], Any]:
 
 def _clip_and_step(runner: Runner, ours: bool) -> Callable[[], Any]:
     """Clipping to a norm nothing reaches, so that the result is that of a step alone; what is done is the same."""
-    limit = 1e9
-    if not ours:
-        step = _torch(runner, fused=True)
+    limit, step = 1e9, _masked(runner) if ours else _torch(runner, fused=True)
+    model = _model(runner.named)
 
-        def run() -> None:
+    def run() -> None:
+        if ours:
+            sf.clip_grad_norm_(model, limit, runner.plan, optimizer=runner.optimizer)
+        else:
             torch.nn.utils.clip_grad_norm_(runner.params, limit)
-            step()
+        step()
 
-        return run
-    model = _model(zip(runner.inputs.names, runner.params, strict=True))
-    plan = runner.inputs.plan(runner.contender.freeze)
-    own_step = _masked(runner)
-
-    def run_ours() -> None:
-        sf.clip_grad_norm_(model, limit, plan, optimizer=runner.optimizer)  # type: ignore[arg-type]
-        own_step()
-
-    return run_ours
+    return run
 
 
 def _peer(runner: Runner, module: str, name: str, **flags: Any) -> Callable[[], Any]:
@@ -320,49 +302,29 @@ def _peer(runner: Runner, module: str, name: str, **flags: Any) -> Callable[[], 
         optimizer = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise UnavailableError(str(error)) from error
-    peer = runner.optimizer = optimizer(runner.params, **HYPER, **flags)
-    step: Callable[[], Any] = peer.step
-    return step
-
-
-def _mask_step_restore(runner: Runner) -> Callable[[], Any]:
-    """Today's practice, in its fastest spelling here: masks in the gradients' dtype, frozen rows saved once."""
-    step = _torch(runner, fused=True)
-    multiply = _multiply(runner)
-    index = [mask.rows.to(p.device) for mask, p in zip(runner.masks, runner.params, strict=True)]
-    saved = [p.detach()[rows].clone() for p, rows in zip(runner.params, index, strict=True)]
-
-    @torch.no_grad()
-    def run() -> None:
-        multiply()
-        step()
-        for p, rows, values in zip(runner.params, index, saved, strict=True):
-            p.index_copy_(0, rows, values)
-
-    return run
+    runner.optimizer = optimizer(runner.params, **HYPER, **flags)
+    return runner.optimizer.step
 
 
 def _multiply(runner: Runner) -> Callable[[], Any]:
-    keep = [(~mask.dense()).to(grad) for mask, grad in zip(runner.masks, runner.grads, strict=True)]
-    grads = runner.grads
+    actions = mask_gradients(runner.named, runner.plan, [])
 
     def run() -> None:
-        for grad, factor in zip(grads, keep, strict=True):
-            grad.mul_(factor)
+        for action in actions:
+            action()
 
     return run
 
 
 def _zero(runner: Runner) -> Callable[[], Any]:
-    model = _model(zip(runner.inputs.names, runner.params, strict=True))
-    plan = runner.inputs.plan(runner.contender.freeze)
+    model, plan = _model(runner.named), runner.plan
     return lambda: sf.zero_frozen_grads_(model, plan)
 
 
-def _model(named: Iterable[tuple[str, Parameter]]) -> torch.nn.Module:
+def _model(named: Mapping[str, Parameter]) -> torch.nn.Module:
     """A module whose parameters have these dotted names."""
     model = torch.nn.Module()
-    for name, p in named:
+    for name, p in named.items():
         *path, last = name.split(".")
         home = model
         for part in path:
@@ -373,7 +335,7 @@ def _model(named: Iterable[tuple[str, Parameter]]) -> torch.nn.Module:
     return model
 
 
-_BUILDERS: Final[dict[str, Callable[[Runner], Callable[[], Any]]]] = {
+BUILDERS: Final[dict[str, Callable[[Runner], Callable[[], Any]]]] = {
     "masked": _masked,
     "masked, reference backend": lambda runner: _masked(runner, backend="reference"),
     "torch fused": lambda runner: _torch(runner, fused=True),
@@ -387,7 +349,9 @@ _BUILDERS: Final[dict[str, Callable[[Runner], Callable[[], Any]]]] = {
     "optimi": lambda runner: _peer(runner, "optimi", "AdamW"),
     "apex": lambda runner: _peer(runner, "apex.optimizers", "FusedAdam", adam_w_mode=True),
     "bitsandbytes": lambda runner: _peer(runner, "bitsandbytes.optim", "AdamW", optim_bits=32),
-    "mask + step + restore": _mask_step_restore,
+    "mask + step + restore": lambda runner: mask_step_restore(
+        _torch(runner, fused=True), runner.named, runner.plan, dense=True
+    )[0],
     "zero_frozen_grads_": _zero,
     "grad.mul_(mask)": _multiply,
 }

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -30,21 +27,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.attribution import encode_pairs, find_units, units_from
+from safefreeze_kernels.calibration import load_pairs
+from safefreeze_kernels.integrations.transformers import load_model
+from safefreeze_kernels.measure.memory import peak, restart_peak
+from safefreeze_kernels.measure.timing import in_order, milliseconds
 
-from .measure import describe_machine, quartiles
+from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
 WAYS: Final = ("packed", "live", "masked", "stock", "LoRA")
 SHARE: Final = 0.8
 BATCH: Final = 4
-RESULTS: Final = Path(__file__).parent / "results"
+COMPARED: Final = (
+    ("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"), ("packed", "LoRA")
+)  # fmt: skip
 #: Live gradients are the same sums in another order; over a few dozen steps that moves a loss by less than this.
 CLOSE: Final = 2e-3
 
 
 def plan_for(model: torch.nn.Module) -> sf.FreezePlan:
     """80% of the heads and channels of every layer, drawn once: SCU and all CU of the paper are as many."""
-    from safefreeze_kernels.attribution import find_units, units_from
-
     layout = find_units(model)
     pick = torch.Generator().manual_seed(1)
 
@@ -55,9 +57,6 @@ def plan_for(model: torch.nn.Module) -> sf.FreezePlan:
 
 
 def batches(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
-    from safefreeze_kernels.attribution import encode_pairs
-    from safefreeze_kernels.calibration import load_pairs
-
     pairs = load_pairs("utility")
     pairs = (pairs * (count * BATCH // len(pairs) + 1))[: count * BATCH]
     return encode_pairs(tokenizer, pairs, max_length=256, batch_size=BATCH)
@@ -95,8 +94,6 @@ def trainer(way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float) ->
 
 def measure_times(steps: int, lr: float) -> dict[str, Any]:
     """Seconds per step and losses, by way."""
-    from safefreeze_kernels.integrations.transformers import load_model
-
     _, model, tokenizer = load_model("smollm2")
     plan = plan_for(model)
     models = {way: model if way == WAYS[-1] else copy.deepcopy(model) for way in WAYS}
@@ -105,63 +102,48 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     losses: dict[str, list[float]] = {way: [] for way in WAYS}
     for number, batch in enumerate(batches(tokenizer, steps)):
-        turn = number % len(WAYS)
-        for way in WAYS[turn:] + WAYS[:turn]:
-            start = time.perf_counter()
-            losses[way].append(trainers[way](batch))
-            times[way].append(time.perf_counter() - start)
+        for way in in_order(WAYS, number):
+
+            def train(way: str = way, batch: dict[str, Any] = batch) -> None:
+                losses[way].append(trainers[way](batch))
+
+            times[way].append(milliseconds(train) / 1e3)
+    apart = {
+        way: max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True)) for way in ("packed", "live")
+    }
     for way in ("packed", "live", "masked"):
         proof.verify(models[way])
-        apart = max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True))
-        if apart > CLOSE:
-            raise SystemExit(f"{way}: a loss is {apart:.2g} away from the masked run's, expected {CLOSE} at most")
+        if apart.get(way, 0) > CLOSE:
+            raise SystemExit(f"{way}: a loss is {apart[way]:.2g} away from the masked run's, expected {CLOSE} at most")
     warm = {way: seconds[2:] for way, seconds in times.items()}
-    ratios = {
-        f"{way} / {other}": quartiles([a / b for a, b in zip(warm[way], warm[other], strict=True)])
-        for way, other in (("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"),
-                           ("packed", "LoRA"))
-    }  # fmt: skip
-    frozen = sum(mask.frozen_count for _, mask in plan.items())
     return {
-        "parameters": sum(p.numel() for p in models["stock"].parameters()), "frozen": frozen,
-        "seconds_per_step": {way: quartiles(seconds) for way, seconds in warm.items()}, "ratios": ratios,
+        "parameters": sum(p.numel() for p in models["stock"].parameters()),
+        "frozen": sum(mask.frozen_count for mask in plan.values()),
+        "seconds_per_step": {way: as_entry(seconds) for way, seconds in warm.items()},
+        "ratios": {f"{way} / {other}": ratio_entry(warm[way], warm[other]) for way, other in COMPARED},
         "losses": {way: [round(loss, 5) for loss in found] for way, found in losses.items()},
-        "largest_loss_difference_to_masked": {
-            way: max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True))
-            for way in ("packed", "live")
-        },
-    }  # fmt: skip
+        "largest_loss_difference_to_masked": apart,
+    }
 
 
 def measure_memory(way: str, lr: float) -> None:
-    """In a process of its own: prints bytes of its peak, and what it had before the model was loaded."""
-    from safefreeze_kernels.integrations.transformers import load_model
-
+    """In a process of its own: prints the most resident bytes it had, once the model was loaded."""
     _, model, tokenizer = load_model("smollm2")
-    work = batches(tokenizer, 3)
+    work, cpu = batches(tokenizer, 3), torch.device("cpu")
     train = trainer(way, model, plan_for(model), lr)
-    # loading makes a peak of its own
-    Path("/proc/self/clear_refs").write_text("5")
+    restart_peak(cpu)  # loading makes a peak of its own
     for batch in work:
         train(batch)
-    print(json.dumps(resource_peak()))
-
-
-def resource_peak() -> int:
-    """Peak resident bytes of this process since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    print(peak(cpu))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--steps", type=at_least_one, default=22, help="two more than are looked at, at least 3")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=at_least_one, default=2)
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -175,21 +157,19 @@ def main() -> None:
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[way] = int(printed.splitlines()[-1])
     found = measure_times(given.steps, given.lr)
-    machine = describe_machine(given.threads)
-    report = {
-        "cpu": machine.cpu, "cores": machine.cores, "threads": given.threads, "torch": torch.__version__,
-        "model": "SmolLM2-135M, float32", "frozen_share_of_units": SHARE, "batch": BATCH, "steps": given.steps,
-        "lr": given.lr, **found, "peak_resident_bytes": peaks,
-    }  # fmt: skip
-    path = (given.output or RESULTS) / f"finetune-{machine.slug}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    for label, at in found["ratios"].items():
-        print(f"step time, {label:15} {at['median']:.3f}  ({at['quartile_1']:.3f} to {at['quartile_3']:.3f})")
-    for way in WAYS:
+    for label, entry in found["ratios"].items():
+        print_entry(f"step time, {label:15}", entry)
+    for way, losses in found["losses"].items():
+        seconds = found["seconds_per_step"][way]["median"]
         print(
-            f"{way:7} {found['seconds_per_step'][way]['median']:.2f} s a step, peak {peaks[way] / 1e9:.2f} GB, loss "
-            f"{found['losses'][way][0]:.3f} to {found['losses'][way][-1]:.3f}"
+            f"{way:7} {seconds:.2f} s a step, peak {peaks[way] / 1e9:.2f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}"
         )
+    report = {
+        "threads": given.threads, "torch": torch.__version__, "model": "SmolLM2-135M, float32",
+        "frozen_share_of_units": SHARE, "batch": BATCH, "steps": given.steps, "lr": given.lr, **found,
+        "peak_resident_bytes": peaks,
+    }  # fmt: skip
+    save_result("finetune", describe_machine(given.threads), report, given.output)
 
 
 if __name__ == "__main__":

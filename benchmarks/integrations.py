@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.measure.memory import peak, restart_peak, state_tensors
+from safefreeze_kernels.measure.timing import in_turns, milliseconds
 
-from .measure import describe_machine, quartiles
+from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
 RANKS: Final = 2
 CASES: Final = {"24 tensors of 1024 x 1024": (24, 1024), "300 tensors of 16 x 16": (300, 16)}
-RESULTS: Final = Path(__file__).parent / "results"
 
 
 def _model(n: int, width: int) -> torch.nn.Sequential:
@@ -37,6 +38,11 @@ def _model(n: int, width: int) -> torch.nn.Sequential:
 def _plan(n: int, width: int, share: float = 0.075) -> sf.FreezePlan:
     rows = torch.randperm(width, generator=torch.Generator().manual_seed(1))[: max(round(share * width), 1)]
     return sf.FreezePlan({f"{i}.weight": sf.FreezeMask((width, width), rows=rows) for i in range(n)})
+
+
+def _time_step(optimizer: torch.optim.Optimizer) -> float:
+    dist.barrier()
+    return milliseconds(optimizer.step)
 
 
 def _rank(rank: int, store: str, rounds: int) -> None:
@@ -70,16 +76,10 @@ def _rank(rank: int, store: str, rounds: int) -> None:
         for p, q in zip(models[0].parameters(), whole.parameters(), strict=True):
             if not torch.equal(p.full_tensor(), q):
                 raise SystemExit(f"{case}: the sharded step differs from that of one process; nothing is timed")
-        times: dict[str, list[float]] = {name: [] for name in optimizers}
-        for number in range(rounds):
-            for name in list(optimizers)[:: 1 if number % 2 else -1]:
-                dist.barrier()
-                start = time.perf_counter()
-                optimizers[name].step()
-                times[name].append((time.perf_counter() - start) * 1e3)
-        found[case] = {name: quartiles(values) for name, values in times.items()} | {
-            f"masked / {name}": quartiles([a / b for a, b in zip(times["masked"], times[name], strict=True)])
-            for name in ("torch fused", "torch")
+        timed = {name: partial(_time_step, optimizer) for name, optimizer in optimizers.items()}
+        times = in_turns(timed, rounds)
+        found[case] = {name: as_entry(values) for name, values in times.items()} | {
+            f"masked / {name}": ratio_entry(times["masked"], times[name]) for name in ("torch fused", "torch")
         }
     if rank == 0:
         Path(f"{store}.json").write_text(json.dumps(found))
@@ -90,11 +90,10 @@ def _resume(path: str) -> None:
     """In a process of its own: loads state saved by `_save_state`, prints peak and state in bytes."""
     model = _model(128, 1024)
     optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=_plan(128, 1024))
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = restart_peak(torch.device("cpu")) or 0
     optimizer.load_state_dict(torch.load(path, weights_only=True))
-    state = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
-    print(json.dumps({"peak_bytes": _memory("VmHWM") - before, "state_bytes": state}))
+    state = sum(value.nbytes for value in state_tensors(optimizer))
+    print(json.dumps({"peak_bytes": peak(torch.device("cpu")) - before, "state_bytes": state}))
 
 
 def _save_state(path: str) -> None:
@@ -106,14 +105,10 @@ def _save_state(path: str) -> None:
     torch.save(optimizer.state_dict(), path)
 
 
-def _memory(key: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.integrations", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=at_least_one, default=60)
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     parser.add_argument("--resume", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--save", metavar="FILE", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -129,19 +124,17 @@ def main() -> None:
         subprocess.run([*run, "--save", state], check=True)
         resumed = subprocess.run([*run, "--resume", state], check=True, capture_output=True, text=True).stdout
     memory = json.loads(resumed.splitlines()[-1])
-    machine = describe_machine(1)
-    report = {
-        "cpu": machine.cpu, "cores": machine.cores, "ranks": RANKS, "threads_per_rank": 1, "torch": torch.__version__,
-        "rounds": given.rounds, "step_ms_under_fsdp2": found, "resume_of_134M_parameters": memory,
-    }  # fmt: skip
-    path = RESULTS / f"integrations-{machine.slug}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
     for case, entries in found.items():
         print(case)
-        for name, spread in entries.items():
-            print(f"  {name:22} {spread['median']:8.3f}  ({spread['quartile_1']:.3f} to {spread['quartile_3']:.3f})")
+        for name, entry in entries.items():
+            print_entry(f"  {name:22}", entry)
     share = memory["peak_bytes"] / memory["state_bytes"]
     print(f"resume: peak {share:.3f} of the state's {memory['state_bytes']:,} bytes")
+    report = {
+        "ranks": RANKS, "threads_per_rank": 1, "torch": torch.__version__, "rounds": given.rounds,
+        "step_ms_under_fsdp2": found, "resume_of_134M_parameters": memory,
+    }  # fmt: skip
+    save_result("integrations", describe_machine(1), report, given.output)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ layer with more and more of its rows or columns live, against plain autograd. Wr
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import time
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,21 +26,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.attribution import find_units, units_from
+from safefreeze_kernels.measure.timing import WHOLE, Clock, in_turns, median_ratio, milliseconds
 
-from .measure import describe_machine, quartiles
+from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
 #: width -> channels of the MLP, heads, KV heads
 SHAPES: Final = {576: (1536, 9, 3), 1024: (2816, 16, 16), 2048: (5632, 32, 32), 4096: (11008, 32, 32)}
 LAYERS: Final = 2
 TOKENS: Final = (2, 256)
-RESULTS: Final = Path(__file__).parent / "results"
+#: contender, beside which, phase
+COMPARED: Final = {
+    "backward, live / plain": ("live", "masked", "backward"),
+    "backward, packed / plain": ("packed", "masked", "backward"),
+    "whole step, live / stock": ("live", "stock", WHOLE),
+    "whole step, packed / stock": ("packed", "stock", WHOLE),
+    "whole step, masked / stock": ("masked", "stock", WHOLE),
+    "whole step, live / LoRA": ("live", "LoRA", WHOLE),
+    "whole step, packed / LoRA": ("packed", "LoRA", WHOLE),
+}
 
 
 def build(width: int, share: float, device: str) -> tuple[torch.nn.Module, sf.FreezePlan]:
     """Decoder layers, and a plan that freezes ``share`` of their heads and channels."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from safefreeze_kernels.attribution import find_units, units_from
 
     d_ff, n_heads, n_kv = SHAPES[width]
     torch.manual_seed(0)
@@ -74,8 +80,9 @@ def check(model: torch.nn.Module, plan: sf.FreezePlan, tokens: torch.Tensor) -> 
     for name, plain in grads[0].items():
         found = grads[1][name]
         if name in plan and not torch.equal(plain, found):
-            plain = plain.masked_fill(plan[name].dense(), 0.0)
-            if found[plan[name].dense()].any():
+            frozen = plan[name].dense().to(plain.device)
+            plain = plain.masked_fill(frozen, 0.0)
+            if found[frozen].any():
                 raise SystemExit(f"{name}: a frozen gradient is not zero; nothing is timed")
         torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
@@ -96,57 +103,36 @@ def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any
     if adapted is not None:
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizers["LoRA"] = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in optimizers}
-    for number in range(rounds + 2):
-        order = list(optimizers)
-        turn = number % len(order)
-        for name in order[turn:] + order[:turn]:
-            network = adapted if name == "LoRA" and adapted is not None else model
-            storage: Any = "packed" if name == "packed" else "dense"
-            handle = sf.live_gradients(model, plan, storage=storage) if name in ("live", "packed") else None
-            marks = [_now(device)]
+
+    def step(name: str) -> dict[str, float]:
+        network = adapted if name == "LoRA" and adapted is not None else model
+        storage: Any = "packed" if name == "packed" else "dense"
+        handle = sf.live_gradients(model, plan, storage=storage) if name in ("live", "packed") else None
+        clock = Clock(torch.device(device))
+        with clock.phase("forward"):
             loss = network(input_ids=tokens, labels=tokens).loss
-            marks.append(_now(device))
+        with clock.phase("backward"):
             loss.backward()
-            marks.append(_now(device))
+        with clock.phase("step"):
             optimizers[name].step()
-            marks.append(_now(device))
-            network.zero_grad()
-            if handle is not None:
-                handle.remove()
-            if number >= 2:
-                times[name].append(tuple(1e3 * (b - a) for a, b in pairwise(marks)))
-    found: dict[str, Any] = {
-        name: dict(
-            zip(
-                ("forward", "backward", "step"),
-                (quartiles(list(phase)) for phase in zip(*rows, strict=True)),
-                strict=True,
-            )
-        )
-        for name, rows in times.items()
+        times = clock.read()
+        network.zero_grad()
+        if handle is not None:
+            handle.remove()
+        return times
+
+    found = in_turns({name: partial(step, name) for name in optimizers}, rounds, warmup=2)
+
+    def times(name: str, phase: str) -> list[float]:
+        return [each[phase] for each in found[name]]
+
+    return {
+        name: {phase: as_entry(times(name, phase)) for phase in ("forward", "backward", "step")} for name in found
+    } | {
+        label: ratio_entry(times(one, phase), times(other, phase))
+        for label, (one, other, phase) in COMPARED.items()
+        if other in found
     }
-    for label, one, other, phases in (
-        ("backward, live / plain", "live", "masked", slice(1, 2)),
-        ("backward, packed / plain", "packed", "masked", slice(1, 2)),
-        ("whole step, live / stock", "live", "stock", slice(0, 3)),
-        ("whole step, packed / stock", "packed", "stock", slice(0, 3)),
-        ("whole step, masked / stock", "masked", "stock", slice(0, 3)),
-        ("whole step, live / LoRA", "live", "LoRA", slice(0, 3)),
-        ("whole step, packed / LoRA", "packed", "LoRA", slice(0, 3)),
-    ):
-        if one not in times or other not in times:
-            continue
-        pairs = zip(times[one], times[other], strict=True)
-        found[label] = quartiles([sum(a[phases]) / sum(b[phases]) for a, b in pairs])
-    return found
-
-
-def _now(device: str) -> float:
-    """Seconds, once the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def crossover(width: int, rounds: int, device: str) -> dict[str, dict[str, float]]:
@@ -156,22 +142,20 @@ def crossover(width: int, rounds: int, device: str) -> dict[str, dict[str, float
     x = torch.randn(TOKENS[0] * TOKENS[1], width, requires_grad=True, device=device)
     grad = torch.randn(TOKENS[0] * TOKENS[1], width, device=device)
 
-    def seconds(layer: torch.nn.Module) -> float:
+    def timed(layer: torch.nn.Module) -> float:
         layer.zero_grad()
         x.grad = None
-        start = _now(device)
-        layer(x).backward(grad)
-        return _now(device) - start
+        return milliseconds(lambda: layer(x).backward(grad), device, wall=True)
 
-    found: dict[str, dict[str, float]] = {}
-    for axis in ("rows", "columns"):
+    found: dict[str, dict[str, float]] = {"rows": {}, "columns": {}}
+    for axis, shares in found.items():
         for live in (0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.9):
             frozen = torch.randperm(width)[: round((1 - live) * width)]
             mask = sf.FreezeMask((width, width), **{"rows" if axis == "rows" else "cols": frozen})
             layer = torch.nn.Linear(width, width, bias=False, device=device)
             sf.live_gradients(layer, sf.FreezePlan({"weight": mask}), most_live=1.0)
-            pairs = [(seconds(layer), seconds(plain)) for _ in range(rounds + 2)][2:]
-            found.setdefault(axis, {})[f"{live:.0%}"] = round(statistics.median(a / b for a, b in pairs), 3)
+            times = in_turns({"live": partial(timed, layer), "plain": partial(timed, plain)}, rounds, warmup=2)
+            shares[f"{live:.0%}"] = round(median_ratio(times["live"], times["plain"]).median, 3)
     return found
 
 
@@ -190,10 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 2048])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.075])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     given = parser.parse_args()
-    machine = describe_machine(torch.get_num_threads())
+    machine = describe_machine(torch.get_num_threads(), given.device)
     found = {}
     crossovers = {f"width {width}": crossover(width, 3 * given.rounds, given.device) for width in given.widths}
     for label, axes in crossovers.items():
@@ -207,14 +192,12 @@ def main() -> None:
             print(f"width {width}, {share:.1%} of units frozen")
             for label, at in case.items():
                 if "/" in label:
-                    print(f"  {label:28} {at['median']:.3f}  ({at['quartile_1']:.3f} to {at['quartile_3']:.3f})")
-    device = torch.cuda.get_device_name().replace(" ", "-").lower() if given.device == "cuda" else machine.slug
+                    print_entry(f"  {label:28}", at)
     report = {
-        "device": device, "cpu": machine.cpu, "cores": machine.cores, "threads": machine.threads,
-        "torch": torch.__version__,
+        "device": machine.slug, "threads": machine.threads, "torch": torch.__version__,
         "layers": LAYERS, "tokens": TOKENS, "rounds": given.rounds, "cases": found, "crossover": crossovers,
     }  # fmt: skip
-    (RESULTS / f"live-{device}.json").write_text(json.dumps(report, indent=1) + "\n")
+    save_result("live", machine, report, given.output)
 
 
 if __name__ == "__main__":

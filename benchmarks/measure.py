@@ -1,23 +1,26 @@
-"""Timing: interleaved pairs, cold caches, robust statistics, copy bandwidth, and how quiet the machine was.
+"""Cases timed in pairs: built, checked, timed in turns, checked again; what they ran on, and how quiet it was.
 
-A case's two contenders are timed back to back, in alternating order, and every case takes its turn in every round, in
-an order drawn anew. So slow drift of the machine reaches all alike, and within a pair it cancels. The statistic is the
-**median over rounds of the pair's ratio**: the two members of a pair saw the same machine, and a median ignores the
-rounds in which one of them was interrupted. Its 95% interval is the binomial one, from order statistics. The ratio of
-the two minima stands beside it: interruptions only ever add time, so the minima are what a silent machine would show;
-where the two disagree the machine was not quiet. All is built anew in every pass, so that one lucky or unlucky
-placement in memory does not decide.
+A case's two contenders are timed back to back with cold caches, in alternating order, and every case takes its turn in
+every round, in an order drawn anew. Beside the median ratio of `safefreeze_kernels.measure.timing` stands the ratio of
+the two minima: interruptions only ever add time, so the minima are what a silent machine would show; where the two
+disagree the machine was not quiet. All is built anew in every pass, so that one lucky or unlucky placement in memory
+does not decide.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import gc
+import json
 import math
 import os
 import platform
 import random
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,16 +30,30 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from .cases import Case, Contender, TensorSet
-from .contenders import Inputs, ResultDiffersError, Runner, UnavailableError
+from safefreeze_kernels.kernels.backend import BackendUnavailableError
+from safefreeze_kernels.measure.info import device_name
+from safefreeze_kernels.measure.memory import peak, restart_peak
+from safefreeze_kernels.measure.timing import (
+    MOST_SPREAD,
+    ColdCaches,
+    Spread,
+    in_order,
+    last_level_cache,
+    median_ratio,
+    milliseconds,
+    quartiles,
+    was_busy,
+)
 
-__all__ = ["Bandwidth", "Bench", "Machine", "Quietness", "Stopwatch", "Timed", "describe_machine", "quartiles"]
+from .cases import Case, Contender
+from .contenders import CHECKED_STEPS, Inputs, ResultDiffersError, Runner, UnavailableError
 
+__all__ = ["MOST_FOREIGN", "MOST_SPREAD", "Bandwidth", "Bench", "Machine", "Quietness", "Timed", "describe_machine"]
+
+RESULTS: Final = Path(__file__).parent / "results"
 MOST_FOREIGN: Final = 0.05  # share of the machine's time others may take before a run is not judged
-MOST_SPREAD: Final = 0.15  # interquartile range / median of times, above which a case too near its target is not judged
-_SETTLE_S: Final = 0.01  # longer than idle threads of an OpenMP team keep spinning
-_COPY_BYTES: Final = 256 << 20
-Tick = Callable[[str], None]
+COPY_BYTES: Final = {"cpu": 256 << 20, "cuda": 1 << 30}
+Tick = Callable[[str], object]
 T = TypeVar("T")
 
 
@@ -54,39 +71,45 @@ class Machine:
     memory_bytes: int
     system: str
     environment: dict[str, str]
+    gpu: dict[str, Any] = field(default_factory=dict)  # empty: the CPU was measured
+
+    @property
+    def device(self) -> str:
+        """The name of what was measured."""
+        return str(self.gpu.get("device", self.cpu))
 
     @property
     def slug(self) -> str:
-        """The processor's name as a file name."""
-        return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", self.cpu.lower())).strip("-") or "unknown-cpu"
+        """That name as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", self.device.lower())).strip("-") or "unknown-cpu"
 
 
-def describe_machine(threads: int) -> Machine:
+def describe_machine(threads: int, device: str = "cpu") -> Machine:
     """Read what the system says about itself."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return Machine(
-        cpu=(names or [platform.processor() or platform.machine()])[0].strip(),
+        cpu=device_name(torch.device("cpu")),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=threads,
-        cache_bytes=_last_level_cache(),
+        cache_bytes=last_level_cache(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         environment={
             key: value for key, value in sorted(os.environ.items())
             if key.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "SAFEFREEZE_")) or key == "THP_MEM_ALLOC_ENABLE"
         },
+        gpu=_describe_gpu() if device == "cuda" else {},
     )  # fmt: skip
 
 
-def _last_level_cache() -> int:
-    """Bytes; 0 where the system does not say."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
-        if found:
-            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
-    return max(sizes)
+def _describe_gpu() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1),
+        "nvidia_smi": told,
+    }
 
 
 @dataclass
@@ -100,16 +123,14 @@ class Quietness:
     known: bool = True
     load_before: tuple[float, ...] = ()
     load_after: tuple[float, ...] = ()
-    _began: tuple[float, float, float, float] | None = None
+    _began: tuple[float, float, float, float] = (0.0,) * 4
 
     def __enter__(self) -> Quietness:
-        if not self.load_before:
-            self.load_before = _load()
+        self.load_before = self.load_before or _load()
         self._began = _clocks()
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._began is not None
         wall, busy, stolen, own = (now - then for now, then in zip(_clocks(), self._began, strict=True))
         self.wall_s += wall
         self.foreign_s += max(busy - own, 0.0)
@@ -152,46 +173,42 @@ def _clocks() -> tuple[float, float, float, float]:
 
 
 class Stopwatch:
-    """Times one call at a time, each from the same state: other threads asleep, caches full of something else."""
+    """Nanoseconds of one call at a time; on the CPU each with cold caches."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._cold = torch.ones(max(2 * machine.cache_bytes, 64 << 20) // 4)
-
-    def evict(self) -> None:
-        """Let idle threads fall asleep, then read more than the caches hold. Leaves nothing to be written back."""
-        time.sleep(_SETTLE_S)
-        self._cold.sum()
+    def __init__(self, device: str = "cpu") -> None:
+        self._device, self._caches = device, ColdCaches() if device == "cpu" else None
 
     def time(self, call: Callable[[], Any], warm: bool = False) -> int:
-        """Nanoseconds of one call; ``warm``: of the second of two."""
-        self.evict()
+        """``warm``: of the second of two calls; on a GPU by the host's clock."""
+        if self._caches is not None:
+            self._caches.evict()
         if warm:
             call()
-        began = time.perf_counter_ns()
-        call()
-        return time.perf_counter_ns() - began
+        return round(1e6 * milliseconds(call, self._device, wall=warm))
 
 
 class Bandwidth:
     """Copy and read-modify-write of a large tensor, timed in the same rounds as everything else.
 
-    Bytes are counted as read + written. A copy also makes the processor read what it overwrites, which is not counted:
+    Bytes are counted as read + written. A copy also makes a processor read what it overwrites, which is not counted:
     the read-modify-write figure is nearer to what an optimizer step can reach.
     """
 
-    def __init__(self) -> None:
-        self._source = torch.ones(_COPY_BYTES // 4)
-        self._target = torch.ones(_COPY_BYTES // 4)
-        self.times_ns: dict[str, list[int]] = {"copy": [], "read_modify_write": []}
+    def __init__(self, device: str, n_bytes: int) -> None:
+        source, target = (torch.ones(n_bytes // 4, device=device) for _ in range(2))
+        self._bytes = n_bytes
+        self._calls = {"copy": lambda: target.copy_(source), "read_modify_write": lambda: target.add_(1.0)}
+        self.times_ns: dict[str, list[int]] = {what: [] for what in self._calls}
 
     def measure(self, stopwatch: Stopwatch) -> None:
         """One timing of each."""
-        self.times_ns["copy"].append(stopwatch.time(lambda: self._target.copy_(self._source)))
-        self.times_ns["read_modify_write"].append(stopwatch.time(lambda: self._target.add_(1.0)))
+        for what, call in self._calls.items():
+            self.times_ns[what].append(stopwatch.time(call))
 
-    def gb_per_s(self, what: str) -> float:
-        """From the median time."""
-        return 2 * _COPY_BYTES / statistics.median(self.times_ns[what])
+    @property
+    def gb_per_s(self) -> dict[str, float]:
+        """From the median times; empty where nothing was timed."""
+        return {what: 2 * self._bytes / statistics.median(times) for what, times in self.times_ns.items() if times}
 
 
 # ------------------------------------------------------------------------------------------------- many timings
@@ -206,24 +223,16 @@ class Timed:
     against_ns: list[int] = field(default_factory=list)
     bytes_moved: int | None = None
     against_bytes: int | None = None
+    peaks: tuple[int, int] | None = None  # bytes, of a case that compares peaks
     trouble: str = ""
     wrong: bool = False
 
     @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.times_ns, self.against_ns, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """Median over rounds of contender / against."""
-        return statistics.median(self.ratios)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% interval of that median (binomial; the extremes where there are too few rounds for one)."""
-        ordered = sorted(self.ratios)
-        skip = max(math.floor((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2), 0)
-        return ordered[skip], ordered[-1 - skip]
+    def ratio(self) -> Spread:
+        """Contender / against with its 95% interval: median over rounds, or of the peaks."""
+        if self.peaks is not None:
+            return Spread(*[self.peaks[0] / self.peaks[1]] * 3)
+        return median_ratio(self.times_ns, self.against_ns)
 
     @property
     def ratio_of_minima(self) -> float:
@@ -232,31 +241,38 @@ class Timed:
     @property
     def spread(self) -> float:
         """The larger of the two contenders' interquartile range / median."""
-        return max(_spread(self.times_ns), _spread(self.against_ns))
+        spreads = [quartiles(times) for times in (self.times_ns, self.against_ns)]
+        return max((high - low) / median for median, low, high in spreads)
 
     @property
     def noisy(self) -> bool:
         """Whether times spread so much, and the target lies so near, that another run might end otherwise."""
-        low, high = self.interval
-        return self.spread > MOST_SPREAD and self.case.target is not None and low <= self.case.target <= high
+        if self.case.target is None or self.peaks is not None:
+            return False
+        _, low, high = self.ratio
+        return any(map(was_busy, (self.times_ns, self.against_ns))) and low <= self.case.target <= high
 
     @property
     def reported(self) -> bool:
-        """Whether there are times of checked results."""
-        return bool(self.times_ns) and not self.wrong
+        """Whether there are figures of checked results."""
+        return bool(self.times_ns or self.peaks) and not self.wrong
 
-
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """As results hold them."""
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
-
-
-def _spread(times: Sequence[int]) -> float:
-    if len(times) < 4:
-        return 0.0
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / middle
+    def verdict(self, copy_gb_per_s: float = math.nan, *, judged: bool = True, noisy: bool = False) -> str:
+        """met, MISSED, noisy, WRONG, skipped, - (not judged), or nothing where there is no target."""
+        case = self.case
+        if not self.reported:
+            return "WRONG" if self.wrong else "skipped"
+        if not judged:
+            return "-"
+        if case.target is None and case.share_target is None:
+            return ""
+        if noisy or self.noisy:
+            return "noisy"
+        kept = case.target is None or self.ratio.median <= case.target
+        if case.share_target is not None:
+            speed = (self.bytes_moved or 0) / statistics.median(self.times_ns)
+            kept &= speed >= case.share_target * copy_gb_per_s
+        return "met" if kept else "MISSED"
 
 
 class Bench:
@@ -266,16 +282,22 @@ class Bench:
         rounds: timings of every pair, spread over the passes.
         passes: how often everything is built anew.
         tick: called with a word on what is going on, `ticks` times in all.
+        device: on a GPU every case is built alone, as its memory holds no more.
+        seconds: nothing begins later than this.
+        done: called with the cases that were just timed.
     """
 
-    def __init__(self, cases: Sequence[Case], machine: Machine, rounds: int, passes: int, tick: Tick) -> None:
+    def __init__(
+        self, cases: Sequence[Case], rounds: int, passes: int = 1, tick: Tick = lambda what: None, device: str = "cpu",
+        copy_bytes: int | None = None, seconds: float = math.inf, done: Callable[[list[Timed]], object] = len,
+    ) -> None:  # fmt: skip
         self.timed = [Timed(case) for case in cases]
-        self.bandwidth = Bandwidth()
+        self.bandwidth = Bandwidth(device, copy_bytes or COPY_BYTES[device])
         self.quietness = Quietness()
         self.state_bytes: dict[str, tuple[int, int]] = {}
-        self._stopwatch = Stopwatch(machine)
+        self._stopwatch = Stopwatch(device)
         self._rounds_of_pass = [rounds * (i + 1) // passes - rounds * i // passes for i in range(passes)]
-        self._tick = tick
+        self._tick, self._device, self._seconds, self._done = tick, device, seconds, done
 
     @property
     def ticks(self) -> int:
@@ -285,14 +307,32 @@ class Bench:
 
     def run(self) -> None:
         """Fill in `timed`, `bandwidth`, `quietness` and `state_bytes`."""
+        began = time.monotonic()
         for number, rounds in enumerate(self._rounds_of_pass):
-            for tensors in dict.fromkeys(timed.case.tensors for timed in self.timed):
-                self._run_group(tensors, rounds, seed=number)
+            for group in self._groups():
+                group = [t for t in group if not t.trouble and _rounds_left(t)]
+                if not group:
+                    continue
+                if time.monotonic() - began > self._seconds:
+                    for timed in group:
+                        timed.trouble = "no time was left"
+                else:
+                    run = self._run_peak if group[0].case.peak else self._run_group
+                    _attempt(partial(run, group, rounds, seed=number), group)
+                self._done(group)
 
-    def _run_group(self, tensors: TensorSet, rounds: int, seed: int) -> None:
-        group = [t for t in self.timed if t.case.tensors == tensors and not t.trouble and _rounds_left(t)]
+    def _groups(self) -> list[list[Timed]]:
+        """What is built at once."""
+        if self._device == "cuda":
+            return [[timed] for timed in self.timed]
+        keys = dict.fromkeys((timed.case.tensors, timed.case.peak) for timed in self.timed)
+        return [[timed for timed in self.timed if (timed.case.tensors, timed.case.peak) == key] for key in keys]
+
+    def _run_group(self, group: list[Timed], rounds: int, seed: int) -> None:
         gc.collect()  # what the group before held
-        runners = self._prepared(group, Inputs(tensors, seed))
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        runners = self._prepared(group, seed)
         order = random.Random(seed)
         gc.disable()
         try:
@@ -301,23 +341,23 @@ class Bench:
                     self.bandwidth.measure(self._stopwatch)
                     for timed in order.sample(group, len(group)):
                         if not timed.trouble and _rounds_left(timed):
-                            self._time_pair(timed, runners, contender_first=number % 2 == 0)
+                            self._time_pair(timed, runners, number)
                         self._tick(timed.case.name)
         finally:
             gc.enable()
         for who, runner in runners.items():
             _attempt(runner.check_frozen, group, who)
 
-    def _prepared(self, group: list[Timed], inputs: Inputs) -> dict[Contender, Runner]:
+    def _prepared(self, group: list[Timed], seed: int) -> dict[Contender, Runner]:
         runners: dict[Contender, Runner] = {}
+        inputs = Inputs(group[0].case.tensors, seed, self._device)
         for who in dict.fromkeys(who for t in group for who in (t.case.against, t.case.contender)):
             self._tick(f"preparing and checking {who}")
             runner = _attempt(partial(_checked_runner, who, inputs), group, who)
-            if runner is None:
-                continue
-            runners[who] = runner
-            if runner.state_bytes is not None:
-                self.state_bytes[f"{inputs.tensors}: {who}"] = runner.state_bytes
+            if runner is not None:
+                runners[who] = runner
+                if runner.state_bytes is not None:
+                    self.state_bytes[f"{inputs.tensors}: {who}"] = runner.state_bytes
         inputs.forget_stock()
         for timed in group:
             if not timed.trouble:
@@ -325,10 +365,28 @@ class Bench:
                 timed.against_bytes = runners[timed.case.against].bytes_moved
         return runners
 
-    def _time_pair(self, timed: Timed, runners: dict[Contender, Runner], contender_first: bool) -> None:
+    def _time_pair(self, timed: Timed, runners: dict[Contender, Runner], number: int) -> None:
         pair = [(timed.times_ns, timed.case.contender), (timed.against_ns, timed.case.against)]
-        for times, who in pair if contender_first else reversed(pair):
+        for times, who in in_order(pair, number):
             times.append(self._stopwatch.time(runners[who].run, timed.case.warm))
+
+    def _run_peak(self, group: list[Timed], rounds: int, seed: int) -> None:
+        """Peak memory of the first steps beyond weights and gradients."""
+        if self._device == "cpu":
+            raise UnavailableError("needs a GPU's memory statistics")
+        device = torch.device(self._device)
+        for timed in group:
+            peaks = []
+            for who in (timed.case.contender, timed.case.against):
+                runner = Runner(who, Inputs(timed.case.tensors, seed, self._device))
+                gc.collect()
+                before = restart_peak(device) or 0
+                for _ in range(CHECKED_STEPS):
+                    runner.run()
+                torch.cuda.synchronize()
+                peaks.append(peak(device) - before)
+                del runner
+            timed.peaks = peaks[0], peaks[1]
 
 
 def _rounds_left(timed: Timed) -> bool:
@@ -342,12 +400,62 @@ def _checked_runner(who: Contender, inputs: Inputs) -> Runner:
     return runner
 
 
-def _attempt(act: Callable[[], T], group: Sequence[Timed], who: Contender) -> T | None:
-    """``act()``; if that shows ``who`` to be wrong or not available, its cases in ``group`` are marked."""
+def _attempt(act: Callable[[], T], group: Sequence[Timed], who: Contender | None = None) -> T | None:
+    """``act()``; if that shows ``who`` to be wrong or not available, its cases in ``group`` are marked; None: all."""
     try:
         return act()
-    except (UnavailableError, ResultDiffersError) as error:
+    except (ResultDiffersError, RuntimeError) as error:
         for timed in group:
-            if who in (timed.case.contender, timed.case.against):
-                timed.trouble, timed.wrong = str(error), isinstance(error, ResultDiffersError)
+            if who in (None, timed.case.contender, timed.case.against):
+                timed.trouble = str(error)
+                timed.wrong = not isinstance(error, UnavailableError | BackendUnavailableError)
         return None
+
+
+# ----------------------------------------------------------------------- what the benchmarks of one subject share
+
+
+def at_least_one(text: str) -> int:
+    """For `argparse`: a whole number from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} was given, expected at least 1")
+    return int(text)
+
+
+def as_entry(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles as results hold them."""
+    median, low, high = quartiles(values)
+    return {"median": round(median, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
+
+
+def ratio_entry(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """`as_entry` of the ratios of what was timed in the same round."""
+    return as_entry([a / b for a, b in zip(times, others, strict=True)])
+
+
+def print_entry(label: str, entry: dict[str, float]) -> None:
+    """One line: median and quartiles."""
+    print(f"{label} {entry['median']:8.3f}  ({entry['quartile_1']:.3f} to {entry['quartile_3']:.3f})")
+
+
+def save_json(path: Path, found: Any) -> None:
+    """The old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.partial")
+    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_result(kind: str, machine: Machine, found: dict[str, Any], folder: Path | None = None) -> None:
+    """Write ``kind-machine.json`` to ``folder`` (default: results/), the machine first."""
+    path = (folder or RESULTS) / f"{kind}-{machine.slug}.json"
+    save_json(path, {"cpu": machine.cpu, "cores": machine.cores, **found})
+    print(f"Written to {path}")
+
+
+def git_commit() -> str | None:
+    """The commit that was measured, ``-dirty`` appended where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+    return None

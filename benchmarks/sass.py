@@ -28,19 +28,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
 
-__all__ = ["CEILING", "Code", "Kernel", "UnavailableError", "cuda_codes", "judge", "triton_codes", "triton_kernels"]
-
 ARCHS: Final = (80, 90, 100)
 CEILING: Final = 64  # registers per thread: a multiprocessor then holds 1024 threads
-_REPOSITORY: Final = Path(__file__).parents[1]
-_SOURCE: Final = _REPOSITORY / "csrc" / "cuda.cu"
+_SOURCE: Final = Path(__file__).parents[1] / "csrc" / "cuda.cu"
 _SIZES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "32 bits": 4, "16 bits": 2}
 
 
@@ -219,22 +216,11 @@ def compile_cuda(source: Path, archs: Sequence[int], folder: Path, *options: str
         raise UnavailableError(
             f"the extension holds no CUDA kernels for {', '.join(map(str, archs))}, and nvcc is missing"
         )
-    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs] + [
-        f"arch=compute_{archs[0]},code=compute_{archs[0]}"
-    ]
-    binary = folder / "kernels.fatbin"
-    flags = options or ("-fmad=false",)
-    _run(
-        nvcc,
-        "-fatbin",
-        "-std=c++17",
-        "-O3",
-        *flags,
-        *(w for t in targets for w in ("-gencode", t)),
-        source,
-        "-o",
-        binary,
-    )
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"arch=compute_{archs[0]},code=compute_{archs[0]}")
+    binary, flags = folder / "kernels.fatbin", options or ("-fmad=false",)
+    chosen = [word for target in targets for word in ("-gencode", target)]
+    _run(nvcc, "-fatbin", "-std=c++17", "-O3", *flags, *chosen, source, "-o", binary)
     return binary
 
 
@@ -309,23 +295,19 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
         raise UnavailableError(f"{error}; pip install triton") from error
 
     dtypes = (torch.float32, torch.bfloat16) if quick else tuple(_SHORT)
-    for param in dtypes:
-        for state in (torch.float32, torch.bfloat16):
-            roundings = ["nearest"] + ["stochastic"] * (param.itemsize == 2) + ["remainder"] * (param == torch.bfloat16)
-            for rounding in roundings:
-                for amsgrad in (False, True):
-                    for name, (lists, bits) in _LISTS.items():
-                        if quick and (amsgrad or state != torch.float32 or name not in ("", "elements")):
-                            continue
-                        settings = triton.adamw_settings(
-                            param, state, rounding=rounding, l2=amsgrad, amsgrad=amsgrad, lists=lists, bits=bits
-                        )  # fmt: skip
-                        packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
-                        variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
-                        yield _adamw(
-                            "triton", (_SHORT[param], _SHORT[state]), variant, _per_thread(settings), param.itemsize,
-                            packed, settings=settings,
-                        )  # fmt: skip
+    roundings = {torch.float32: _ROUNDINGS[:1], torch.float16: _ROUNDINGS[:2], torch.bfloat16: _ROUNDINGS}
+    for param, state in product(dtypes, (torch.float32, torch.bfloat16)):
+        for rounding, amsgrad, name in product(roundings[param], (False, True), _LISTS):
+            if quick and (amsgrad or state != torch.float32 or name not in ("", "elements")):
+                continue
+            lists, bits = _LISTS[name]
+            settings = triton.adamw_settings(
+                param, state, rounding=rounding, l2=amsgrad, amsgrad=amsgrad, lists=lists, bits=bits
+            )  # fmt: skip
+            packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
+            variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
+            shorts, n = (_SHORT[param], _SHORT[state]), _per_thread(settings)
+            yield _adamw("triton", shorts, variant, n, param.itemsize, packed, settings=settings)
     for dtype in dtypes:
         for name, (lists, bits) in _LISTS.items():
             if quick and (name or dtype == torch.float32):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from safefreeze_kernels.measure.timing import ColdCaches
+
 from .cases import CASES, Contender, TensorSet, distinct_contenders, shrink
 from .contenders import Inputs, Runner, UnavailableError
-from .measure import Stopwatch, describe_machine
 
 pytest.importorskip("pytest_benchmark")
 _THREADS = 2
@@ -22,10 +23,10 @@ _ROUNDS = 10
 
 
 @pytest.fixture(scope="module")
-def stopwatch() -> Iterator[Stopwatch]:
+def caches() -> Iterator[ColdCaches]:
     before = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
-    yield Stopwatch(describe_machine(_THREADS))
+    yield ColdCaches()
     torch.set_num_threads(before)
 
 
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("tensors", "contender"), found, ids=names)
 
 
-def test_contender(benchmark: Any, stopwatch: Stopwatch, tensors: TensorSet, contender: Contender) -> None:
+def test_contender(benchmark: Any, caches: ColdCaches, tensors: TensorSet, contender: Contender) -> None:
     inputs = Inputs(tensors, seed=0)
     try:
         runner = Runner(contender, inputs)
@@ -47,5 +48,5 @@ def test_contender(benchmark: Any, stopwatch: Stopwatch, tensors: TensorSet, con
     inputs.forget_stock()
     benchmark.group = str(tensors)
     benchmark.extra_info["bytes_moved"] = runner.bytes_moved
-    benchmark.pedantic(runner.run, setup=stopwatch.evict, rounds=_ROUNDS)
+    benchmark.pedantic(runner.run, setup=caches.evict, rounds=_ROUNDS)
     runner.check_frozen()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safefreeze_kernels.calibration import NAMES, load_pairs
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+Finished = tuple[Path, str, dict[str, Any]]
 
 # ------------------------------------------------------------------------------------------------ calibration
 
@@ -70,23 +72,28 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def demo(model: Path, output: Path, *arguments: object):  # type: ignore[no-untyped-def]
+def demo(model: Path, output: Path, *arguments: object) -> Any:
     return run("demo", "--model", model, "--output", output, "--steps", 3, "--repeats", 2, *arguments)
 
 
+def numbers_of(model: Path, output: Path, *arguments: object) -> tuple[str, dict[str, Any]]:
+    """What a run that must succeed prints, and its demo.json."""
+    result = demo(model, output, *arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output, json.loads((output / "demo.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """One scored run, looked at by several tests."""
     output = tmp_path_factory.mktemp("run") / "results"
-    result = demo(model_folder, output)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return output, result.output, json.loads((output / "demo.json").read_text())
+    return output, *numbers_of(model_folder, output)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
-def test_demo_writes_plan_picture_and_numbers(finished, model_folder: Path) -> None:  # type: ignore[no-untyped-def]
+def test_demo_writes_plan_picture_and_numbers(finished: Finished, model_folder: Path) -> None:
     output, _, numbers = finished
     assert sorted(path.name for path in output.iterdir()) == ["demo.json", "demo.png", "plan.safetensors"]
     plan = sf.FreezePlan.load(output / "plan.safetensors")
@@ -96,7 +103,7 @@ def test_demo_writes_plan_picture_and_numbers(finished, model_folder: Path) -> N
     assert width >= 1000 and height >= 600 and (output / "demo.png").stat().st_size > 20_000
 
 
-def test_demo_finds_frozen_values_equal_and_live_ones_moved(finished) -> None:  # type: ignore[no-untyped-def]
+def test_demo_finds_frozen_values_equal_and_live_ones_moved(finished: Finished) -> None:
     _, _, numbers = finished
     assert numbers["frozen_values"] > 0 and numbers["frozen_values_changed"] == 0
     assert numbers["live_values_changed"] > 0.9 * numbers["live_values"]
@@ -105,15 +112,11 @@ def test_demo_finds_frozen_values_equal_and_live_ones_moved(finished) -> None:  
     assert numbers["loss_after"]["training"] < numbers["loss_before"]["training"]
 
 
-def test_demo_times_every_way_of_stepping(finished) -> None:  # type: ignore[no-untyped-def]
+def test_demo_times_every_way_of_stepping(finished: Finished) -> None:
     _, _, numbers = finished
     ours, stock, practice, larger = numbers["timings"]
-    assert [timing["name"].split()[0].strip(",") for timing in numbers["timings"]] == [
-        "sf.MaskedAdamW",
-        "torch",
-        "mask",
-        "sf.MaskedAdamW",
-    ]
+    first_words = [timing["name"].split()[0].strip(",") for timing in numbers["timings"]]
+    assert first_words == ["sf.MaskedAdamW", "torch", "mask", "sf.MaskedAdamW"]
     assert all(len(timing["step_ms"]) == 2 and min(timing["step_ms"]) > 0 for timing in numbers["timings"])
     live = numbers["live_values"]
     assert ours["state_bytes"] >= 2 * 4 * live and ours["state_bytes"] < stock["state_bytes"]
@@ -122,7 +125,7 @@ def test_demo_times_every_way_of_stepping(finished) -> None:  # type: ignore[no-
     assert larger["frozen_fraction"] > ours["frozen_fraction"] == practice["frozen_fraction"] > stock["frozen_fraction"]
 
 
-def test_demo_prints_one_table_that_fits_a_terminal(finished) -> None:  # type: ignore[no-untyped-def]
+def test_demo_prints_one_table_that_fits_a_terminal(finished: Finished) -> None:
     _, text, numbers = finished
     assert max(map(len, text.splitlines())) <= 80
     for word in ("sf.MaskedAdamW", "torch AdamW, fused", "mask grads, step, restore", "step, ms", "held-out", "frozen"):
@@ -133,7 +136,7 @@ def test_demo_prints_one_table_that_fits_a_terminal(finished) -> None:  # type: 
         assert stage in text and stage in numbers["seconds"]
 
 
-def test_a_busy_machine_is_noticed(finished) -> None:  # type: ignore[no-untyped-def]
+def test_a_busy_machine_is_noticed(finished: Finished) -> None:
     from safefreeze_kernels.cli.demo import DemoReport, Timing
 
     _, text, numbers = finished
@@ -144,14 +147,12 @@ def test_a_busy_machine_is_noticed(finished) -> None:  # type: ignore[no-untyped
     assert report.was_busy == ("The machine was busy" in text)
 
 
-def test_demo_repeats_itself_for_a_seed(finished, model_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_demo_repeats_itself_for_a_seed(finished: Finished, model_folder: Path, tmp_path: Path) -> None:
     _, _, numbers = finished
-    assert demo(model_folder, tmp_path / "again").exit_code == 0
-    again = json.loads((tmp_path / "again" / "demo.json").read_text())
+    _, again = numbers_of(model_folder, tmp_path / "again")
     for key in ("fingerprint", "training_loss", "loss_before", "loss_after", "sample"):
         assert again[key] == numbers[key]
-    assert demo(model_folder, tmp_path / "other", "--seed", 1).exit_code == 0
-    other = json.loads((tmp_path / "other" / "demo.json").read_text())
+    _, other = numbers_of(model_folder, tmp_path / "other", "--seed", 1)
     assert other["training_loss"] != numbers["training_loss"] and other["fingerprint"] == numbers["fingerprint"]
 
 
@@ -170,19 +171,15 @@ def test_demo_takes_a_ready_plan(model_folder: Path, tmp_path: Path) -> None:
         }
     )
     plan.save(tmp_path / "mine.safetensors")
-    result = demo(model_folder, tmp_path / "out", "--plan", tmp_path / "mine.safetensors")
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert "Score" not in result.output and "mine.safetensors" in result.output
-    numbers = json.loads((tmp_path / "out" / "demo.json").read_text())
+    text, numbers = numbers_of(model_folder, tmp_path / "out", "--plan", tmp_path / "mine.safetensors")
+    assert "Score" not in text and "mine.safetensors" in text
     assert numbers["fingerprint"] == plan.fingerprint
     assert numbers["frozen_values"] == sum(mask.frozen_count for mask in plan.values())
     assert numbers["frozen_values_changed"] == 0 and len(numbers["timings"]) == 3
 
 
 def test_demo_freezes_a_share(model_folder: Path, tmp_path: Path) -> None:
-    result = demo(model_folder, tmp_path, "--freeze", 0.8)
-    assert result.exit_code == 0, (result.output, result.exception)
-    numbers = json.loads((tmp_path / "demo.json").read_text())
+    _, numbers = numbers_of(model_folder, tmp_path, "--freeze", 0.8)
     assert 0.7 < numbers["frozen_fraction_of_blocks"] < 0.95  # heads are coarse here, and shared KV heads freeze along
     ours, stock = numbers["timings"][:2]
     assert ours["state_bytes"] < stock["state_bytes"]
@@ -242,11 +239,10 @@ def test_drift_is_an_error(model_folder: Path, tmp_path: Path, monkeypatch: pyte
     """An optimizer that ignores the plan: the proof must fail the run."""
     from safefreeze_kernels.cli import demo as module
 
-    monkeypatch.setattr(
-        module,
-        "MaskedAdamW",
-        lambda params, lr, weight_decay, freeze: torch.optim.AdamW(list(dict.fromkeys(p for _, p in params)), lr=lr),
-    )
+    def careless(params, lr, weight_decay, freeze):  # type: ignore[no-untyped-def]
+        return torch.optim.AdamW(dict.fromkeys(p for _, p in params), lr=lr)
+
+    monkeypatch.setattr(module, "MaskedAdamW", careless)
     result = demo(model_folder, tmp_path)
     fails(result, "verify: frozen", "moved at row")
     assert not (tmp_path / "demo.json").exists()

@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import gpu
+from benchmarks.cases import FUSED, Case, TensorSet
 from benchmarks.contenders import Runner
+from benchmarks.measure import Timed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,19 +30,20 @@ def run(folder: Path, only: str) -> tuple[int, dict[str, Any]]:
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(tmp_path, "7.5% of (rows|elements)|clip|zero_frozen|masters|triton / cuda$|peak")
     assert status == 0
-    rows = {row["case"]: row for row in found["cases"]}
+    rows = {row["name"]: row for row in found["cases"]}
     assert len(rows) == 8
     for name, row in rows.items():
         if name.startswith(("triton", "peak")):
             assert row["verdict"] == "skipped"
             assert row["trouble"]
-            assert row["ratio"] is None
+            assert "ratio" not in row
         else:
             assert row["verdict"] == "-", "tiny tensors are not judged"
             assert row["ratio"] > 0
-            assert row["low"] <= row["ratio"] <= row["high"]
-            assert row["rounds"] == 4
-    assert {"device", "date", "commit", "torch", "backends"} <= found["machine"].keys()
+            low, high = row["ratio_interval_95"]
+            assert low <= row["ratio"] <= high
+            assert len(row["contender_run"]["times_ns"]) == len(row["against_run"]["times_ns"]) == 6
+    assert {"machine", "date", "commit", "versions", "backends"} <= found.keys()
     assert next(tmp_path.glob("*.png")).stat().st_size > 5000
     shown = capsys.readouterr().out
     assert "7.5% of rows / nothing frozen" in shown
@@ -62,18 +65,31 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert status == 1
     (row,) = found["cases"]
     assert row["verdict"] == "WRONG"
-    assert row["ratio"] is None
+    assert "ratio" not in row
     assert "layers.1.weight" in row["trouble"]
 
 
-def test_verdicts() -> None:
-    met = gpu.Row("a", 0.9, ratio=0.9, share_of_copy=0.93, share_target=0.93)
-    assert met.verdict == "met"
-    assert gpu.Row("a", 0.9, ratio=0.91).verdict == "MISSED"
-    assert gpu.Row("a", None, ratio=0.5, share_of_copy=0.92, share_target=0.93).verdict == "MISSED"
-    assert gpu.Row("a", 0.9, ratio=math.nan).verdict == "MISSED"
-    assert gpu.Row("a", None, ratio=0.5).verdict == ""
-    assert gpu.Row("a", 0.9, trouble="no").verdict == "skipped"
+@pytest.mark.parametrize(
+    ("ratio", "target", "share", "verdict"),
+    [
+        (0.9, 0.9, 0.93, "met"),
+        (0.91, 0.9, None, "MISSED"),
+        (0.5, None, 0.92, "MISSED"),
+        (math.nan, 0.9, None, "MISSED"),
+        (0.5, None, None, ""),
+        (None, 0.9, None, "skipped"),
+    ],
+)
+def test_verdicts(ratio: float | None, target: float | None, share: float | None, verdict: str) -> None:
+    """``share``: of the copy's 1,000 GB/s, where 0.93 is wanted."""
+    case = Case("a", TensorSet(1, (1,)), FUSED, FUSED, target, share_target=share and 0.93)
+    timed = Timed(case, bytes_moved=round(1e6 * (share or 0)))
+    if ratio is None:
+        timed.trouble = "no"
+    else:
+        timed.times_ns, timed.against_ns = [1000] * 6, [0 if math.isnan(ratio) else 1000 / ratio] * 6
+    assert timed.verdict(1000.0) == verdict
+    assert timed.verdict(1000.0, judged=False) == ("skipped" if ratio is None else "-")
 
 
 def test_steps_have_limits_and_do_not_stop_each_other() -> None:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import safefreeze_kernels as sf
 from safefreeze_kernels import FreezeMask, FreezePlan
 from safefreeze_kernels.measure import step as profiling
-from safefreeze_kernels.measure.result import PHASES, StepCost, StepProfile, _median_interval
+from safefreeze_kernels.measure.result import PHASES, StepCost, StepProfile
 from safefreeze_kernels.measure.step import profile_step
+from safefreeze_kernels.measure.timing import Clock, in_order, in_turns, median_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +65,11 @@ def own_loss(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 def profiled(model: nn.Module | None = None, plan: FreezePlan = PLAN, **options: Any) -> StepProfile:
     return profile_step(model or Small(), batch(), plan, **{"steps": 2, "warmup": 1, **options})
+
+
+def profiled_alone(model: nn.Module, x: Tensor, plan: FreezePlan) -> StepProfile:
+    """One step of a model that returns what is to become small."""
+    return profile_step(model, x, plan, loss=lambda network, x: network(x).square().mean(), steps=1, warmup=0)
 
 
 def made(masked: list[float], stock: list[float], **changed: Any) -> StepProfile:
@@ -122,15 +128,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_counts_what_a_step_holds() -> None:
-    class Wide(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).square().mean()
-
     # 67 MB, so 200 of gradient and state: blocks above 32 MB glibc gives back at once, smaller ones it may keep
-    model = Wide(4096, 4096, bias=False)
-    profile = profile_step(
-        model, torch.ones(1, 4096), FreezePlan(), loss=lambda network, x: network(x), steps=1, warmup=0
-    )
+    profile = profiled_alone(nn.Linear(4096, 4096, bias=False), torch.ones(1, 4096), FreezePlan())
     if profile.masked.peak_bytes is None:
         pytest.skip("this system lets nobody reset the peak")
     for cost in (profile.masked, profile.stock):
@@ -142,7 +141,7 @@ def test_peak_memory_counts_what_a_step_holds() -> None:
 
 
 def test_where_there_is_no_peak_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_restart_peak", lambda device: None)
+    monkeypatch.setattr(profiling, "restart_peak", lambda device: None)
     profile = profiled()
     assert profile.masked.peak_bytes is profile.stock.peak_bytes is None
     assert "peak: cannot be measured here" in str(profile)
@@ -151,10 +150,7 @@ def test_where_there_is_no_peak_none_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_state_of_unlike_dtypes_is_told() -> None:
     """In bfloat16, stock AdamW keeps bfloat16 moments and ours float32 ones: their bytes alone would mislead."""
     plan = FreezePlan({"weight": FreezeMask((4, 4), rows=[1])})
-    profile = profile_step(
-        nn.Linear(4, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16), plan,
-        loss=lambda model, x: model(x).square().mean(), steps=1, warmup=0,
-    )  # fmt: skip
+    profile = profiled_alone(nn.Linear(4, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16), plan)
     assert (profile.masked.state_dtypes, profile.stock.state_dtypes) == ("float32", "bfloat16")
     assert "state masked float32, stock bfloat16" in " ".join(str(profile).split())
 
@@ -227,7 +223,7 @@ def test_on_a_gpu_events_time_the_phases_and_only_reading_waits(monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    clock = profiling._Clock(torch.device("cuda", 0))
+    clock = Clock(torch.device("cuda", 0))
     for name in ("forward", "backward", "forward"):
         with clock.phase(name):
             pass
@@ -365,22 +361,14 @@ def test_clipping_is_fused_as_asked(fuse: bool, monkeypatch: pytest.MonkeyPatch)
     assert {isinstance(each, sf.MaskedAdamW) for each in given} == {fuse}
 
 
-def test_tied_weights_may_go_by_either_name() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
-            self.second.weight = self.first.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x).tanh()).square().mean()
-
-    for name in ("first.weight", "second.weight"):
-        plan = FreezePlan({name: FreezeMask((6, 6), rows=[2])})
-        profile = profile_step(Tied(), torch.ones(2, 6), plan, loss=lambda model, x: model(x), steps=1, warmup=0)
-        assert profile.parameters == 36
-        assert profile.frozen_fraction == pytest.approx(1 / 6)
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_tied_weights_may_go_by_either_name(name: str) -> None:
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    tied[2].weight = tied[0].weight
+    profile = profiled_alone(tied, torch.ones(2, 6), FreezePlan({name: FreezeMask((6, 6), rows=[2])}))
+    assert profile.parameters == 36
+    assert profile.frozen_fraction == pytest.approx(1 / 6)
 
 
 # ---------------------------------------------------------------------------------------------- what the figures say
@@ -397,30 +385,49 @@ def test_ratios_are_of_the_two_steps_of_a_round() -> None:
 
 def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     draw = np.random.default_rng(0)
-    for n in (6, 7, 10, 25):
+    for n in (6, 7, 10, 21, 25):
         held = 0
         for values in draw.standard_exponential((2000, n)):
-            low, high = _median_interval(values.tolist())
+            low, high = median_interval(values.tolist())
             held += low <= math.log(2) <= high
         assert held > 0.94 * 2000, n
         if n == 25:
             assert held < 0.98 * 2000, "wider than needed"
     for n in range(1, 6):
-        assert _median_interval([1.0] * n) == (0.0, math.inf)
+        assert median_interval([1.0] * n) == (0.0, math.inf)
 
 
-def test_a_difference_smaller_than_the_spread_is_none() -> None:
-    noisy = made([90, 110, 95, 108, 93, 107, 101, 99], [100] * 8)
-    assert not noisy.differs() and noisy.verdict.count("no difference measured") == 2
-    assert noisy.was_busy is False
-    clear = made([90, 91, 92, 90, 91, 92, 90, 91], [100] * 8)
-    assert clear.differs() and "whole step: faster, 0.910 of stock's time" in clear.verdict
-    slower = made([110, 111, 112, 110, 111, 112, 110, 111], [100] * 8)
-    assert "whole step: slower, 1.110" in slower.verdict
-    few = made([50] * 5, [100] * 5)
-    assert not few.differs() and "at least 6" in few.verdict and "faster" not in str(few)
-    busy = made([50, 100, 50, 100, 50, 100, 75, 60], [100] * 8)
-    assert busy.was_busy and "busy" in busy.verdict
+@pytest.mark.parametrize(
+    ("masked", "differs", "busy", "told", "untold"),
+    [
+        (
+            [90, 110, 95, 108, 93, 107, 101, 99], False, False,
+            ("clip + step: no difference measured", "whole step: no difference measured"), "faster",
+        ),
+        ([90, 91, 92, 90, 91, 92, 90, 91], True, False, ("whole step: faster, 0.910 of stock's time",), "slower"),
+        ([110, 111, 112, 110, 111, 112, 110, 111], True, False, ("whole step: slower, 1.110",), "faster"),
+        ([50] * 5, False, False, ("at least 6",), "faster"),
+        ([50, 100, 50, 100, 50, 100, 75, 60], False, True, ("The machine was busy",), "slower"),
+    ],
+    ids=["noisy", "faster", "slower", "few", "busy"],
+)  # fmt: skip
+def test_a_difference_smaller_than_the_spread_is_none(
+    masked: list[float], differs: bool, busy: bool, told: tuple[str, ...], untold: str
+) -> None:
+    profile = made(masked, [100] * len(masked))
+    assert (profile.differs(), profile.was_busy) == (differs, busy)
+    assert all(words in profile.verdict for words in told) and untold not in str(profile)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_each_has_a_turn_in_every_round_and_is_first_as_often_as_any(n: int) -> None:
+    contenders = list(range(n))
+    rounds = [in_order(contenders, number) for number in range(-2 * n, 2 * n)]
+    assert all(sorted(order) == contenders for order in rounds)
+    assert [[order[0] for order in rounds].count(who) for who in contenders] == [4] * n
+    assert n == 1 or len(set(map(tuple, rounds))) >= 2
+    found = in_turns({str(who): lambda who=who: who for who in contenders}, 3, warmup=1)
+    assert found == {str(who): [who] * 3 for who in contenders}
 
 
 def test_a_phase_below_the_clock_s_resolution_has_no_ratio() -> None:
@@ -554,14 +561,15 @@ def test_a_model_that_returns_no_loss_is_told_what_to_do() -> None:
 
 
 def test_a_model_that_does_not_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="no parameter of the model has requires_grad=True"):
-        profiled(Small().requires_grad_(False), FreezePlan())
-    with pytest.raises(ValueError, match="the model is on meta, expected cpu or cuda"):
-        profile_step(Small().to("meta"), batch(), PLAN)
     parts = Small()
     parts.down.to("meta")
-    with pytest.raises(ValueError, match="parameters are on cpu, meta, expected one device"):
-        profile_step(parts, batch(), PLAN)
+    for model, words in (
+        (Small().requires_grad_(False), "no parameter of the model has requires_grad=True"),
+        (Small().to("meta"), "the model is on meta, expected cpu or cuda"),
+        (parts, "parameters are on cpu, meta, expected one device"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            profiled(model, FreezePlan())
 
 
 # -------------------------------------------------------------------------------------------------- safefreeze bench
@@ -593,9 +601,8 @@ def test_bench_measures_draws_and_writes(model_folder: Path, tmp_path: Path) -> 
     profile = StepProfile.from_json(numbers)
     assert profile.rounds == 2
     # of every matrix of 3 layers: q 32, k and v 16, o 32, gate and up 24, down 32 rows
-    rows = [
-        round(0.075 * n) * width for n, width in ((32, 32), (16, 32), (16, 32), (32, 32), (24, 32), (24, 32), (32, 24))
-    ]
+    shapes = ((32, 32), (16, 32), (16, 32), (32, 32), (24, 32), (24, 32), (32, 24))
+    rows = [round(0.075 * n) * width for n, width in shapes]
     assert profile.frozen_fraction == pytest.approx(3 * sum(rows) / profile.parameters)
     assert png_size(picture)[0] > 300
 
@@ -604,19 +611,8 @@ def test_bench_takes_a_plan_and_dtypes(model_folder: Path, tmp_path: Path) -> No
     name, plan_file, numbers = "model.layers.1.mlp.up_proj.weight", tmp_path / "plan.safetensors", tmp_path / "b.json"
     plan = FreezePlan({name: FreezeMask((24, 32), rows=[1, 5])})
     plan.save(plan_file)
-    result = bench(
-        model_folder,
-        "--plan",
-        plan_file,
-        "--dtype",
-        "bfloat16",
-        "--accumulation",
-        2,
-        "--batch-size",
-        1,
-        "--json",
-        numbers,
-    )
+    options = ("--dtype", "bfloat16", "--accumulation", 2, "--batch-size", 1)
+    result = bench(model_folder, "--plan", plan_file, "--json", numbers, *options)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "frozen: plan.safetensors" in " ".join(result.stdout.split())
     profile = StepProfile.from_json(numbers)

@@ -7,42 +7,41 @@ before they are timed.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
+from torch.nn import Parameter
 
-from ..attribution import MaskBuilder, UnitLayout, encode_pairs, find_units, score_units
-from ..attribution.pictures import COLOURS, draw_layers, frozen_units, shares_by_layer
+from ..attribution import MaskBuilder, encode_pairs, find_units, score_units
+from ..attribution.pictures import frozen_units, shares_by_layer
 from ..calibration import load_pairs
 from ..grads.clip import clip_grad_norm_
 from ..integrations.transformers import PACKAGED, load_model
 from ..kernels.backend import choose_backend
+from ..measure.memory import state_tensors
+from ..measure.practice import mask_step_restore
+from ..measure.timing import Clock, in_turns, milliseconds, settle
 from ..optim.adam import MaskedAdamW
 from ..plan.binding import bind
 from ..plan.files import write_atomically
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
+from ..proof.drift import INTEGER_OF_WIDTH, FrozenDriftError
 from ..proof.snapshot import snapshot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .demo_report import DemoReport, Plans, Timing, draw, show
 
 _WEIGHT_DECAY: Final = 0.1
 _MAX_NORM: Final = 1.0
@@ -50,8 +49,6 @@ _MAX_LENGTH: Final = 256  # tokens; with a chat template around them the shipped
 _SCORE_BATCH: Final = 8
 _HELD_OUT_EVERY: Final = 5
 _SAMPLE_TOKENS: Final = 32
-_PAUSE_S: Final = 0.05
-_BUSY: Final = 1.5
 
 Advance = Callable[..., None]
 Batch = dict[str, Tensor]
@@ -59,71 +56,6 @@ Batch = dict[str, Tensor]
 
 class DemoError(Exception):
     """The demo cannot run as asked, or a result was not what it must be. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one way of stepping costs: milliseconds of each timed step, and bytes it keeps between steps."""
-
-    name: str
-    frozen_fraction: float
-    step_ms: list[float]
-    state_bytes: int
-    #: kept for freezing alone: indices of, and copies of, frozen values
-    extra_bytes: int
-
-    @property
-    def min_ms(self) -> float:
-        """Fastest step."""
-        return min(self.step_ms)
-
-    @property
-    def median_ms(self) -> float:
-        """Median step."""
-        return statistics.median(self.step_ms)
-
-
-@dataclass
-class DemoReport:
-    """What a run found. Losses are in nats per response token, `seconds` is wall time per stage."""
-
-    model: str
-    parameters: int
-    plan: str
-    fingerprint: str
-    frozen_fraction_of_blocks: float
-    frozen_fraction: float
-    frozen_values: int
-    frozen_values_changed: int
-    live_values: int
-    live_values_changed: int
-    training_loss: list[float]
-    live_norms: list[float]
-    loss_before: dict[str, float]
-    loss_after: dict[str, float]
-    sample: dict[str, str]
-    timings: list[Timing]
-    settings: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def was_busy(self) -> bool:
-        """Whether the machine had other work while steps were timed: they vary too much to be compared."""
-        return any(timing.median_ms > _BUSY * timing.min_ms for timing in self.timings)
-
-
-@dataclass(frozen=True)
-class _Plans:
-    """The plan to train with, what to call it, and what the picture needs to know about it."""
-
-    plan: FreezePlan
-    title: str
-    layout: UnitLayout
-    #: label -> share of each layer's heads and channels frozen under that label, 0 to 1, ``[n_layers]``
-    heads: dict[str, np.ndarray]
-    channels: dict[str, np.ndarray]
-    #: a plan that freezes much more, timed for comparison
-    larger: FreezePlan | None = None
 
 
 def run_demo(
@@ -163,17 +95,19 @@ def run_demo(
     """
     console = console or Console()
     _check_arguments(plan, freeze, steps=steps, batch_size=batch_size, repeats=repeats, lr=lr)
-    folder = _output_folder(output)
+    folder = Path(output)
+    with _explained("cannot write the results"):
+        folder.mkdir(parents=True, exist_ok=True)
     ready = None
     if plan is not None:
         with _explained("cannot use the plan"):
             ready = FreezePlan.load(plan)
     torch.manual_seed(seed)
-    clock = _Clock(console)
+    stages = _Stages(console)
 
-    with clock.stage("Load the model"), _explained("cannot use the model"):
+    with stages.stage("Load the model"), _explained("cannot use the model"):
         name, network, tokenizer = load_model(PACKAGED if model is None else model)
-    plans = _score(clock, network, tokenizer, freeze) if ready is None else _fit(ready, network, os.fspath(plan or ""))
+    plans = _score(stages, network, tokenizer, freeze) if ready is None else _fit(ready, network, os.fspath(plan or ""))
     plans.plan.save(folder / "plan.safetensors")
 
     pairs = load_pairs("instructions")
@@ -187,18 +121,16 @@ def run_demo(
     batches = _training_batches(tokenizer, training, steps, batch_size, seed)
     start = {key: param.detach().clone() for key, param in network.named_parameters()}
     proof = snapshot(network, plans.plan)
-    before, answer_before = _look(clock, "Loss before", network, tokenizer, probes, question)
-    losses, norms = _fine_tune(clock, network, plans.plan, batches, lr)
-    after, answer_after = _look(clock, "Loss after", network, tokenizer, probes, question)
-    with clock.stage("Prove frozen bytes equal"):
+    before, answer_before = _look(stages, "Loss before", network, tokenizer, probes, question)
+    losses, norms = _fine_tune(stages, network, plans.plan, batches, lr)
+    after, answer_after = _look(stages, "Loss after", network, tokenizer, probes, question)
+    with stages.stage("Prove frozen bytes equal"):
         proof.verify(network)
         frozen_changed, live_changed = _count_changed(network, start, plans.plan)
     del start, proof
-    timings = _measure(clock, network, plans, batches[-1], lr, repeats)
 
     total = sum(param.numel() for param in network.parameters())
-    masks = _masks(plans.plan, dict(network.named_parameters(remove_duplicate=False)))
-    frozen = sum(mask.frozen_count for mask in masks.values())
+    frozen = _frozen_count(plans.plan, network)
     report = DemoReport(
         model=name,
         parameters=total,
@@ -215,7 +147,7 @@ def run_demo(
         loss_before=before,
         loss_after=after,
         sample={"prompt": question, "before": answer_before, "after": answer_after},
-        timings=timings,
+        timings=_measure(stages, network, plans, batches[-1], lr, repeats),
         settings={
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": _WEIGHT_DECAY, "max_norm": _MAX_NORM,
             "seed": seed, "repeats": repeats, "threads": torch.get_num_threads(),
@@ -227,12 +159,12 @@ def run_demo(
         raise DemoError(
             f"demo: {frozen_changed:,} frozen and {live_changed:,} live values changed, expected 0 and more than 0"
         )
-    with clock.stage("Draw"):
-        image = _draw(plans, report)
-    report.seconds.update(clock.seconds)
+    with stages.stage("Draw"):
+        image = draw(plans, report)
+    report.seconds.update(stages.seconds)
     write_atomically(folder / "demo.png", image)
     write_atomically(folder / "demo.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
-    _print(console, report, folder)
+    show(console, report, folder)
     return report
 
 
@@ -251,13 +183,6 @@ def _check_arguments(plan: str | os.PathLike[str] | None, freeze: float | None, 
         raise DemoError(f"demo: lr is {lr:g}, expected a learning rate above 0, such as 1e-4")
 
 
-def _output_folder(output: str | os.PathLike[str]) -> Path:
-    folder = Path(output)
-    with _explained("cannot write the results"):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Errors that a user can act on, told as one; programming errors keep their traceback."""
@@ -267,45 +192,40 @@ def _explained(what: str) -> Iterator[None]:
         raise DemoError(f"demo: {what}: {error}") from error
 
 
-class _Clock:
+class _Stages:
     """Shows each stage as a line with a bar, and keeps how long it took."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self._console = console
+        #: wall time by stage
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, title: str, total: int = 1) -> Iterator[Advance]:
         """Yields ``advance(note="")``. A stage in one piece pulses until it is over."""
         columns = (
-            TextColumn("{task.description:<25}"),
-            BarColumn(bar_width=18),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TextColumn("{task.description:<25}"), BarColumn(bar_width=18), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
+        )  # fmt: skip
+        clock = Clock(torch.device("cpu"))
+        with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(title, total=total if total > 1 else None, note="")
-
-            def advance(note: str = "") -> None:
-                progress.update(task, advance=1, note=note)
-
-            began = time.perf_counter()
-            yield advance
-            self.seconds[title] = time.perf_counter() - began
+            with clock.phase(title):
+                yield lambda note="": progress.update(task, advance=1, note=note)
+            self.seconds[title] = clock.read()[title] / 1e3
             progress.update(task, total=total, completed=total)
 
 
 # ------------------------------------------------------------------------------------------------ model and plan
 
 
-def _score(clock: _Clock, network: torch.nn.Module, tokenizer: Any, share: float | None) -> _Plans:
+def _score(stages: _Stages, network: torch.nn.Module, tokenizer: Any, share: float | None) -> Plans:
     with _explained("cannot score the model"):
         sets = [
             encode_pairs(tokenizer, load_pairs(word), max_length=_MAX_LENGTH, batch_size=_SCORE_BATCH)
             for word in ("safety", "utility")
         ]
-        with clock.stage("Score heads and channels", total=sum(map(len, sets))) as advance:
+        with stages.stage("Score heads and channels", total=sum(map(len, sets))) as advance:
             safety, utility = (_announced(batches, advance) for batches in sets)
             scores = score_units(network, safety, utility, method="fluctuation")
         builder = MaskBuilder(scores)
@@ -314,7 +234,7 @@ def _score(clock: _Clock, network: torch.nn.Module, tokenizer: Any, share: float
         plan = selection.build(network)
     heads, channels = shares_by_layer(selection, builder.labels)
     title = "SCU + 6% CU" if share is None else f"{share:.0%} of the units"
-    return _Plans(plan, title, scores.layout, heads, channels, larger)
+    return Plans(plan, title, scores.layout, heads, channels, larger)
 
 
 def _announced(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
@@ -323,12 +243,12 @@ def _announced(batches: Iterable[Batch], advance: Advance) -> Iterator[Batch]:
         advance()
 
 
-def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> _Plans:
+def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> Plans:
     with _explained("the plan does not fit the model"):
         plan.check(network)
         layout = find_units(network)
     units = frozen_units(plan, layout)
-    return _Plans(plan, Path(path).name, layout, {"frozen": units.heads.mean(1)}, {"frozen": units.channels.mean(1)})
+    return Plans(plan, Path(path).name, layout, {"frozen": units.heads.mean(1)}, {"frozen": units.channels.mean(1)})
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -351,7 +271,7 @@ def _loss(network: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def _fine_tune(
-    clock: _Clock, network: torch.nn.Module, plan: FreezePlan, batches: Sequence[Batch], lr: float
+    stages: _Stages, network: torch.nn.Module, plan: FreezePlan, batches: Sequence[Batch], lr: float
 ) -> tuple[list[float], list[float]]:
     """Loss and live gradient norm of every step."""
     optimizer = MaskedAdamW(
@@ -359,7 +279,7 @@ def _fine_tune(
     )
     losses, norms = [], []
     network.train()
-    with clock.stage("Fine-tune", total=len(batches)) as advance:
+    with stages.stage("Fine-tune", total=len(batches)) as advance:
         for batch in batches:
             loss = _loss(network, batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -375,11 +295,11 @@ def _fine_tune(
 
 @torch.no_grad()
 def _look(
-    clock: _Clock, title: str, network: torch.nn.Module, tokenizer: Any, probes: dict[str, list[Batch]], question: str
+    stages: _Stages, title: str, network: torch.nn.Module, tokenizer: Any, probes: dict[str, list[Batch]], question: str
 ) -> tuple[dict[str, float], str]:
     """Mean loss per response token of each probe set, and a short answer to a question it was not trained on."""
     means = {}
-    with clock.stage(title, total=sum(map(len, probes.values())) + 1) as advance:
+    with stages.stage(title, total=sum(map(len, probes.values())) + 1) as advance:
         for word, batches in probes.items():
             total, tokens = 0.0, 0
             for batch in batches:
@@ -412,12 +332,17 @@ def _answer(network: Any, tokenizer: Any, question: str) -> str:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.detach().view(INTEGER_OF_WIDTH[tensor.element_size()])
 
 
 def _masks(plan: FreezePlan, params: Mapping[str, Tensor]) -> dict[int, FreezeMask]:
     """``id`` of a parameter -> its mask: a tied weight has several names, and the plan may use any of them."""
     return {id(entry.param): entry.mask for entry in bind(plan, list(params.items()), operation="demo")}
+
+
+def _frozen_count(plan: FreezePlan, network: torch.nn.Module) -> int:
+    params = dict(network.named_parameters(remove_duplicate=False))
+    return sum(mask.frozen_count for mask in _masks(plan, params).values())
 
 
 def _count_changed(network: torch.nn.Module, start: dict[str, Tensor], plan: FreezePlan) -> tuple[int, int]:
@@ -426,147 +351,109 @@ def _count_changed(network: torch.nn.Module, start: dict[str, Tensor], plan: Fre
     frozen = live = 0
     for name, param in network.named_parameters():
         changed = _bits(param) != _bits(start[name])
-        total = int(changed.sum())
         inside = int((changed & masks[id(param)].dense()).sum()) if id(param) in masks else 0
-        frozen, live = frozen + inside, live + total - inside
+        frozen, live = frozen + inside, live + int(changed.sum()) - inside
     return frozen, live
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Contender:
     """One way of stepping, with parameters of its own that start from the model's."""
 
     name: str
-    params: dict[str, torch.nn.Parameter]
-    plan: FreezePlan
+    params: dict[str, Parameter]
+    plan: FreezePlan  # of nothing: what stock AdamW steps
     optimizer: torch.optim.Optimizer
-    step: Callable[[], None]
-    extra_bytes: int = 0
-    step_ms: list[float] = field(default_factory=list)
+    step: Callable[[], object]
+    kept: Sequence[Tensor] = ()
 
 
-def _copies(network: torch.nn.Module, own_gradients: bool = False) -> dict[str, torch.nn.Parameter]:
+def _contenders(network: torch.nn.Module, plans: Plans, lr: float) -> list[_Contender]:
+    """Stock AdamW, with nothing frozen, is the second."""
+    adamw: dict[str, Any] = {"lr": lr, "weight_decay": _WEIGHT_DECAY}
+
+    def masked(name: str, plan: FreezePlan) -> _Contender:
+        params = _copies(network)
+        optimizer = MaskedAdamW(params.items(), **adamw, freeze=plan)
+        return _Contender(name, params, plan, optimizer, optimizer.step)
+
+    def stock(name: str, plan: FreezePlan) -> _Contender:
+        params = _copies(network)
+        optimizer = torch.optim.AdamW(dict.fromkeys(params.values()), **adamw, fused=True)
+        if not plan:
+            return _Contender(name, params, plan, optimizer, optimizer.step)
+        for param in set(params.values()):  # what is masked is its own
+            param.grad = None if param.grad is None else param.grad.clone()
+        step, kept = mask_step_restore(optimizer.step, params, plan, dense=False)
+        return _Contender(name, params, plan, optimizer, step, kept)
+
+    larger = [] if plans.larger is None else [masked("sf.MaskedAdamW, all CU too", plans.larger)]
+    return [
+        masked("sf.MaskedAdamW", plans.plan),
+        stock("torch AdamW, fused", FreezePlan()),
+        stock("mask grads, step, restore", plans.plan),
+        *larger,
+    ]
+
+
+def _copies(network: torch.nn.Module) -> dict[str, Parameter]:
     """Every name of every parameter -> a copy with the model's gradient."""
-    copies = {id(param): torch.nn.Parameter(param.detach().clone()) for param in network.parameters()}
+    copies = {id(param): Parameter(param.detach().clone()) for param in network.parameters()}
     for param in network.parameters():
-        grad = param.grad if param.grad is not None else torch.zeros_like(param)
-        copies[id(param)].grad = grad.clone() if own_gradients else grad
+        copies[id(param)].grad = param.grad if param.grad is not None else torch.zeros_like(param)
     return {name: copies[id(param)] for name, param in network.named_parameters(remove_duplicate=False)}
 
 
-def _unique(params: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
-    return dict({id(p): (name, p) for name, p in reversed(params.items())}.values())
-
-
-def _masked(name: str, network: torch.nn.Module, plan: FreezePlan, lr: float) -> _Contender:
-    params = _copies(network)
-    optimizer = MaskedAdamW(params.items(), lr=lr, weight_decay=_WEIGHT_DECAY, freeze=plan)
-    return _Contender(name, params, plan, optimizer, optimizer.step)
-
-
-def _unfrozen(network: torch.nn.Module, lr: float) -> _Contender:
-    params = _copies(network)
-    optimizer = torch.optim.AdamW(_unique(params).values(), lr=lr, weight_decay=_WEIGHT_DECAY, fused=True)
-    return _Contender("torch AdamW, fused", params, FreezePlan(), optimizer, optimizer.step)
-
-
-def _practice(network: torch.nn.Module, plan: FreezePlan, lr: float) -> _Contender:
-    """What people do today, done well: indexed writes instead of dense masks, the fused step, and the frozen values
-    put back, without which weight decay and old momentum move them."""
-    params = _copies(network, own_gradients=True)
-    optimizer = torch.optim.AdamW(_unique(params).values(), lr=lr, weight_decay=_WEIGHT_DECAY, fused=True)
-    kept: list[Tensor] = []
-    before: list[Callable[[], object]] = []
-    after: list[Callable[[], object]] = []
-    for name, mask in plan.items():
-        value, grad = params[name].data, params[name].grad
-        assert grad is not None
-        value, grad = value.view(mask.matrix_shape), grad.view(mask.matrix_shape)
-        for dim, index in ((0, mask.rows), (1, mask.cols)):
-            if index.numel():
-                saved = value.index_select(dim, index)
-                before.append(partial(grad.index_fill_, dim, index, 0.0))
-                after.append(partial(value.index_copy_, dim, index, saved))
-                kept += [index, saved]
-        if mask.elements is not None:
-            chosen = mask.elements.view(mask.matrix_shape)
-            saved = value[chosen]
-            before.append(partial(grad.masked_fill_, chosen, 0.0))
-            after.append(partial(value.masked_scatter_, chosen, saved))
-            kept += [chosen, saved]
-
-    def step() -> None:
-        for action in before:
-            action()
-        optimizer.step()
-        for action in after:
-            action()
-
-    return _Contender("mask grads, step, restore", params, plan, optimizer, step, _bytes(kept))
-
-
 def _measure(
-    clock: _Clock, network: torch.nn.Module, plans: _Plans, batch: Batch, lr: float, repeats: int
+    stages: _Stages, network: torch.nn.Module, plans: Plans, batch: Batch, lr: float, repeats: int
 ) -> list[Timing]:
-    """Step all contenders in turns on the same gradients. First they must agree; then they are timed.
-
-    Every contender has a turn in every round, in an order that rotates and turns round, so that a busy moment of
-    the machine does not fall on one of them; the pause lets the threads of the one before go to sleep.
-    """
-    with clock.stage("Measure steps", total=repeats + 2) as advance:
+    """Step all contenders in turns on the same gradients. First they must agree; then they are timed."""
+    with stages.stage("Measure steps", total=repeats + 2) as advance:
         network.zero_grad()
         _loss(network, batch).backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(network, _MAX_NORM, plans.plan)
-        contenders = [
-            _masked("sf.MaskedAdamW", network, plans.plan, lr),
-            _unfrozen(network, lr),
-            _practice(network, plans.plan, lr),
-        ]
-        if plans.larger is not None:
-            contenders.append(_masked("sf.MaskedAdamW, all CU too", network, plans.larger, lr))
-        for contender in contenders:
+        contenders = {contender.name: contender for contender in _contenders(network, plans, lr)}
+        stock = list(contenders.values())[1]
+        for contender in contenders.values():
             contender.step()
-        stock = contenders[1]
-        for contender in contenders:
+        for contender in contenders.values():
             _check_frozen(contender, network)
-            if contender is not stock:
-                _check_live(contender, stock, lr)
+            _check_live(contender, stock, lr)
         advance()
-        for turn in range(-1, repeats):
-            order = contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]
-            for contender in order[:: -1 if turn % 2 else 1]:
-                time.sleep(_PAUSE_S)
-                began = time.perf_counter()
-                contender.step()
-                if turn >= 0:  # the first round warms up
-                    contender.step_ms.append(1e3 * (time.perf_counter() - began))
-            advance()
-        for contender in contenders:
+
+        def timed(contender: _Contender) -> float:
+            settle()
+            spent = milliseconds(contender.step)
+            if contender is stock:  # once a round
+                advance()
+            return spent
+
+        calls = {name: partial(timed, contender) for name, contender in contenders.items()}
+        times = in_turns(calls, repeats, warmup=1)
+        for contender in contenders.values():
             _check_frozen(contender, network)
         network.zero_grad()
     total = sum(param.numel() for param in network.parameters())
     return [
         Timing(
-            name=contender.name,
-            frozen_fraction=sum(m.frozen_count for m in _masks(contender.plan, contender.params).values()) / total,
-            step_ms=contender.step_ms,
-            state_bytes=_bytes(contender.optimizer.state),
-            extra_bytes=contender.extra_bytes,
+            name=name,
+            frozen_fraction=_frozen_count(contender.plan, network) / total,
+            step_ms=times[name],
+            state_bytes=sum(value.nbytes for value in state_tensors(contender.optimizer)),
+            extra_bytes=sum(value.nbytes for value in contender.kept),
         )
-        for contender in contenders
+        for name, contender in contenders.items()
     ]
 
 
 def _check_frozen(contender: _Contender, network: torch.nn.Module) -> None:
-    start = dict(network.named_parameters(remove_duplicate=False))
-    for name, mask in contender.plan.items():
-        wrong = (_bits(contender.params[name]) != _bits(start[name])) & mask.dense()
-        if wrong.any():
-            place = tuple(wrong.nonzero()[0].tolist())
-            raise DemoError(f"demo: {contender.name} moved frozen {name!r} at {place}, expected equal bytes; no times")
+    try:
+        snapshot(network, contender.plan).verify(list(contender.params.items()))
+    except FrozenDriftError as error:
+        raise DemoError(f"demo: {contender.name}: {error}; no times") from error
 
 
 def _check_live(contender: _Contender, stock: _Contender, lr: float) -> None:
@@ -575,8 +462,7 @@ def _check_live(contender: _Contender, stock: _Contender, lr: float) -> None:
     for name, param in contender.params.items():
         other = stock.params[name].detach()
         # p*decay and the subtraction round once each, relative to p; the quotient's few roundings, relative to lr
-        allowed = 2.0**-22 * other.abs() + 1e-5 * lr
-        wrong = (param.detach() - other).abs() > allowed
+        wrong = (param.detach() - other).abs() > 2.0**-22 * other.abs() + 1e-5 * lr
         if id(param) in masks:
             wrong &= ~masks[id(param)].dense()
         if wrong.any():
@@ -585,128 +471,3 @@ def _check_live(contender: _Contender, stock: _Contender, lr: float) -> None:
                 f"demo: {contender.name} moved live {name!r} at {place} to {param[place].item():.9g}, expected "
                 f"{other[place].item():.9g} as {stock.name}; no times"
             )
-
-
-def _bytes(kept: Any) -> int:
-    """Bytes of all tensors in nested containers, each storage counted once."""
-    seen: dict[int, int] = {}
-
-    def visit(item: Any) -> None:
-        if isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, Mapping):
-            for value in item.values():
-                visit(value)
-        elif isinstance(item, list | tuple):
-            for value in item:
-                visit(value)
-
-    visit(kept)
-    return sum(seen.values())
-
-
-# --------------------------------------------------------------------------------------------------------- results
-
-
-def _draw(plans: _Plans, report: DemoReport) -> bytes:
-    """PNG: what is frozen in each layer, how the loss fell, what a step costs."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 7), dpi=120)
-    figure.set_layout_engine("constrained", hspace=0.08, wspace=0.06)
-    channels, loss, heads, cost = figure.subplots(2, 2, width_ratios=(1.2, 1)).flat
-    figure.suptitle(
-        f"{report.model}: {report.plan} frozen, {report.frozen_fraction_of_blocks:.1%} of the block parameters\n",
-        fontsize=14,
-    )
-    layout = plans.layout
-    shares = {label: 100 * share for label, share in plans.channels.items()}
-    draw_layers(channels, shares, f"MLP channels ({layout.d_ff:,} per layer)", "frozen, % of the layer's", 1.0)
-    counts = {label: layout.n_heads * share for label, share in plans.heads.items()}
-    draw_layers(heads, counts, f"attention heads ({layout.n_heads} per layer)", "frozen, number", 2.0)
-    _draw_loss(loss, report)
-    _draw_cost(cost, report)
-    for axis in (channels.xaxis, heads.xaxis, heads.yaxis, loss.xaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (channels, loss, heads, cost):
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _draw_loss(axes: Axes, report: DemoReport) -> None:
-    steps = len(report.training_loss)
-    axes.plot(range(1, steps + 1), report.training_loss, "o-", ms=4, color=COLOURS["CU"], label="training batch")
-    before, after = report.loss_before["held-out"], report.loss_after["held-out"]
-    axes.plot([0, steps], [before, after], "D", ms=8, color=COLOURS["SCU"], label="held-out, before and after")
-    for x, value in ((0, before), (steps, after)):
-        axes.annotate(f"{value:.2f}", (x, value), (0, 9), textcoords="offset points", ha="center", color="#A04000")
-    axes.set(title="loss while fine-tuning", xlabel="step", ylabel="nats per response token")
-    axes.set_xlim(-0.06 * steps, 1.06 * steps)
-    axes.set_ylim(0, 1.3 * max(*report.training_loss, before, after))
-    axes.legend(frameon=False, loc="upper right", ncols=2)
-
-
-def _draw_cost(axes: Axes, report: DemoReport) -> None:
-    for place, timing in enumerate(report.timings):
-        colour = COLOURS["frozen"] if timing.name.startswith("sf.") else "#8C8C8C"
-        axes.barh(place, timing.min_ms, height=0.42, color=colour)
-        frozen = f", {timing.frozen_fraction:.1%} of all values frozen" if timing.frozen_fraction else ""
-        axes.annotate(timing.name + frozen, (0, place - 0.27), (2, 0), textcoords="offset points", va="bottom")
-        note = f"{timing.min_ms:,.1f} ms, state {_megabytes(timing.state_bytes)}"
-        axes.annotate(note, (timing.min_ms, place), (5, 0), textcoords="offset points", va="center")
-    busy = " (busy machine)" if report.was_busy else ""
-    axes.set(title=f"one optimizer step, fastest of {report.settings['repeats']}{busy}", xlabel="ms", yticks=[])
-    axes.set_xlim(0, 1.8 * max(timing.min_ms for timing in report.timings))  # the rest is for the notes
-    axes.set_ylim(len(report.timings) - 0.6, -0.75)
-    axes.spines["left"].set_visible(False)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
-
-
-def _print(console: Console, report: DemoReport, folder: Path) -> None:
-    table = Table(
-        title=f"{report.model}, {report.parameters / 1e6:,.1f} M parameters; "
-        f"backend {report.settings['backend']}, {report.settings['threads']} threads\n"
-        f"plan: {report.plan}, {report.frozen_fraction_of_blocks:.1%} of the block parameters",
-        caption=(
-            "\n".join(
-                f"loss, {word} examples: {report.loss_before[word]:.2f} before fine-tuning, {after:.2f} after"
-                for word, after in report.loss_after.items()
-            )
-            + f"\nvalues changed: {report.frozen_values_changed:,} of {report.frozen_values:,} frozen, "
-            f"{report.live_values_changed:,} of {report.live_values:,} live"
-        ),
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for heading in ("frozen\nof all", "step, ms\nmin / median", "optimizer\nstate", "saved\ncopies"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for timing in report.timings:
-        table.add_row(
-            timing.name,
-            f"{timing.frozen_fraction:.1%}" if timing.frozen_fraction else "-",
-            f"{timing.min_ms:,.1f} / {timing.median_ms:,.1f}",
-            _megabytes(timing.state_bytes),
-            _megabytes(timing.extra_bytes) if timing.extra_bytes else "-",
-        )
-    console.print()
-    console.print(table)
-    if report.was_busy:
-        console.print(
-            "The machine was busy (medians far above minima): times say little, run again when it is quiet.",
-            style="yellow",
-            highlight=False,
-        )
-    console.print(f"\n{report.sample['prompt']}", style="bold", highlight=False, markup=False)
-    for when in ("before", "after"):
-        answer = " ".join(report.sample[when].split())
-        console.print(f"  {when + ':':<7} {answer}", highlight=False, markup=False, overflow="ellipsis", no_wrap=True)
-    console.print(f"\nFrozen bytes are equal (plan {report.fingerprint[:12]}). Written to {folder}:", highlight=False)
-    console.print("  plan.safetensors  demo.png  demo.json", highlight=False)

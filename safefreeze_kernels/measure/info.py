@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -65,3 +66,13 @@ def info() -> Info:
         backends=backends,
         details=details,
     )
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU or this machine's processor is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]

@@ -1,10 +1,12 @@
-"""What training will hold in memory, told before anything is allocated: `memory_plan`."""
+"""What training holds in memory: told before anything is allocated (`memory_plan`), and as it is measured."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Final, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 
@@ -63,40 +65,40 @@ class MemoryPlan:
         """GB (10^9 bytes) by device; for `rich.print`."""
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False)
-        table.add_column("GB")
-        columns = [(device, word, holding) for device, pair in self._pairs() for word, holding in pair]
-        for device, word, _ in columns:
-            table.add_column(word if len(self.masked) == 1 else f"{device} {word}", justify="right")
-        for name in [f.name for f in fields(Holding)] + ["total"]:
-            values = [getattr(holding, name) for _, _, holding in columns]
+        table = Table("GB", box=None, pad_edge=False)
+        holdings = []
+        for device, own in self.masked.items():
+            for word, holding in (("masked", own), ("stock", self.stock[device])):
+                holdings.append(holding)
+                table.add_column(word if len(self.masked) == 1 else f"{device} {word}", justify="right")
+        for name in [*(f.name for f in fields(Holding)), "total"]:
+            values = [getattr(holding, name) for holding in holdings]
             if any(values):
                 table.add_row(name, *(f"{value / _GB:.3f}" for value in values), end_section=name == "activations")
         return table
 
-    def _pairs(self) -> list[tuple[str, list[tuple[str, Holding]]]]:
-        return [(device, [("masked", own), ("stock", self.stock[device])]) for device, own in self.masked.items()]
-
     def verdict(self) -> str:
         """One line per device: whether it fits, and by how much."""
-        if self.capacity is None:
-            return ""
         lines = []
-        for device, holding in self.masked.items():
-            left = self.capacity - holding.total
+        for device, holding in self.masked.items() if self.capacity is not None else ():
+            left = (self.capacity or 0) - holding.total
             word = f"fits, {left / _GB:.2f} GB left" if left >= 0 else f"does not fit, {-left / _GB:.2f} GB too much"
-            lines.append(f"{device}: {word} of {self.capacity / _GB:.2f}")
+            lines.append(f"{device}: {word} of {(self.capacity or 0) / _GB:.2f}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        from io import StringIO
+        return "\n".join(filter(None, (as_text(self.table()), self.verdict())))
 
-        from rich.console import Console
 
-        buffer = StringIO()
-        Console(file=buffer, width=80, color_system=None).print(self.table())
-        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-        return "\n".join(lines + ([self.verdict()] if self.capacity is not None else []))
+def as_text(table: Table) -> str:
+    """A table as plain text, 80 columns wide."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    buffer = StringIO()
+    Console(file=buffer, width=80, color_system=None).print(table, highlight=False)
+    return "\n".join(map(str.rstrip, buffer.getvalue().splitlines()))
 
 
 def memory_plan(
@@ -136,17 +138,18 @@ def memory_plan(
         raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module")
     if plan is not None and not isinstance(plan, FreezePlan):
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan (or None)")
-    if dtype is not None and dtype not in (*STORAGE, torch.float64):
-        raise ValueError(f"{operation}: dtype is {dtype}, expected float32, bfloat16, float16 or float64")
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{operation}: state_dtype is {state_dtype}, expected torch.float32 or torch.bfloat16")
-    if master not in (None, "remainder"):
-        raise ValueError(f"{operation}: master is {master!r}, expected None or 'remainder'")
-    for word, number in (("activation_bytes", activation_bytes), ("capacity", capacity)):
-        if number is not None and number < 0:
-            raise ValueError(f"{operation}: {word} is {number}, expected a number of bytes >= 0")
-    if storage not in get_args(Storage):
-        raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
+    dtypes, storages = (*STORAGE, torch.float64), get_args(Storage)
+    for word, value, right, expected in (
+        ("dtype", dtype, dtype is None or dtype in dtypes, "float32, bfloat16, float16 or float64"),
+        ("state_dtype", state_dtype, state_dtype in dtypes[:2], "torch.float32 or torch.bfloat16"),
+        ("master", master, master in (None, "remainder"), "None or 'remainder'"),
+        ("activation_bytes", activation_bytes, activation_bytes >= 0, "a number of bytes >= 0"),
+        ("capacity", capacity, capacity is None or capacity >= 0, "a number of bytes >= 0"),
+        ("storage", storage, storage in storages, "'dense' or 'packed'"),
+    ):
+        if not right:
+            shown = repr(value) if isinstance(value, str) else value
+            raise ValueError(f"{operation}: {word} is {shown}, expected {expected}")
     bound = bind(plan or FreezePlan(), named_tensors(model), operation=operation)
     masks = {id(entry.param): entry.mask for entry in bound}
     packed = {
@@ -160,26 +163,60 @@ def memory_plan(
         holdings[device] = holdings.get(device, Holding(activations=activation_bytes)) + Holding(**amounts)
 
     for p in model.parameters():
-        piece, device = local(p), str(local(p).device)
+        shard, device = local(p), str(local(p).device)
         kept = dtype if dtype is not None and p.dtype.is_floating_point else p.dtype
-        own = piece.numel() * kept.itemsize
-        if not p.requires_grad:
-            for holdings in (masked, stock):
-                add(holdings, device, parameters=own)
-            continue
-        mask = masks.get(id(p), FreezeMask(p.shape)).shard(held(p))
-        live = math.prod(mask.packed_shape)
-        step = torch.float32.itemsize  # torch's count of the parameter's steps
-        add(
-            masked, device, parameters=own, gradients=live * kept.itemsize if id(p) in packed else own,
-            state=moments * live * moment_dtype(kept, state_dtype).itemsize + step,
-            masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
-        )  # fmt: skip
-        add(stock, device, parameters=own, gradients=own, state=moments * own + step)
-    seen: set[int] = set()
-    for buffer in model.buffers():
-        if id(buffer) not in seen:
-            seen.add(id(buffer))
-            for holdings in (masked, stock):
-                add(holdings, str(buffer.device), parameters=buffer.numel() * buffer.element_size())
+        own = shard.numel() * kept.itemsize
+        for holdings in (masked, stock):
+            add(holdings, device, parameters=own)
+        if p.requires_grad:
+            mask = masks.get(id(p), FreezeMask(p.shape)).shard(held(p))
+            live = math.prod(mask.packed_shape)
+            step = torch.float32.itemsize  # torch's count of the parameter's steps
+            add(
+                masked, device, gradients=live * kept.itemsize if id(p) in packed else own,
+                state=moments * live * moment_dtype(kept, state_dtype).itemsize + step,
+                masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
+            )  # fmt: skip
+            add(stock, device, gradients=own, state=moments * own + step)
+    for buffer in {id(buffer): buffer for buffer in model.buffers()}.values():
+        for holdings in (masked, stock):
+            add(holdings, str(buffer.device), parameters=buffer.nbytes)
     return MemoryPlan(masked, stock, capacity)
+
+
+# ------------------------------------------------------------------------------------------------------ measured
+
+
+def state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """Every tensor of an optimizer's state."""
+    values = [value for entry in optimizer.state.values() for value in entry.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def restart_peak(device: torch.device) -> int | None:
+    """Forget the peak so far. Returns the bytes in use (on the CPU resident ones); None where none can be had."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # what glibc keeps of freed memory would count as in use before, and hide as much of the peak
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or not allowed
+        return None
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use since `restart_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(entry: str) -> int:
+    """Bytes that the kernel tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = [line.split()[1] for line in lines if line.startswith(f"{entry}:")]
+    if not found:
+        raise OSError(f"/proc/self/status has no {entry}")
+    return int(found[0]) << 10

@@ -6,39 +6,26 @@ import io
 import json
 import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from ..plan.files import write_atomically
+from .memory import as_text
+from .timing import WHOLE, Spread, median_ratio, quartiles, was_busy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
+
 #: The parts of a training step, in order. `StepProfile` also knows "clip + step" and "whole step".
 PHASES: Final = ("forward", "backward", "clip", "step", "zero_grad")
 _UPDATE: Final = "clip + step"
-_WHOLE: Final = "whole step"
 _FORMAT: Final = "safefreeze.step_profile"
-_CONFIDENCE: Final = 0.95
-_BUSY: Final = 0.15  # interquartile range / median
 _COLOURS: Final = ("#0072B2", "#8C8C8C")  # masked, stock
-
-
-# ------------------------------------------------------------------------------------------------------- results
-
-
-class Spread(NamedTuple):
-    """A median, and how far the values behind it lie apart."""
-
-    median: float
-    low: float
-    high: float
+_SHIFTS: Final = (-0.2, 0.2)  # of the two bars in a row
+_BESIDE: Final[dict[str, Any]] = {"textcoords": "offset points", "va": "center"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +51,7 @@ class StepCost:
 
     def time(self, phase: str) -> Spread:
         """Median and quartiles over the rounds, in milliseconds."""
-        low, median, high = np.quantile(self.times(phase), (0.25, 0.5, 0.75)).tolist()
-        return Spread(median, low, high)
+        return quartiles(self.times(phase))
 
 
 @dataclass(frozen=True)
@@ -84,26 +70,22 @@ class StepProfile:
     @property
     def rounds(self) -> int:
         """Timed steps of each optimizer."""
-        return len(self.masked.times_ms[_WHOLE])
+        return len(self.masked.times_ms[WHOLE])
 
     @property
     def phases(self) -> tuple[str, ...]:
         """All that has a time; "clip" is left out where nothing was clipped."""
         timed = tuple(phase for phase in PHASES if phase in self.masked.times_ms)
-        return (*timed, *([_UPDATE] if "clip" in timed else []), _WHOLE)
+        return (*timed, *([_UPDATE] if "clip" in timed else []), WHOLE)
 
-    def ratio(self, phase: str = _WHOLE) -> Spread:
+    def ratio(self, phase: str = WHOLE) -> Spread:
         """Masked / stock: median over rounds of the ratio of the two steps timed back to back, with its 95% interval.
 
         The interval is the binomial one, from order statistics. Fewer than 6 rounds have none: it is (0, inf) then.
         """
-        pairs = list(zip(self.masked.times(phase), self.stock.times(phase), strict=True))
-        if any(stock == 0 for _, stock in pairs):  # below the resolution of the device's clock
-            return Spread(math.nan, 0.0, math.inf)
-        ratios = [masked / stock for masked, stock in pairs]
-        return Spread(statistics.median(ratios), *_median_interval(ratios))
+        return median_ratio(self.masked.times(phase), self.stock.times(phase))
 
-    def differs(self, phase: str = _WHOLE) -> bool:
+    def differs(self, phase: str = WHOLE) -> bool:
         """Whether a difference was measured: the 95% interval of `ratio` leaves out 1."""
         _, low, high = self.ratio(phase)
         return not low <= 1 <= high
@@ -113,7 +95,7 @@ class StepProfile:
         """In words: did the optimizer's part, and the whole step, take more or less, or was no difference measured?"""
         if not math.isfinite(self.ratio().high):
             return f"{self.rounds} rounds tell no difference from noise; measure at least 6."
-        told = [self._verdict(phase) for phase in (_UPDATE if "clip" in self.masked.times_ms else "step", _WHOLE)]
+        told = [self._verdict(phase) for phase in (_UPDATE if "clip" in self.masked.times_ms else "step", WHOLE)]
         if self.was_busy:
             told.append("The machine was busy: quartiles lie far apart. Measure again when it is quiet, or more steps.")
         return "\n".join(told)
@@ -128,8 +110,7 @@ class StepProfile:
     @property
     def was_busy(self) -> bool:
         """Whether whole steps vary so much that the machine had other work: their quartiles lie 15% apart."""
-        spreads = [cost.time(_WHOLE) for cost in (self.masked, self.stock)]
-        return any(high - low > _BUSY * median for median, low, high in spreads)
+        return any(was_busy(cost.times(WHOLE)) for cost in (self.masked, self.stock))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all that was measured, every round, and a summary of it. Crash-safe: the old file or the new one."""
@@ -187,7 +168,7 @@ class StepProfile:
                 "-" if math.isnan(median) else f"{median:.2f}",
                 f"{low:.2f}-{high:.2f}" if math.isfinite(high) else "-",
             )
-            if phase in ("zero_grad", _WHOLE):
+            if phase in ("zero_grad", WHOLE):
                 table.add_section()
         for word, masked, stock in self._bytes():
             cells = ["-" if count is None else _figure(count / 1e6) for count in (masked, stock)]
@@ -210,11 +191,7 @@ class StepProfile:
         return "; ".join(told) + (f"\npeak: {self.peak_is}" if self.peak_is else "\npeak: cannot be measured here")
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=80, color_system=None)
-        console.print(self.table(), highlight=False)
-        return "\n".join(map(str.rstrip, console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+        return as_text(self.table())
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw times, ratios and bytes into a PNG file.
@@ -246,14 +223,12 @@ class StepProfile:
 
     def _draw_times(self, axes: Axes) -> None:
         spreads = [[cost.time(phase) for phase in self.phases] for cost in (self.masked, self.stock)]
-        bars = _draw_pairs(axes, [[spread.median for spread in each] for each in spreads])
-        for shift, each in zip((-0.2, 0.2), spreads, strict=True):
+        bars = _draw_pairs(axes, self.phases, [[spread.median for spread in each] for each in spreads])
+        for shift, each in zip(_SHIFTS, spreads, strict=True):
             for place, (median, low, high) in enumerate(each):
                 axes.plot([low, high], [place + shift] * 2, color="black", lw=1.2, marker="|", ms=5)
-                note = f"{_figure(median)}"
-                axes.annotate(note, (max(median, high), place + shift), (5, 0), textcoords="offset points", va="center")
+                axes.annotate(_figure(median), (max(median, high), place + shift), (5, 0), **_BESIDE)
         axes.set(title=f"median and quartiles of {self.rounds} rounds", xlabel="ms")
-        axes.set_yticks(range(len(self.phases)), self.phases)
         axes.set_xlim(0, 1.2 * max(spread.high for each in spreads for spread in each))
         axes.legend(bars, [self.masked.name, "stock"], frameon=False, handlelength=1, handleheight=1)
 
@@ -261,46 +236,39 @@ class StepProfile:
         axes.axvline(1, color="#BBBBBB", lw=1, zorder=0)
         for place, phase in enumerate(self.phases):
             median, low, high = self.ratio(phase)
-            colour = _COLOURS[0] if self.differs(phase) else "black"
+            colour, filled = (_COLOURS[0],) * 2 if self.differs(phase) else ("black", "white")
             if math.isfinite(high):
                 axes.plot([low, high], [place] * 2, color=colour, lw=1.5, marker="|", ms=7)
             if not math.isnan(median):
-                filled = colour if self.differs(phase) else "white"
                 axes.plot(median, place, "o", ms=7, color=colour, markerfacecolor=filled)
                 axes.annotate(f"{median:.2f}", (median, place), (0, 8), textcoords="offset points", ha="center")
         axes.set(title="masked / stock, 95% interval", xlabel="open: no difference measured")
-        axes.set_yticks(range(len(self.phases)), [""] * len(self.phases))
-        axes.set_ylim(len(self.phases) - 0.4, -0.6)
+        _name_rows(axes, [""] * len(self.phases))
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.9), max(high, 1.1))
 
     def _draw_bytes(self, axes: Axes) -> None:
-        rows = [(word, masked / 1e6, stock / 1e6) for word, masked, stock in self._bytes() if masked and stock]
-        _draw_pairs(axes, [[masked for _, masked, _ in rows], [stock for *_, stock in rows]])
-        for place, (_, *pair) in enumerate(rows):
-            for shift, value in zip((-0.2, 0.2), pair, strict=True):
-                axes.annotate(_figure(value), (value, place + shift), (5, 0), textcoords="offset points", va="center")
+        rows = {word: (masked / 1e6, stock / 1e6) for word, masked, stock in self._bytes() if masked and stock}
+        _draw_pairs(axes, list(rows), list(zip(*rows.values(), strict=True)))
+        for place, pair in enumerate(rows.values()):
+            for shift, value in zip(_SHIFTS, pair, strict=True):
+                axes.annotate(_figure(value), (value, place + shift), (5, 0), **_BESIDE)
         axes.set(title="memory beside the weights", xlabel="MB")
-        axes.set_yticks(range(len(rows)), [word for word, *_ in rows])
-        axes.set_xlim(0, 1.25 * max(value for _, *pair in rows for value in pair))
+        axes.set_xlim(0, 1.25 * max(map(max, rows.values())))
 
 
-def _draw_pairs(axes: Axes, pairs: Sequence[Sequence[float]]) -> list[Any]:
+def _draw_pairs(axes: Axes, names: Sequence[str], pairs: Sequence[Sequence[float]]) -> list[Any]:
     """A bar of each of the two optimizers in every row, the first row on top. Returns the bars of each."""
-    axes.set_ylim(len(pairs[0]) - 0.4, -0.6)
+    _name_rows(axes, names)
     return [
         axes.barh([place + shift for place in range(len(values))], values, height=0.38, color=colour)
-        for shift, values, colour in zip((-0.2, 0.2), pairs, _COLOURS, strict=True)
+        for shift, values, colour in zip(_SHIFTS, pairs, _COLOURS, strict=True)
     ]
 
 
-def _median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the median from order statistics; (0, inf) where there are too few values for one."""
-    n, skip, outside = len(values), 0, 0.0
-    while 2 * (outside := outside + math.comb(n, skip) / 2**n) <= 1 - _CONFIDENCE:
-        skip += 1
-    ordered = sorted(values)
-    return (ordered[skip - 1], ordered[n - skip]) if skip else (0.0, math.inf)
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _figure(value: float) -> str:
@@ -311,7 +279,3 @@ def _figure(value: float) -> str:
 def _shown(spread: Spread) -> str:
     median, low, high = map(_figure, spread)
     return f"{median} ({low}-{high})"
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import platform
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,10 +24,14 @@ from ..optim.adam import MaskedAdamW
 from ..plan.binding import bind, named_tensors
 from ..plan.plan import FreezePlan
 from ..proof.snapshot import Snapshot, snapshot
-from .result import _WHOLE, StepCost, StepProfile, _word
+from .info import device_name
+from .memory import peak, restart_peak, state_tensors
+from .result import StepCost, StepProfile
+from .timing import Clock, turns
 
 Loss = Callable[[torch.nn.Module, Any], Tensor]
 Build = Callable[[list[tuple[str, Any]]], Optimizer]
+Tick = Callable[[], object]
 
 _WHAT: Final = "profile_step"
 
@@ -103,9 +104,7 @@ def profile_step(
     # the plan may use any name of a tied tensor; a caller's optimizer gets what it would in training
     every_name = named_tensors(model) if optimizer is None else model.named_parameters()
     named = [(name, p) for name, p in every_name if p.requires_grad]
-
-    def build_masked() -> Optimizer:
-        return MaskedAdamW(named, **adamw, freeze=plan) if optimizer is None else optimizer(named)
+    build = optimizer or (lambda named: MaskedAdamW(named, **adamw, freeze=plan))
 
     def clip_live(stepping: Optimizer) -> object:
         fused = stepping if fuse_clipping and isinstance(stepping, StepsGradients) else None
@@ -115,15 +114,17 @@ def profile_step(
         return torch.nn.utils.clip_grad_norm_(params, max_norm or 0.0)
 
     clips = (clip_live, clip_stock) if max_norm is not None else (None, None)
-    masked = _Contender(build_masked, clips[0])
+    masked = _Contender(lambda: build(named), clips[0])
     stock = _Contender(lambda: torch.optim.AdamW(params, **adamw, fused=True), clips[1], "torch AdamW, fused")
-    with _kept(model, device) as kept, _bar(progress, 2 * (2 + warmup + steps) + 1) as tick:
-        work = _Work(model, batch, loss or _own_loss, accumulation, device, autocast, kept)
+    with _kept(model, device) as rewind, _bar(progress, 2 * (2 + warmup + steps) + 1) as tick:
+        work = _Work(model, batch, loss or _own_loss, accumulation, device, autocast, rewind)
         gradient_bytes = work.try_out(params)
         tick()
         proof = snapshot(model, plan)
-        masked.peak_bytes = _peak_of(masked, work, proof, tick)
-        stock.peak_bytes = _peak_of(stock, work, None, tick)
+        for contender in (masked, stock):
+            contender.peak_bytes = _peak_of(contender, work, tick)
+            if contender is masked:
+                proof.verify(model)
         _time_in_turns(masked, stock, work, proof, warmup, steps, tick)
         fused = fuse_clipping and max_norm is not None and isinstance(masked.optimizer, StepsGradients)
         costs = masked.cost(gradient_bytes), stock.cost(gradient_bytes)
@@ -133,7 +134,7 @@ def profile_step(
         stock=costs[1],
         parameters=total,
         frozen_fraction=sum(entry.mask.frozen_count for entry in bound) / total,
-        peak_is=_peak_is(device) if masked.peak_bytes is not None else "",
+        peak_is="" if masked.peak_bytes is None else _PEAK_IS[device.type],
         settings={
             "plan": plan.fingerprint[:12], "warmup": warmup, "accumulation": accumulation, "max_norm": max_norm,
             "fused clipping": fused, **adamw, "autocast": None if autocast is None else _word(autocast),
@@ -141,94 +142,111 @@ def profile_step(
         machine={
             "weights": "+".join(sorted({_word(p.dtype) for p in params})),
             "backend": choose_backend("auto", device, _WHAT).name if optimizer is None else None,
-            "device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(),
         },
     )  # fmt: skip
 
 
+_PEAK_IS: Final = {
+    "cuda": "most memory allocated on the GPU beyond weights and buffers",
+    "cpu": "growth of the process's resident memory, to within its allocator's reserves",
+}
+
+
 def _time_in_turns(
-    masked: _Contender,
-    stock: _Contender,
-    work: _Work,
-    proof: Snapshot,
-    warmup: int,
-    steps: int,
-    tick: Callable[[], object],
+    masked: _Contender, stock: _Contender, work: _Work, proof: Snapshot, warmup: int, steps: int, tick: Tick
 ) -> None:
     """Rounds of a step of each, in alternating order. The last masked step is verified."""
-    pair = (masked, stock)
-    work.kept.rewind_()
-    for contender in pair:
+    work.rewind()
+    for contender in (masked, stock):
         contender.start()
-    for number in range(-warmup, steps):
-        for contender in pair if number % 2 == 0 else reversed(pair):
-            times = work.step(contender)
-            if number >= 0:
-                for phase, spent in times.items():
-                    contender.times_ms.setdefault(phase, []).append(spent)
-            if contender is masked and number == steps - 1:
-                proof.verify(work.model)  # now: stock's step moves frozen weights
-            tick()
+    for number, contender in turns((masked, stock), steps, warmup):
+        times = work.step(contender)
+        if number >= 0:
+            for phase, spent in times.items():
+                contender.times_ms.setdefault(phase, []).append(spent)
+        if contender is masked and number == steps - 1:
+            proof.verify(work.model)  # now: stock's step moves frozen weights
+        tick()
+
+
+def _peak_of(contender: _Contender, work: _Work, tick: Tick) -> int | None:
+    """Most bytes in use during two steps of a new optimizer, beyond those before; the first step makes the state.
+
+    On the CPU this is resident memory. None where the system does not tell it.
+    """
+    gc.collect()
+    work.rewind()
+    contender.start()
+    before = restart_peak(work.device)
+    for _ in range(2):
+        work.step(contender)
+        tick()
+    most = None if before is None else peak(work.device) - before
+    contender.optimizer = None
+    return most
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def _refuse(wrong: object, message: str, error: type[Exception] = ValueError) -> None:
+    if wrong:
+        raise error(f"{_WHAT}: {message}")
 
 
 def _check_arguments(
     model: Any, plan: Any, lr: float, max_norm: float | None, autocast: torch.dtype | None, **counts: int
 ) -> None:
     for word, value, kind in (("model", model, torch.nn.Module), ("plan", plan, FreezePlan)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{_WHAT}: {word} is a {type(value).__name__}, expected a {kind.__name__}")
+        message = f"{word} is a {type(value).__name__}, expected a {kind.__name__}"
+        _refuse(not isinstance(value, kind), message, TypeError)
     for word, count in counts.items():
         least = 0 if word == "warmup" else 1
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{_WHAT}: {word} is {count!r}, expected a whole number from {least} on")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"{_WHAT}: lr is {lr}, expected a learning rate above 0; the weights are put back afterwards")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"{_WHAT}: max_norm is {max_norm}, expected a number above 0, or None not to clip")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"{_WHAT}: autocast is {autocast}, expected torch.bfloat16, torch.float16 or None")
+        wrong = not isinstance(count, int) or count < least
+        _refuse(wrong, f"{word} is {count!r}, expected a whole number from {least} on")
+    _refuse(not 0 < lr < math.inf, f"lr is {lr}, expected a learning rate above 0; the weights are put back afterwards")
+    wrong = max_norm is not None and not max_norm > 0
+    _refuse(wrong, f"max_norm is {max_norm}, expected a number above 0, or None not to clip")
+    wrong = autocast not in (None, torch.bfloat16, torch.float16)
+    _refuse(wrong, f"autocast is {autocast}, expected torch.bfloat16, torch.float16 or None")
 
 
 def _checked_device(model: torch.nn.Module) -> torch.device:
     """The one device of the trainable parameters."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError(f"{_WHAT}: no parameter of the model has requires_grad=True, expected some to train")
-    for name, p in trainable:
-        if is_sharded(p):
-            raise ValueError(
-                f"{_WHAT}: {name!r} is sharded (DTensor), expected a whole model; profile it on one device"
-            )
-    devices = sorted({str(p.device) for _, p in trainable})
-    if len(devices) > 1:
-        raise ValueError(f"{_WHAT}: the model's parameters are on {', '.join(devices)}, expected one device")
-    device = trainable[0][1].device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{_WHAT}: the model is on {device}, expected cpu or cuda: only there phases can be timed")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _refuse(not trainable, "no parameter of the model has requires_grad=True, expected some to train")
+    for name, p in trainable.items():
+        _refuse(is_sharded(p), f"{name!r} is sharded (DTensor), expected a whole model; profile it on one device")
+    devices = sorted({str(p.device) for p in trainable.values()})
+    _refuse(len(devices) > 1, f"the model's parameters are on {', '.join(devices)}, expected one device")
+    device = next(iter(trainable.values())).device
+    wrong = device.type not in _PEAK_IS
+    _refuse(wrong, f"the model is on {device}, expected cpu or cuda: only there phases can be timed")
     return device
 
 
 def _check_batch(batch: Any, device: torch.device) -> None:
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"{_WHAT}: batch is a {type(batch).__name__}, expected a mapping for model(**batch).loss; for another call "
-            "pass loss=, a callable (model, batch) -> scalar"
-        )
+    remedy = "for another call pass loss=, a callable (model, batch) -> scalar"
+    message = f"batch is a {type(batch).__name__}, expected a mapping for model(**batch).loss; {remedy}"
+    _refuse(not isinstance(batch, Mapping), message, TypeError)
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.device != device:
-            raise ValueError(f"{_WHAT}: batch[{name!r}] is on {value.device}, expected {device}, where the model is")
+        if isinstance(value, Tensor):
+            message = f"batch[{name!r}] is on {value.device}, expected {device}, where the model is"
+            _refuse(value.device != device, message)
 
 
 def _own_loss(model: torch.nn.Module, batch: Any) -> Tensor:
     output = model(**batch)
-    found: Tensor | None = getattr(output, "loss", None)
-    if found is None:
-        raise ValueError(
-            f"{_WHAT}: model(**batch) returned a {type(output).__name__} without a loss, expected one; put labels into "
-            "the batch, or pass loss=, a callable (model, batch) -> scalar"
-        )
-    return found
+    found: Any = getattr(output, "loss", None)
+    remedy = "put labels into the batch, or pass loss=, a callable (model, batch) -> scalar"
+    message = f"model(**batch) returned a {type(output).__name__} without a loss, expected one; {remedy}"
+    _refuse(found is None, message)
+    return found  # type: ignore[no-any-return]
+
+
+# ----------------------------------------------------------------------------------------------------- contenders
 
 
 @dataclass
@@ -245,15 +263,13 @@ class _Contender:
     def start(self) -> None:
         """Build the optimizer, without state."""
         self.optimizer = self.build()
-        if not isinstance(self.optimizer, Optimizer):
-            raise TypeError(
-                f"{_WHAT}: optimizer= returned a {type(self.optimizer).__name__}, expected a torch.optim.Optimizer"
-            )
-        self.name = self.name or type(self.optimizer).__name__
+        kind = type(self.optimizer).__name__
+        wrong = not isinstance(self.optimizer, Optimizer)
+        _refuse(wrong, f"optimizer= returned a {kind}, expected a torch.optim.Optimizer", TypeError)
+        self.name = self.name or kind
 
     def cost(self, gradient_bytes: int) -> StepCost:
-        values = [value for held in self.optimizer.state.values() for value in held.values()]
-        state = [value for value in values if isinstance(value, Tensor)]
+        state = state_tensors(self.optimizer)
         return StepCost(
             name=self.name,
             times_ms={phase: tuple(times) for phase, times in self.times_ms.items()},
@@ -274,37 +290,35 @@ class _Work:
     accumulation: int
     device: torch.device
     autocast: torch.dtype | None
-    kept: _Kept
+    rewind: Callable[[], None]
 
     def _loss(self) -> Tensor:
-        casting = nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
-        with casting:
+        with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
             return self.loss(self.model, self.batch)
 
     def try_out(self, params: Sequence[Tensor]) -> int:
         """Check the loss and that it reaches the parameters. Returns the bytes of the gradients."""
-        self.kept.rewind_()
+        self.rewind()
         found = self._loss()
-        if not isinstance(found, Tensor):
-            raise TypeError(f"{_WHAT}: the loss is a {type(found).__name__}, expected a scalar tensor")
-        if found.numel() != 1:
-            raise ValueError(f"{_WHAT}: the loss has shape {tuple(found.shape)}, expected a scalar; take its mean")
-        if not found.requires_grad:
-            raise ValueError(f"{_WHAT}: the loss has no gradient, expected one that depends on trainable parameters")
-        if not math.isfinite(value := found.item()):
-            raise ValueError(f"{_WHAT}: the loss is {value}, expected a finite number; check the batch and the dtype")
+        kind = type(found).__name__
+        _refuse(not isinstance(found, Tensor), f"the loss is a {kind}, expected a scalar tensor", TypeError)
+        shape = tuple(found.shape)
+        _refuse(found.numel() != 1, f"the loss has shape {shape}, expected a scalar; take its mean")
+        wrong = not found.requires_grad
+        _refuse(wrong, "the loss has no gradient, expected one that depends on trainable parameters")
+        wrong = not math.isfinite(value := found.item())
+        _refuse(wrong, f"the loss is {value}, expected a finite number; check the batch and the dtype")
         found.backward()  # type: ignore[no-untyped-call]
         grads = [p.grad for p in params if p.grad is not None]
-        if not grads:
-            raise ValueError(f"{_WHAT}: no trainable parameter got a gradient, expected the loss to depend on some")
+        _refuse(not grads, "no trainable parameter got a gradient, expected the loss to depend on some")
         for p in params:
             p.grad = None
         return sum(grad.nbytes for grad in grads)
 
     def step(self, contender: _Contender) -> dict[str, float]:
         """One step from the kept weights. Returns milliseconds per phase."""
-        self.kept.rewind_()
-        clock = _Clock(self.device)
+        self.rewind()
+        clock = Clock(self.device)
         with record_function(f"safefreeze: {contender.name}"):
             for _ in range(self.accumulation):
                 with clock.phase("forward"):
@@ -322,173 +336,56 @@ class _Work:
         return clock.read()
 
 
-class _Clock:
-    """Times the phases of one step: on the CPU by the clock, on a GPU by events, which nothing waits for but `read`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any, Any]] = []
-        if self._on_gpu:
-            torch.cuda.synchronize(device)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with record_function(f"safefreeze: {name}"):
-            begun = self._now()
-            yield
-            self._marks.append((name, begun, self._now()))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds per phase, summed over its times, and from the first beginning to the last end."""
-        if self._on_gpu:
-            self._marks[-1][2].synchronize()
-        times: dict[str, float] = {}
-        for name, begun, ended in [*self._marks, (_WHOLE, self._marks[0][1], self._marks[-1][2])]:
-            spent = begun.elapsed_time(ended) if self._on_gpu else 1e3 * (ended - begun)
-            times[name] = times.get(name, 0.0) + spent
-        return times
-
-
 # --------------------------------------------------------------------------------------------------- putting back
 
 
-class _Kept:
-    """All that training changes of a model and of random generators, to be put back exactly."""
+@contextmanager
+def _kept(model: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
+    """The model may train inside, on its device; afterwards it and the random generators are exactly as before.
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        params = list(model.parameters())
-        self._params = [(p, p.grad, p.requires_grad) for p in params]
-        self._values = [(p, p.detach().clone()) for p in params if p.requires_grad]
-        self._modes = [(module, module.training) for module in model.modules()]
-        # by storage, since a buffer may overlap itself, or be replaced by another
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-        held = [buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None]
-        storages = [buffer.untyped_storage() for buffer in held]
-        self._storages = [(storage, storage.clone()) for storage in storages]  # type: ignore[no-untyped-call]
-        self._device = device
-        self._random = (
-            random.getstate(), np.random.get_state(), torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        )  # fmt: skip
-
-    def begin_(self, model: torch.nn.Module) -> None:
-        """Training mode, no gradients."""
-        model.train()
-        for p, _ in self._values:
-            p.grad = None
+    Yields what makes weights, buffers and random numbers as they were. Gradients are the tensors they were afterwards.
+    """
+    params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    values = [(p, p.detach().clone()) for p, _, trains in params if trains]
+    modes = [(module, module.training) for module in model.modules()]
+    # by storage, since a buffer may overlap itself, or be replaced by another
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    storages = [b.untyped_storage() for _, own in buffers for b in own.values() if b is not None]
+    contents = [(storage, storage.clone()) for storage in storages]  # type: ignore[no-untyped-call]
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def rewind_(self) -> None:
-        """Weights, buffers and random numbers as they were."""
-        for p, value in self._values:
+    def rewind() -> None:
+        for p, value in values:
             p.copy_(value)
-        for module, buffers in self._buffers:
-            module._buffers.update(buffers)
-        for storage, value in self._storages:
-            storage.copy_(value)
-        python, numpy, cpu, gpu = self._random
+        for module, own in buffers:
+            module._buffers.update(own)
+        for storage, content in contents:
+            storage.copy_(content)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if gpu is not None:
-            torch.cuda.set_rng_state(gpu, self._device)
+            torch.cuda.set_rng_state(gpu, device)
 
-    def restore_(self) -> None:
-        """Everything as it was; gradients are the tensors they were."""
-        self.rewind_()
-        for p, grad, flag in self._params:
+    try:
+        model.train()
+        for p, _ in values:
+            p.grad = None
+        with torch.enable_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield rewind
+    finally:
+        rewind()
+        for p, grad, trains in params:
             p.grad = grad
-            p.requires_grad_(flag)
-        for module, mode in self._modes:
+            p.requires_grad_(trains)
+        for module, mode in modes:
             module.training = mode
 
 
 @contextmanager
-def _kept(model: torch.nn.Module, device: torch.device) -> Iterator[_Kept]:
-    """The model may train inside, on its device; afterwards it is as it was before."""
-    kept = _Kept(model, device)
-    try:
-        kept.begin_(model)
-        with torch.enable_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            yield kept
-    finally:
-        kept.restore_()
-
-
-# --------------------------------------------------------------------------------------------- memory and machine
-
-
-def _peak_of(contender: _Contender, work: _Work, proof: Snapshot | None, tick: Callable[[], object]) -> int | None:
-    """Most bytes in use during two steps of a new optimizer, beyond those before; the first step makes the state.
-
-    On the CPU this is resident memory. None where the system does not tell it.
-    """
-    gc.collect()
-    work.kept.rewind_()
-    contender.start()
-    before = _restart_peak(work.device)
-    for _ in range(2):
-        work.step(contender)
-        tick()
-    peak = None if before is None else _peak(work.device) - before
-    if proof is not None:
-        proof.verify(work.model)
-    contender.optimizer = None
-    return peak
-
-
-def _restart_peak(device: torch.device) -> int | None:
-    """Forget the peak so far. Returns the bytes in use; None where there is no peak to be had."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        # what glibc keeps of freed memory would count as in use before, and hide as much of the peak
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
-    except (OSError, AttributeError, TypeError):  # no Linux, no glibc, or not allowed
-        return None
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(entry: str) -> int:
-    """Bytes that the kernel tells of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == entry:
-            return int(value.split()[0]) << 10
-    raise OSError(f"/proc/self/status has no {entry}")
-
-
-def _peak_is(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "most memory allocated on the GPU beyond weights and buffers"
-    return "growth of the process's resident memory, to within its allocator's reserves"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[], object]]:
+def _bar(shown: bool, total: int) -> Iterator[Tick]:
     """Yields what to call after each of ``total`` steps."""
     if not shown:
         yield lambda: None
@@ -497,3 +394,7 @@ def _bar(shown: bool, total: int) -> Iterator[Callable[[], object]]:
 
     with tqdm(total=total, desc="profiling", unit="step") as bar:
         yield bar.update
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
