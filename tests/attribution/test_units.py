@@ -27,7 +27,8 @@ from safefreeze_kernels.attribution import (
     register_family,
     score_units,
 )
-from safefreeze_kernels.attribution.units import FAMILIES, unit_masks
+from safefreeze_kernels.attribution.families import FAMILIES
+from safefreeze_kernels.attribution.units import unit_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # models this small gain nothing from threads
 
