@@ -1,21 +1,16 @@
-"""Labels, scores and index lists made elsewhere: the files and arrays other projects publish, made ours.
+"""Labels, scores and index lists made elsewhere, made ours.
 
-What a source holds decides what it becomes. Labels of units become `UnitLabels`, lists of units a
-`UnitSelection`, one score per unit a `UnitRanking`; scores of single weights are reduced to units or become a plan
-of element masks, lists of single rows and columns become a plan.
+What a source holds decides what it becomes. Labels of units become `UnitLabels`, lists of units a `UnitSelection`, one
+score per unit a `UnitRanking`; scores of single weights are reduced to units or become a plan of element masks, lists
+of single rows and columns become a plan.
 
-A file is read by its ending: ``.safetensors``, ``.pt`` (``torch.save``; tensors, numbers and containers only, never
-code), ``.npy`` and ``.npz``, ``.csv``, ``.json`` and ``.txt``. Nothing is unpickled, nothing is evaluated.
+A source is an object (lists, mappings, arrays, tensors) or a ``.safetensors`` file of tensors. Other projects' files
+(``.pt``, ``.npy``, ``.csv``, printed lists) are read by ``examples/foreign_formats.py``.
 """
 
 from __future__ import annotations
 
-import ast
-import csv
-import json
 import os
-import pickle
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -26,7 +21,8 @@ from torch import Tensor
 
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
-from .selections import LABELS, UnitLabels, UnitRanking, UnitSelection
+from .files import read_tensors
+from .selections import UnitLabels, UnitRanking, UnitSelection
 from .units import Piece, UnitLayout
 
 __all__ = [
@@ -43,10 +39,7 @@ __all__ = [
 Reduce = Literal["mean", "sum", "max"]
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[Any, Any] | Sequence[Any] | np.ndarray | Tensor"
 
-_LABEL_KEYS: Final = (("attention_heads", "mlp_channels"), ("atten_attr", "mlp_attr"))
-_PROTOTYPE_FILES: Final = ("atten_attr.pt", "mlp_attr.pt")
-_RU, _CU = LABELS.index("RU"), LABELS.index("CU")
-#: Lines of SN-Tune's neuron file: the matrix, and whether a neuron is one of its rows or columns.
+#: What SN-Tune's detector prints, in its order: the matrix, and whether a neuron is one of its rows or columns.
 _NEURON_LINES: Final = (
     ("up_proj", "rows"),
     ("down_proj", "cols"),
@@ -63,57 +56,19 @@ def read_labels(path: str | os.PathLike[str]) -> UnitLabels:
     """Read the label of every unit: codes 0 RU, 1 SCU, 2 UCU, 3 CU, ``[layers, heads]`` and ``[layers, d_ff]``.
 
     Args:
-        path: a file with tensors ``attention_heads`` and ``mlp_channels`` (what `UnitLabels.save` writes); or the
-            SSAH prototype's ``attribution`` folder, or one of the two files in it, ``atten_attr.pt`` and
-            ``mlp_attr.pt`` (float32 codes; of a base model bool, True = not redundant, which reads as CU); or a
-            ``.csv`` with the columns layer, unit, kind (head or channel) and label (name or code), one line for
-            every unit.
+        path: a ``.safetensors`` file with tensors ``attention_heads`` and ``mlp_channels``, what `UnitLabels.save`
+            writes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError, TypeError: not such a file, a file that needs pickle code to load, units missing or labelled
-            twice, other codes; see `UnitLabels`.
+        ValueError, TypeError: not such a file, other codes; see `UnitLabels`.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() or path.name in _PROTOTYPE_FILES:
-        heads, channels = (_load("read_labels", folder / name) for name in _PROTOTYPE_FILES)
-    elif path.suffix == ".csv":
-        rows = _load("read_labels", path)
-        heads, channels = (_labels_of(rows, word, path) for word in ("heads", "channels"))
-    else:
-        content = _load("read_labels", path)
-        names = list(content) if isinstance(content, Mapping) else [type(content).__name__]
-        keys = next((keys for keys in _LABEL_KEYS if set(keys) <= set(names)), None)
-        if keys is None:
-            raise ValueError(
-                f"read_labels: {os.fspath(path)!r} holds {_few(names)}, expected tensors attention_heads and "
-                "mlp_channels"
-            )
-        heads, channels = (content[key] for key in keys)
-    return UnitLabels(_codes("heads", heads), _codes("channels", channels))
-
-
-def _codes(word: str, labels: Any) -> Tensor:
-    """Integer codes, where labels are whole numbers kept as floats, or bools that tell RU from the rest."""
-    if not isinstance(labels, Tensor | np.ndarray):
-        raise TypeError(f"read_labels: {word} is a {type(labels).__name__}, expected a tensor of codes")
-    codes = torch.as_tensor(labels)
-    if codes.dtype == torch.bool:
-        return torch.where(codes, _CU, _RU)
-    if codes.is_floating_point() and bool((codes == codes.round()).all()):
-        return codes.to(torch.int64)
-    return codes
-
-
-def _labels_of(rows: _Table, word: str, path: Path) -> np.ndarray:
-    where = f"read_labels: {os.fspath(path)!r}"
-    if not {"layer", "unit", "kind", "label"} <= set(rows[0]):
-        raise ValueError(f"{where} has columns {_few(rows[0])}, expected layer, unit, kind and label")
-    pairs, values = _lines(where, rows, word, "label")
-    if not pairs.size:
-        raise ValueError(f"{where} labels no {word}, expected every unit")
-    return _filled(where, word, pairs, values, (int(pairs[:, 0].max()) + 1, int(pairs[:, 1].max()) + 1))
+    tensors = _load("read_labels", Path(path))
+    if not {"attention_heads", "mlp_channels"} <= set(tensors):
+        raise ValueError(
+            f"read_labels: {os.fspath(path)!r} holds {_few(tensors)}, expected tensors attention_heads and mlp_channels"
+        )
+    return UnitLabels(tensors["attention_heads"], tensors["mlp_channels"])
 
 
 # -------------------------------------------------------------------------------------------- lists of units
@@ -127,14 +82,12 @@ def units_from(layout: UnitLayout, *, heads: Source | None = None, channels: Sou
         heads, channels: the units of each kind to freeze, numbered within their layer; None for none. Either
             takes ``{layer: indices}``; a list with the indices (or None) of every layer, as TwinBreak saves; an
             integer array ``[n, 2]`` of (layer, unit) pairs, as THU-KEG's ranks are; a bool array ``[layers,
-            units]``; or a file that holds one of these (a ``.csv`` has the columns layer and unit, and kind,
-            head or channel, where it lists both).
+            units]``; or a ``.safetensors`` file with such an array, named heads or channels.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: something else, or indices that are not integers.
-        ValueError: no units at all, a layer or unit the model does not have, a unit given twice, a file that
-            needs pickle code to load.
+        ValueError: no units at all, a layer or unit the model does not have, a unit given twice.
 
     >>> units_from(layout, channels={0: [3, 17], 5: [1]}).build(model)  # doctest: +SKIP
     """
@@ -152,12 +105,6 @@ def _listed(word: str, source: Source, shape: tuple[int, int]) -> np.ndarray:
     """Bool ``shape``, True where ``source`` lists the unit."""
     where = f"units_from: {word}"
     content = _content("units_from", source, word)
-    if isinstance(content, _Table):
-        if {"score", "label"} & set(content[0]):
-            raise ValueError(
-                f"{where}: the file has a score or label per unit; read it with scores_from or read_labels"
-            )
-        content = _lines(where, content, word, None)[0]
     chosen = np.zeros(shape, bool)
     if isinstance(content, np.ndarray) and content.dtype == np.bool_:
         if content.shape != shape:
@@ -188,16 +135,15 @@ def scores_from(
     reduce: Reduce = "mean",
     method: str = "foreign",
 ) -> UnitRanking:
-    """Take one score per unit from arrays or files; the highest are frozen first.
+    """Take one score per unit from arrays; the highest are frozen first.
 
     Args:
         layout: the model, from `find_units`.
         heads, channels: scores of each kind, None where there are none. Either takes an array ``[layers,
             units]``; for every layer (a list, or ``{layer: tensor}``) an attribution shaped like the layer's
-            output, ``[…, features]``, as Captum returns it (``[batch, tokens, features]``); or a file that holds
-            one of these (a ``.csv`` has the columns layer, unit and score, and kind where it scores both; of the
-            tuple THU-KEG saves, its first entry, the change scores). A head's features are those it hands to the
-            output projection: ``[layers, heads, head_dim]``, or ``heads · head_dim`` of them per layer.
+            output, ``[…, features]``, as Captum returns it (``[batch, tokens, features]``); or a ``.safetensors`` file
+            with such an array, named heads or channels. A head's features are those it hands to the output projection:
+            ``[layers, heads, head_dim]``, or ``heads · head_dim`` of them per layer.
         reduce: how batch, time and a head's features become one number: their ``"mean"``, ``"sum"`` or
             ``"max"``. Signed attributions cancel in a mean or sum; pass ``.abs()`` where they should not.
         method: name of the method, for plans' metadata.
@@ -205,10 +151,9 @@ def scores_from(
     Raises:
         FileNotFoundError: no such file.
         TypeError: something else.
-        ValueError: no scores, layers or units missing or given twice, NaN or infinite scores, a file that needs
-            pickle code to load.
+        ValueError: no scores, layers or units missing or given twice, NaN or infinite scores.
 
-    >>> MaskBuilder(scores_from(layout, channels="change_scores.pt")).top(0.05)  # doctest: +SKIP
+    >>> MaskBuilder(scores_from(layout, channels=change_scores)).top(0.05)  # doctest: +SKIP
     """
     _check_reduce("scores_from", reduce)
     scores = {
@@ -222,12 +167,6 @@ def _scored(word: str, source: Source, shape: tuple[int, int], head_dim: int, re
     """Float64 ``shape``."""
     where = f"scores_from: {word}"
     content = _content("scores_from", source, word)
-    if isinstance(content, _Table):
-        pairs, values = _lines(where, content, word, "score")
-        return _filled(where, word, pairs, values, shape)
-    if isinstance(content, tuple) and len(content) == 6:
-        # THU-KEG: change scores, ranks, and mean and standard deviation of both models' activations
-        content = _as_array(content[0])
     if isinstance(content, np.ndarray):
         if content.dtype.kind not in "biuf":
             raise TypeError(f"{where} holds {content.dtype}, expected numbers")
@@ -440,29 +379,23 @@ def _reduced(scores: Tensor, dim: int | tuple[int, ...], reduce: Reduce) -> Tens
 # ------------------------------------------------------------------------------------- single rows, columns
 
 
-def plan_from_neurons(layout: UnitLayout, source: str | os.PathLike[str] | Sequence[Mapping[Any, Any]]) -> FreezePlan:
-    """Freeze the neurons of an SN-Tune file: single rows and columns of single matrices, not units.
+def plan_from_neurons(layout: UnitLayout, source: Sequence[Mapping[Any, Any]]) -> FreezePlan:
+    """Freeze the neurons of SN-Tune's detector: single rows and columns of single matrices, not units.
 
-    The file has five lines in a fixed order, each ``{layer: indices}``: neurons of ``ffn_up`` (rows of up_proj),
+    It prints five lines in a fixed order, each ``{layer: indices}``: neurons of ``ffn_up`` (rows of up_proj),
     ``ffn_down`` (columns of down_proj), ``q``, ``k`` and ``v`` (rows of q_proj, k_proj, v_proj). The neurons listed
     are what freezes; a bias entry freezes with its row.
 
     Args:
         layout: the model, from `find_units`.
-        source: the file, or its five mappings.
+        source: the five mappings.
 
     Raises:
-        FileNotFoundError: no such file.
         TypeError: indices that are not integers.
         ValueError: not five mappings, a layer or neuron the model does not have, a neuron given twice, no neurons at
             all, an architecture that has no such matrices.
     """
-    lines: Sequence[Any]
-    if isinstance(source, str | os.PathLike):
-        text = _text("plan_from_neurons", Path(source))
-        lines = [_literal("plan_from_neurons", Path(source), line) for line in text.splitlines() if line.strip()]
-    else:
-        lines = source
+    lines: Sequence[Any] = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     if len(lines) != len(_NEURON_LINES) or not all(isinstance(line, Mapping) for line in lines):
         raise ValueError(
             f"plan_from_neurons: got {_few(type(line).__name__ for line in lines)}, expected five mappings of layer to "
@@ -488,8 +421,7 @@ def plan_from_neurons(layout: UnitLayout, source: str | os.PathLike[str] | Seque
                 masks[bias] = FreezeMask(shapes[bias], rows=index)
     if not masks:
         raise ValueError("plan_from_neurons: no neurons in any line, expected at least one; was anything detected?")
-    neurons = {"neurons_from": _named(source=source)["source"]}
-    return FreezePlan(masks, {"selection": neurons, "model_type": layout.model_type})
+    return FreezePlan(masks, {"selection": {"neurons_from": "given"}, "model_type": layout.model_type})
 
 
 def _names_of(layout: UnitLayout, layer: int) -> list[str]:
@@ -509,7 +441,7 @@ def _kinds(
 
 def _content(operation: str, source: Source, word: str) -> Any:
     """What ``source`` holds of one kind of unit; a tensor as an array."""
-    content = _load(operation, Path(source)) if isinstance(source, str | os.PathLike) else source
+    content: Any = _load(operation, Path(source)) if isinstance(source, str | os.PathLike) else source
     if isinstance(content, Mapping) and word in content:
         content = content[word]
     return _as_array(content)
@@ -563,47 +495,6 @@ def _indices(where: str, given: Any, size: int) -> np.ndarray:
     return index
 
 
-def _lines(where: str, rows: _Table, word: str, column: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Int64 (layer, unit) pairs and the values of ``column`` of a table's lines about one kind of unit."""
-    needed = {"layer", "unit", *([column] if column else [])}
-    if not needed <= set(rows[0]):
-        raise ValueError(f"{where}: columns {_few(rows[0])}, expected {_few(sorted(needed))} (and kind)")
-    pairs, values = [], []
-    for number, row in enumerate(rows, start=2):
-        kind = (row.get("kind") or word).strip().lower()
-        if kind not in ("head", "heads", "channel", "channels"):
-            raise ValueError(f"{where}: line {number} has kind {kind!r}, expected head or channel")
-        if kind.rstrip("s") != word.rstrip("s"):
-            continue
-        try:
-            pairs.append((int(row["layer"]), int(row["unit"])))
-            value = (row[column] if column else "0").strip()
-            values.append(LABELS.index(value) if column == "label" and value in LABELS else float(value))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: line {number} is {dict(row)!r}, expected numbers ({error})") from None
-    return np.array(pairs, np.int64).reshape(-1, 2), np.array(values, np.float64)
-
-
-def _filled(where: str, word: str, pairs: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The values as an array ``shape``: every unit exactly once."""
-    outside = ((pairs < 0) | (pairs >= shape)).any(1)
-    if outside.any():
-        raise ValueError(f"{where}: {word} of {shape} hold no layer and unit {tuple(pairs[outside][0].tolist())}")
-    if 2 * len(pairs) < shape[0] * shape[1]:  # before memory is taken for whatever numbers a file may name
-        raise ValueError(f"{where}: {len(pairs)} lines for {shape[0]} x {shape[1]} {word}, expected each unit once")
-    times = np.zeros(shape, np.int64)
-    np.add.at(times, tuple(pairs.T), 1)
-    if (times != 1).any():
-        layer, unit = np.argwhere(times != 1)[0].tolist()
-        found = "more than once" if times[layer, unit] else "nowhere"
-        raise ValueError(
-            f"{where}: {word.rstrip('s')} {unit} of layer {layer} is {found} in the table, expected each unit once"
-        )
-    filled = np.empty(shape)
-    filled[tuple(pairs.T)] = values
-    return filled
-
-
 def _named(**sources: Any) -> dict[str, str | None]:
     """Where sources came from, for a plan's metadata: a file's name, else the kind of object."""
     return {
@@ -622,87 +513,16 @@ def _few(items: Iterable[Any]) -> str:
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "") or "nothing"
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
-class _Table(list[dict[str, str]]):
-    """Lines of a ``.csv``, at least one; names of columns in lower case."""
-
-
-def _load(operation: str, path: Path) -> Any:
-    """What a file holds, by its ending: tensors, arrays, containers, a table."""
+def _load(operation: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file."""
     if not path.is_file():
         raise FileNotFoundError(f"{operation}: no file {os.fspath(path)!r}")
-    if path.suffix == ".pt":
-        return _load_torch(operation, path)
-    if path.suffix in (".npy", ".npz"):
-        return _load_numpy(operation, path)
-    if path.suffix in (".json", ".txt"):
-        return _literal(operation, path, _text(operation, path))
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(_text(operation, path).splitlines()))
-        if not rows:
-            raise ValueError(f"{operation}: {os.fspath(path)!r} has no lines, expected a header and a line per unit")
-        return _Table({(key or "").strip().lower(): value for key, value in row.items()} for row in rows)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{operation}: {os.fspath(path)!r} is not a safetensors file ({error})") from error
-    raise ValueError(
-        f"{operation}: {os.fspath(path)!r} ends in {path.suffix!r}, expected .safetensors, .pt, .npy, .npz, .csv, "
-        ".json or .txt"
-    )
-
-
-def _load_torch(operation: str, path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        code = found.group(1) if found else "pickled objects"
+    if path.suffix != ".safetensors":
         raise ValueError(
-            f"{operation}: {os.fspath(path)!r} needs pickle code to load ({code}), which could run anything, expected "
-            "tensors, numbers and containers only; where you trust it, load it there and save its tensors with "
-            "safetensors"
-        ) from None
-    except Exception as error:  # damage surfaces as whatever the reader trips over, assertions included
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is truncated or not a torch.save file ({error})") from error
-
-
-def _load_numpy(operation: str, path: Path) -> Any:
+            f"{operation}: {os.fspath(path)!r} ends in {path.suffix!r}, expected .safetensors; "
+            "examples/foreign_formats.py reads .pt, .npy, .npz, .csv, .json and .txt"
+        )
     try:
-        content = np.load(path, allow_pickle=False)
-        return content if isinstance(content, np.ndarray) else {key: content[key] for key in content.files}
-    except Exception as error:  # as above
-        hint = ""
-        if "pickle" in str(error):
-            hint = "; it needs pickle code to load, which could run anything: save plain arrays"
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a file of plain arrays ({error}){hint}") from error
-
-
-def _text(operation: str, path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{operation}: no file {os.fspath(path)!r}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a text file ({error})") from error
-
-
-def _literal(operation: str, path: Path, text: str) -> Any:
-    """A JSON value or a Python literal (with sets); never evaluated."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(
-            f"{operation}: {os.fspath(path)!r} holds {text.strip()[:40]!r}, expected a JSON value or a Python literal "
-            f"({error})"
-        ) from None
+        return read_tensors(path)[1]
+    except ValueError as error:
+        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a safetensors file ({error})") from error
