@@ -21,20 +21,6 @@ from .batches import Pass
 from .collecting import Collector, Count, Scored, UnitValues, zero_totals
 from .units import Reader, UnitLayout
 
-__all__ = [
-    "FORMULAS",
-    "ActivationMoments",
-    "Counted",
-    "Positions",
-    "UnitInputs",
-    "at_least_float32",
-    "contrast",
-    "formula_scores",
-    "model_device",
-    "saving_arguments",
-    "watched",
-]
-
 Positions = Literal["predicting", "response", "all"]
 
 

@@ -10,8 +10,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["Pass", "encode_pairs", "read_passes"]
-
 _IGNORE: Final = -100
 _FILL: Final = {"labels": _IGNORE}  # of what is padded; everything else is filled with 0
 

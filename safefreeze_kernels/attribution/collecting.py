@@ -20,7 +20,6 @@ from .files import read_tensors, stamped, write_tensors
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Collector", "Count", "Partial", "Scored", "UnitValues", "collect", "merge_ranks", "zero_totals"]
 
 _PARTIAL: Final = "safefreeze.partial_scores"
 

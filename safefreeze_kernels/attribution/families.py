@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-__all__ = ["FAMILIES", "Bank", "Family", "register_family"]
-
 
 @dataclass(frozen=True)
 class Bank:

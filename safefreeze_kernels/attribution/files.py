@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..plan.files import write_atomically
 
-__all__ = ["read_tensors", "stamped", "write_tensors"]
-
 _VERSION: Final = "2"
 
 

@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = [
-    "COLOURS",
-    "complete_plan",
-    "draw_layers",
-    "draw_plan",
-    "draw_units",
-    "facts_table",
-    "frozen_units",
-    "label_table",
-    "module_table",
-    "score_table",
-    "shares_by_layer",
-    "stability_table",
-]
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey
 COLOURS: Final = {"SCU": "#D55E00", "CU": "#0072B2", "UCU": "#E69F00", "RU": "#999999", "frozen": "#0072B2"}

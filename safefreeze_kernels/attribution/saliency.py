@@ -21,17 +21,6 @@ from .batches import Pass
 from .collecting import Collector, Count, Scored, UnitValues, zero_totals
 from .units import Piece, UnitLayout
 
-__all__ = [
-    "GradientSums",
-    "Margin",
-    "MarginGradients",
-    "answer_loss",
-    "decision_ratio",
-    "gradient_times_activation",
-    "patching_effect",
-    "plain_sums",
-]
-
 _CHUNK: Final = 1 << 22  # elements of a gradient in float32 at a time
 _FLOOR: Final = 0.001
 
@@ -156,15 +145,10 @@ def _blocks(layout: UnitLayout, device: torch.device) -> dict[str, list[_Block]]
 
 
 def _target(layout: UnitLayout, piece: Piece, layer: int, low: int, device: torch.device) -> _Target:
+    units, places, share = layout.shared(piece)
+    before = layer * layout.unit_shapes[units][1]  # units of the layers before
     lines = torch.from_numpy(piece.index - low).to(device)
-    if piece.units == "channel":
-        first, share = layer * layout.d_ff + piece.first, 1
-    else:
-        share = layout.group_size if piece.units == "kv" else 1
-        first = layer * layout.n_heads + piece.first * share
-    return _Target(
-        "channels" if piece.units == "channel" else "heads", slice(first, first + len(lines) * share), lines, share
-    )
+    return _Target(units, slice(before + places.start, before + places.stop), lines, share)
 
 
 def _squares(_: Tensor, gradient: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ from .units import UnitLayout, check_word, find_units
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["METHODS", "SETS", "SetScores", "UnitScores", "refusal_margins", "score_units"]
 
 #: The calibration sets.
 SETS: Final = ("safety", "utility")

@@ -25,17 +25,6 @@ from .files import read_tensors
 from .selections import UnitLabels, UnitRanking, UnitSelection
 from .units import Piece, UnitLayout
 
-__all__ = [
-    "Reduce",
-    "Source",
-    "plan_from_neurons",
-    "plan_from_weights",
-    "read_labels",
-    "scores_from",
-    "scores_from_weights",
-    "units_from",
-]
-
 Reduce = Literal["mean", "sum", "max"]
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[Any, Any] | Sequence[Any] | np.ndarray | Tensor"
 
@@ -91,14 +80,14 @@ def units_from(layout: UnitLayout, *, heads: Source | None = None, channels: Sou
 
     >>> units_from(layout, channels={0: [3, 17], 5: [1]}).build(model)  # doctest: +SKIP
     """
-    chosen = {
-        word: np.zeros(shape, bool) if source is None else _listed(word, source, shape)
-        for word, source, shape in _kinds("units_from", layout, heads, channels)
-    }
+    given = _given("units_from", heads=heads, channels=channels)
+    shapes = layout.unit_shapes
+    chosen = {word: np.zeros(shape, bool) for word, shape in shapes.items()}
+    chosen |= {word: _listed(word, source, shapes[word]) for word, source in given.items()}
     if not any(units.any() for units in chosen.values()):
         raise ValueError("units_from: heads and channels hold no units, expected at least one; was anything detected?")
-    about = {"selection": {"units_from": _named(heads=heads, channels=channels)}}
-    return UnitSelection(chosen["heads"], chosen["channels"], layout, about)
+    names = {word: None if word not in given else _named(given[word]) for word in shapes}
+    return UnitSelection(chosen["heads"], chosen["channels"], layout, {"selection": {"units_from": names}})
 
 
 def _listed(word: str, source: Source, shape: tuple[int, int]) -> np.ndarray:
@@ -156,11 +145,11 @@ def scores_from(
     >>> MaskBuilder(scores_from(layout, channels=change_scores)).top(0.05)  # doctest: +SKIP
     """
     _check_reduce("scores_from", reduce)
+    given = _given("scores_from", heads=heads, channels=channels)
     scores = {
-        word: None if source is None else _scored(word, source, shape, layout.head_dim, reduce)
-        for word, source, shape in _kinds("scores_from", layout, heads, channels)
+        word: _scored(word, source, layout.unit_shapes[word], layout.head_dim, reduce) for word, source in given.items()
     }
-    return UnitRanking(layout, scores["heads"], scores["channels"], method)
+    return UnitRanking(layout, scores.get("heads"), scores.get("channels"), method)
 
 
 def _scored(word: str, source: Source, shape: tuple[int, int], head_dim: int, reduce: Reduce) -> np.ndarray:
@@ -230,9 +219,9 @@ def scores_from_weights(
     for layer in range(layout.n_layers):
         for piece in layout.pieces(layer):
             pieces.setdefault(piece.parameter, (layer, []))[1].append(piece)
-    shapes = {"head": layout.heads_shape, "channel": layout.channels_shape}
-    totals = {kind: np.full(shape, -np.inf if reduce == "max" else 0.0) for kind, shape in shapes.items()}
-    counts = {kind: np.zeros(shape) for kind, shape in shapes.items()}  # of weights
+    shapes = layout.unit_shapes.items()
+    totals = {units: np.full(shape, -np.inf if reduce == "max" else 0.0) for units, shape in shapes}
+    counts = {units: np.zeros(shape) for units, shape in shapes}  # of weights
     add = np.maximum if reduce == "max" else np.add
     seen: set[str] = set()
     for name, scores in weights.items() if isinstance(weights, Mapping) else weights:
@@ -243,26 +232,25 @@ def scores_from_weights(
         layer, held = pieces[name]
         matrix = _score_matrix("scores_from_weights", name, scores, held[0].shape)
         for piece in held:
-            kind, sharing = ("head", layout.group_size) if piece.units == "kv" else (piece.units, 1)
+            units, places, sharing = layout.shared(piece)
             score, size = _of_units(piece, matrix, reduce)
-            units = slice(piece.first * sharing, (piece.first + len(score)) * sharing)
             score = score if reduce == "max" else score / sharing
-            totals[kind][layer, units] = add(totals[kind][layer, units], score.repeat(sharing))
-            counts[kind][layer, units] += size / sharing
+            totals[units][layer, places] = add(totals[units][layer, places], score.repeat(sharing))
+            counts[units][layer, places] += size / sharing
     if not seen:
         raise ValueError("scores_from_weights: no scores given, expected a matrix per parameter")
-    for kind, count in counts.items():
+    for word, count in counts.items():
         if (count != count[0, 0]).any():
             layer = int(np.argwhere(count != count[0, 0])[0, 0])
             missing = sorted(name for name, (place, _) in pieces.items() if place in (0, layer) and name not in seen)
             raise ValueError(
-                f"scores_from_weights: {kind}s of layers 0 and {layer} are scored by different parameters (missing: "
+                f"scores_from_weights: {word} of layers 0 and {layer} are scored by different parameters (missing: "
                 f"{_few(missing)}), expected the same ones for all"
             )
         if reduce == "mean" and count.any():
-            totals[kind] /= count
-    heads, channels = (totals[kind] if counts[kind].any() else None for kind in ("head", "channel"))
-    return UnitRanking(layout, heads, channels, method)
+            totals[word] /= count
+    scored = {word: total for word, total in totals.items() if counts[word].any()}
+    return UnitRanking(layout, scored.get("heads"), scored.get("channels"), method)
 
 
 def _of_units(piece: Piece, matrix: Tensor, reduce: Reduce) -> tuple[np.ndarray, int]:
@@ -324,13 +312,13 @@ def plan_from_weights(
             frozen = scores.detach().cpu().numpy()
         else:
             frozen = _highest(name, scores, share, "weights")
-            if utility is not None and utility_share is not None:
-                if utility[name].shape != scores.shape:
-                    raise ValueError(
-                        f"plan_from_weights: {name!r} has shape {tuple(scores.shape)} in weights and "
-                        f"{tuple(utility[name].shape)} in utility, expected the same"
-                    )
-                frozen &= ~_highest(name, utility[name], utility_share, "utility")
+        if utility is not None and utility_share is not None:
+            if utility[name].shape != scores.shape:
+                raise ValueError(
+                    f"plan_from_weights: {name!r} has shape {tuple(scores.shape)} in weights and "
+                    f"{tuple(utility[name].shape)} in utility, expected the same"
+                )
+            frozen &= ~_highest(name, utility[name], utility_share, "utility")
         if frozen.any():
             masks[name] = FreezeMask(tuple(scores.shape), elements=torch.from_numpy(frozen))
     if not masks:
@@ -405,7 +393,8 @@ def plan_from_neurons(layout: UnitLayout, source: Sequence[Mapping[Any, Any]]) -
     masks: dict[str, FreezeMask] = {}
     for (matrix, axis), line in zip(_NEURON_LINES, lines, strict=True):
         for layer, given in _by_layer(f"plan_from_neurons: {matrix}", line, layout.n_layers).items():
-            names = [name for name in _names_of(layout, layer) if name.endswith(f".{matrix}.weight")]
+            of_layer = dict.fromkeys(piece.parameter for piece in layout.pieces(layer))
+            names = [name for name in of_layer if name.endswith(f".{matrix}.weight")]
             if len(names) != 1:
                 raise ValueError(
                     f"plan_from_neurons: {layout.model_type} has {len(names)} matrices {matrix!r} per layer, expected "
@@ -424,19 +413,15 @@ def plan_from_neurons(layout: UnitLayout, source: Sequence[Mapping[Any, Any]]) -
     return FreezePlan(masks, {"selection": {"neurons_from": "given"}, "model_type": layout.model_type})
 
 
-def _names_of(layout: UnitLayout, layer: int) -> list[str]:
-    return list(dict.fromkeys(piece.parameter for piece in layout.pieces(layer)))
-
-
 # -------------------------------------------------------------------------------------------- what is listed
 
 
-def _kinds(
-    operation: str, layout: UnitLayout, heads: Source | None, channels: Source | None
-) -> tuple[tuple[str, Source | None, tuple[int, int]], ...]:
-    if heads is None and channels is None:
+def _given(operation: str, **sources: Source | None) -> dict[str, Source]:
+    """The sources that are given, at least one."""
+    given = {word: source for word, source in sources.items() if source is not None}
+    if not given:
         raise ValueError(f"{operation}: neither heads nor channels given, expected at least one of them")
-    return ("heads", heads, layout.heads_shape), ("channels", channels, layout.channels_shape)
+    return given
 
 
 def _content(operation: str, source: Source, word: str) -> Any:
@@ -495,12 +480,9 @@ def _indices(where: str, given: Any, size: int) -> np.ndarray:
     return index
 
 
-def _named(**sources: Any) -> dict[str, str | None]:
-    """Where sources came from, for a plan's metadata: a file's name, else the kind of object."""
-    return {
-        word: None if source is None else os.fspath(source) if isinstance(source, str | os.PathLike) else "given"
-        for word, source in sources.items()
-    }
+def _named(source: Source) -> str:
+    """Where a source came from, for a plan's metadata: a file's name, else "given"."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "given"
 
 
 def _check_reduce(operation: str, reduce: str) -> None:

@@ -20,8 +20,6 @@ import torch
 from ..plan.mask import FreezeMask
 from .families import FAMILIES, Bank, Family
 
-__all__ = ["KvPolicy", "Piece", "Preset", "Reader", "UnitLayout", "check_word", "find_units", "unit_masks"]
-
 Preset = Literal["full", "producer"]
 KvPolicy = Literal["any", "all", "never"]
 Kind = Literal["head", "kv", "channel"]
@@ -181,6 +179,13 @@ class UnitLayout:
     def readers(self, layer: int) -> tuple[Reader, ...]:
         """The matrices of a layer that read units: attention first, then the MLP, expert by expert."""
         return self._readers[layer]
+
+    def shared(self, piece: Piece) -> tuple[Literal["heads", "channels"], slice, int]:
+        """Whose a piece's weights are: the kind of unit, which of a layer's, and how many in turn share each unit of the
+        piece (query heads, a KV head)."""
+        sharing = self.group_size if piece.units == "kv" else 1
+        places = slice(piece.first * sharing, (piece.first + len(piece.index)) * sharing)
+        return "channels" if piece.units == "channel" else "heads", places, sharing
 
     def to_json(self) -> str:
         """This layout as a JSON object."""
@@ -462,7 +467,7 @@ def unit_masks(
 
     Args:
         layout: where units live.
-        heads, channels: bool ``[n_layers, n_heads]`` and ``[n_layers, d_ff]``, True = frozen.
+        heads, channels: bool, of the layout's `unit_shapes`, True = frozen.
         preset: ``"producer"`` freezes what computes a unit: its features of q, k, v, gate and up (rows; columns of
             a ``Conv1D``) and their biases. ``"full"`` adds what reads it: columns of the output projections.
             Columns of one expert in a fused tensor become an element mask.
