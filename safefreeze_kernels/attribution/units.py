@@ -181,8 +181,8 @@ class UnitLayout:
         return self._readers[layer]
 
     def shared(self, piece: Piece) -> tuple[Literal["heads", "channels"], slice, int]:
-        """Whose a piece's weights are: the kind of unit, which of a layer's, and how many in turn share each unit of the
-        piece (query heads, a KV head)."""
+        """Whose a piece's weights are: the kind of unit, which of a layer's, and how many units share each of the
+        piece's (query heads, a KV head)."""
         sharing = self.group_size if piece.units == "kv" else 1
         places = slice(piece.first * sharing, (piece.first + len(piece.index)) * sharing)
         return "channels" if piece.units == "channel" else "heads", places, sharing
