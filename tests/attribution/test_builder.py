@@ -12,12 +12,10 @@ import pytest
 import torch
 import transformers
 from attribution_models import (
-    ANSWERS,
     LABEL_FILE,
     LLAMA_2_7B,
-    ROWS,
+    SAFETY,
     UTILITY,
-    batch_of,
     flat,
     needs_labels,
     random_scores,
@@ -222,7 +220,7 @@ def builder_with_costs(**ratios: float) -> tuple[MaskBuilder, np.ndarray, np.nda
 
 
 def chosen(selection: UnitSelection) -> np.ndarray:
-    return flat(selection.heads, selection.channels)
+    return selection.flat
 
 
 def test_freeze_by_label() -> None:
@@ -333,9 +331,7 @@ def test_nothing_and_everything() -> None:
         with pytest.raises(ValueError, match=r"(freeze|top|set_difference|train_only): selects no unit .*expected at"):
             nothing()
     for nothing in (lambda: builder.train_only("RU", 0.0), lambda: builder_with_costs(RU=0.0)[0].train_only("RU")):
-        with pytest.raises(
-            ValueError, match=r"no unit is left to train .*; to freeze every unit on purpose, use freeze"
-        ):
+        with pytest.raises(ValueError, match=r"no unit is left to train .*; to freeze every unit on purpose, use fr"):
             nothing()
     some = builder.freeze()
     with pytest.raises(ValueError, match="build: the selection holds no unit"):
@@ -448,12 +444,8 @@ def test_set_difference_by_hand() -> None:
     scores = scores_from_channels([9.0, 7, 6, 5, 1, 2, 8, 4, 3, 0], [0.0, 3, 4, 6, 1, 2, 8, 5, 7, 9])
     left = MaskBuilder(scores).set_difference(np.int64(4), 3, units="channels")  # numpy's numbers fit into a plan file
     assert np.flatnonzero(left.channels).tolist() == [0, 1, 2] and not left.heads.any()
-    assert left.build().metadata["selection"] == {
-        "set_difference": {"safety": 4, "utility": 3},
-        "units": "channels",
-        "per_layer": True,
-        "apart": True,
-    }
+    where = {"units": "channels", "per_layer": True, "apart": True}
+    assert left.build().metadata["selection"] == {"set_difference": {"safety": 4, "utility": 3}, **where}
     builder, _, _ = builder_with_costs()
     for per_layer in (True, False):
         mine = builder.set_difference(0.2, 0.3, per_layer=per_layer)
@@ -493,15 +485,11 @@ def test_build_refuses_another_model() -> None:
 
 def test_from_scores_to_a_plan(tmp_path: Path) -> None:
     model = tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(model, SAFETY, UTILITY)
     plan = MaskBuilder(scores).freeze(scu=True, cu=0.06).build(model)
     plan.check(model)
     assert 0 < plan.frozen_fraction < 1
-    assert plan.metadata["recipe"] == "paper" and plan.metadata["ratios"] == {
-        "RU": 0.1,
-        "SCU": 0.01,
-        "UCU": 0.1,
-    }
+    assert plan.metadata["recipe"] == "paper" and plan.metadata["ratios"] == {"RU": 0.1, "SCU": 0.01, "UCU": 0.1}
     assert plan.metadata["selection"] == {"scu": True, "cu": 0.06, "cu_share_of": "units", "cu_rank": "sum"}
     plan.save(tmp_path / "plan.safetensors")
     assert FreezePlan.load(tmp_path / "plan.safetensors").metadata == plan.metadata
@@ -511,7 +499,7 @@ def test_from_scores_to_a_plan(tmp_path: Path) -> None:
 
 def test_a_plan_is_built_for_the_weights_that_were_scored() -> None:
     model, other = tiny(), tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(model, SAFETY, UTILITY)
     selections = [MaskBuilder(scores).freeze(cu=True), MaskBuilder(scores).top(0.5)]
     selections += [selections[0] - selections[1], ~selections[0], selections[1].random_like(0)]
     with torch.no_grad():
@@ -519,22 +507,20 @@ def test_a_plan_is_built_for_the_weights_that_were_scored() -> None:
     bare = on_meta(**model.config.to_dict())
     for selection in selections:
         plan = selection.build(model)
-        with pytest.raises(
-            ValueError, match=r"the model's weights have fingerprint .*; score this model, or load the one"
-        ):
+        with pytest.raises(ValueError, match=r"the model's weights have fingerprint .*; score this model, or load the"):
             selection.build(other)
         # without weights, or with the layout alone, there is nothing to compare
         assert selection.build(bare) == selection.build(find_units(other)) == selection.build() == plan
     assert selections[0].build(model).metadata["scored"]["model"] == scores.model_fingerprint
     with pytest.raises(ValueError, match="union: the units were scored on models with other weights"):
-        selections[0] | MaskBuilder(score_units(other, [batch_of(ROWS, ANSWERS)], UTILITY)).freeze()
+        selections[0] | MaskBuilder(score_units(other, SAFETY, UTILITY)).freeze()
     # foreign labels say nothing about weights
     MaskBuilder(MaskBuilder(scores).labels).freeze().build(other)
 
 
 def test_decision_fisher_is_selected_by_its_own_score() -> None:
     model = tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "decision_fisher", refuse_token=5)
+    scores = score_units(model, SAFETY, UTILITY, "decision_fisher", refuse_token=5)
     assert scores.ranking is not None
     builder = MaskBuilder(scores)
     top = builder.top(0.25)
@@ -589,10 +575,8 @@ def test_selections_combine_as_sets() -> None:
         assert np.array_equal(chosen(combined), expected) and combined.layout == builder.layout
     plan = (scu | cu).build()
     assert plan == builder.freeze(cu=True).build()
-    assert [part["selection"] for part in plan.metadata["union"]] == [
-        {"scu": True, "cu": False},
-        {"scu": False, "cu": True},
-    ]
+    parts = [part["selection"] for part in plan.metadata["union"]]
+    assert parts == [{"scu": True, "cu": False}, {"scu": False, "cu": True}]
     assert (~cu).build().metadata["all_but"]["selection"] == {"scu": False, "cu": True}
     # a layout known to one of them is known to both together
     assert (MaskBuilder(builder.labels).freeze() | cu).build() == plan

@@ -6,7 +6,7 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -303,76 +303,47 @@ def test_families_that_cannot_work_are_refused() -> None:
             Family("layers.{layer}", banks)
 
 
-def shapes_with(**changes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+def shapes_with(changes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[int, ...]]:
+    """The toy layout's, with some weights of others (None: missing)."""
     shapes: dict[str, Any] = dict(toy_layout().parameters)
     for name, shape in changes.items():
-        shapes[f"model.layers.{name[1]}.{name[3:].replace('__', '.')}.weight"] = shape
+        shapes[f"{'model.layers.' if name[0].isdigit() else ''}{name}.weight"] = shape
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+LLAMA: Any = {"model_type": "llama", "num_attention_heads": 4}
+ODD = "output features, expected a number of KV heads of 2"
 
 
 @pytest.mark.parametrize(
     ("shapes", "config", "message"),
     [
-        (shapes_with(), None, "no config"),
-        (shapes_with(), {"num_attention_heads": 4}, "model_type is None"),
-        (shapes_with(), {"num_attention_heads": 3}, "num_attention_heads is 3, expected a divisor of 8"),
-        (shapes_with(), {"num_attention_heads": None}, "num_attention_heads is None"),
-        (
-            shapes_with(),
-            {"num_attention_heads": 4, "head_dim": 4},
-            "head_dim=4, but the parameter shapes say 2",
-        ),
-        (shapes_with(), {"num_attention_heads": 4, "num_hidden_layers": 3}, "num_hidden_layers=3"),
-        (shapes_with(), {"num_attention_heads": 4, "num_key_value_heads": 4}, "num_key_value_heads=4"),
-        (
-            shapes_with(l0_self_attn__k_proj=(3, 8)),
-            {"num_attention_heads": 4},
-            "k_proj' has 3 output features, expected a number of KV heads of 2",
-        ),
-        (
-            shapes_with(l0_self_attn__k_proj=(6, 8)),
-            {"num_attention_heads": 4},
-            "k_proj' has 6 output features, expected a number of KV heads of 2",
-        ),
-        (
-            shapes_with(l0_mlp__down_proj=None),
-            {"num_attention_heads": 4},
-            r"down_proj.weight' has shape \(missing\)",
-        ),
-        (
-            shapes_with(l0_mlp__down_proj=(48,)),
-            {"num_attention_heads": 4},
-            r"has shape \(48,\), expected a matrix",
-        ),
-        (
-            shapes_with(l1_mlp__up_proj=(9, 8)),
-            {"num_attention_heads": 4},
-            r"has shape \(9, 8\), expected \(6, 8\)",
-        ),
-        (
-            shapes_with(l1_self_attn__q_proj=None),
-            {"num_attention_heads": 4},
-            r"q_proj.weight' has shape \(missing\)",
-        ),
-        (shapes_with(l0_self_attn__o_proj=None), {"num_attention_heads": 4}, "found none parameters named"),
-        (
-            {**shapes_with(), "other.layers.0.self_attn.o_proj.weight": (8, 8)},
-            {"num_attention_heads": 4},
-            r"found 2 \('model.', 'other.'\)",
-        ),
+        ({}, None, "no config"),
+        ({}, {"num_attention_heads": 4}, "model_type is None"),
+        ({}, {**LLAMA, "num_attention_heads": 3}, "num_attention_heads is 3, expected a divisor of 8"),
+        ({}, {**LLAMA, "num_attention_heads": None}, "num_attention_heads is None"),
+        ({}, {**LLAMA, "head_dim": 4}, "head_dim=4, but the parameter shapes say 2"),
+        ({}, {**LLAMA, "num_hidden_layers": 3}, "num_hidden_layers=3"),
+        ({}, {**LLAMA, "num_key_value_heads": 4}, "num_key_value_heads=4"),
+        ({"0.self_attn.k_proj": (3, 8)}, LLAMA, f"k_proj' has 3 {ODD}"),
+        ({"0.self_attn.k_proj": (6, 8)}, LLAMA, f"k_proj' has 6 {ODD}"),
+        ({"0.mlp.down_proj": None}, LLAMA, r"down_proj.weight' has shape \(missing\)"),
+        ({"0.mlp.down_proj": (48,)}, LLAMA, r"has shape \(48,\), expected a matrix"),
+        ({"1.mlp.up_proj": (9, 8)}, LLAMA, r"has shape \(9, 8\), expected \(6, 8\)"),
+        ({"1.self_attn.q_proj": None}, LLAMA, r"q_proj.weight' has shape \(missing\)"),
+        ({"0.self_attn.o_proj": None}, LLAMA, "found none parameters named"),
+        ({"other.layers.0.self_attn.o_proj": (8, 8)}, LLAMA, r"found 2 \('model.', 'other.'\)"),
     ],
 )
 def test_find_units_says_what_does_not_fit(shapes: dict[str, Any], config: dict[str, Any] | None, message: str) -> None:
-    if config is not None and message != "model_type is None":
-        config = {"model_type": "llama", **config}
     with pytest.raises(ValueError, match=message):
-        find_units(shapes, config)
+        find_units(shapes_with(shapes), config)
 
 
 def test_a_bias_in_one_layer_only_is_refused() -> None:
-    shapes = {**shapes_with(), "model.layers.1.mlp.up_proj.bias": (6,)}
+    shapes = {**toy_layout().parameters, "model.layers.1.mlp.up_proj.bias": (6,)}
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.bias' has shape \(missing\)"):
-        find_units(shapes, {"model_type": "llama", "num_attention_heads": 4})
+        find_units(shapes, LLAMA)
 
 
 def test_head_cost_is_derived_from_shapes() -> None:

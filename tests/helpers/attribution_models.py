@@ -96,6 +96,7 @@ def some_rows(n: int = 6, seed: int = 3) -> tuple[list[list[int]], list[int]]:
 
 ROWS, ANSWERS = some_rows()
 OTHER_ROWS, OTHER_ANSWERS = some_rows(seed=4)
+SAFETY = [batch_of(ROWS, ANSWERS)]
 UTILITY = [batch_of(OTHER_ROWS, OTHER_ANSWERS)]
 
 
@@ -202,7 +203,13 @@ def toy_layout(n_layers: int = 2, n_heads: int = 4, n_kv_heads: int = 2, d_ff: i
     return find_units(names, {"model_type": "llama", "num_attention_heads": n_heads})
 
 
-def refuses(error: type[Exception] | tuple[type[Exception], ...], *cases: tuple[str, Callable[[], Any]]) -> None:
+def split_batches(sizes: list[int], side: str = "right") -> list[dict[str, torch.Tensor]]:
+    """The safety set in batches of these sizes."""
+    ends = np.cumsum(sizes).tolist()
+    return [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
+
+
+def refuses(error: type[Exception], *cases: tuple[str, Callable[[], Any]]) -> None:
     """Every call raises the error, in words that match."""
     for message, call in cases:
         with pytest.raises(error, match=message):
