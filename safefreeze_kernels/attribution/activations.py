@@ -354,7 +354,7 @@ def formula_scores(method: str, safety: ActivationMoments, utility: ActivationMo
 def contrast(safety: ActivationMoments, utility: ActivationMoments) -> Scored:
     """|mean_S - mean_U| / s with s² = (var_S + var_U) / 2; each set's score is |mean| / s.
 
-    s is held above a millionth of the larger |mean|, what float32 can tell from 0; a feature that is always 0 scores
+    s is kept above a millionth of the larger |mean|, what float32 can tell from 0; a feature that is always 0 scores
     0.
     """
     means = [seen.mean for seen in (safety, utility)]

@@ -23,7 +23,7 @@ Units = Literal["all", "heads", "channels"]
 
 _RU, _SCU, _UCU, _CU = range(4)
 _RATIOS: Final = {"RU": 0.1, "SCU": 0.01, "UCU": 0.1}
-_PROTOTYPE_HEAD_COST: Final = 170.0  # 512/3 held in an integer tensor there, whatever the model's shapes
+_PROTOTYPE_HEAD_COST: Final = 170.0  # 512/3 kept in an integer tensor there, whatever the model's shapes
 
 
 class MaskBuilder:

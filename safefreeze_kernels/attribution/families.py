@@ -48,9 +48,9 @@ class Bank:
                 f"Bank: producers is {self.producers!r} and reader {self.reader!r}, expected a mapping of names to "
                 "what they hold, and a name"
             )
-        held = [set(parts.split()) for parts in self.producers.values()]
-        heads = all(parts <= {"head", "kv"} for parts in held) and any("head" in parts for parts in held)
-        if not (heads or (held and all(parts == {"channel"} for parts in held))):
+        kinds = [set(parts.split()) for parts in self.producers.values()]
+        heads = all(parts <= {"head", "kv"} for parts in kinds) and any("head" in parts for parts in kinds)
+        if not (heads or (kinds and all(parts == {"channel"} for parts in kinds))):
             raise ValueError(
                 f"Bank: producers is {dict(self.producers)!r}, expected names of modules that hold 'head' and 'kv' "
                 "parts, or 'channel' parts"
@@ -91,9 +91,9 @@ class Family:
             raise ValueError(f"Family: layer is {self.layer!r}, expected '{{layer}}' in it, as in 'layers.{{layer}}'")
         if not isinstance(self.banks, tuple) or not all(isinstance(bank, Bank) for bank in self.banks):
             raise TypeError(f"Family: banks is {self.banks!r}, expected a tuple of Bank")
-        held = ["heads" if bank.of_heads else "channels" for bank in self.banks]
-        if held[:2] != ["heads", "channels"] or held.count("heads") > 1:
-            raise ValueError(f"Family: banks hold {held}, expected heads first and then channels")
+        units = [f"{bank.units}s" for bank in self.banks]
+        if units[:2] != ["heads", "channels"] or units.count("heads") > 1:
+            raise ValueError(f"Family: banks hold {units}, expected heads first and then channels")
 
 
 # ------------------------------------------------------------------------------------------------- the table

@@ -229,9 +229,9 @@ def scores_from_weights(
             problem = "is given twice" if name in seen else "holds no units"
             raise ValueError(f"scores_from_weights: {name!r} {problem}, expected each parameter of {layout} once")
         seen.add(name)
-        layer, held = pieces[name]
-        matrix = _score_matrix("scores_from_weights", name, scores, held[0].shape)
-        for piece in held:
+        layer, its_pieces = pieces[name]
+        matrix = _score_matrix("scores_from_weights", name, scores, its_pieces[0].shape)
+        for piece in its_pieces:
             units, places, sharing = layout.shared(piece)
             score, size = _of_units(piece, matrix, reduce)
             score = score if reduce == "max" else score / sharing
@@ -286,22 +286,7 @@ def plan_from_weights(
         ValueError: no parameters, shares outside their range or one without its scores, other names or shapes in
             ``utility``, NaN, infinite or constant scores, nothing left to freeze.
     """
-    if not weights:
-        raise ValueError("plan_from_weights: no parameters given, expected a matrix of scores per parameter")
-    if share is None and (utility is not None or utility_share is not None):
-        raise ValueError("plan_from_weights: utility given without share, expected the share to freeze first")
-    if (utility is None) != (utility_share is None):
-        raise ValueError("plan_from_weights: utility and utility_share go together, expected both or neither")
-    for word, given in (("share", share), ("utility_share", utility_share)):
-        if given is not None and not (
-            isinstance(given, float | int) and not isinstance(given, bool) and 0 < given <= 1
-        ):
-            raise ValueError(f"plan_from_weights: {word} is {given!r}, expected a fraction above 0, at most 1")
-    if utility is not None and set(utility) != set(weights):
-        raise ValueError(
-            f"plan_from_weights: weights and utility differ in {_few(sorted(set(utility) ^ set(weights)))}, expected "
-            "the same parameters"
-        )
+    _check_request(weights, share, utility, utility_share)
     masks: dict[str, FreezeMask] = {}
     for name, scores in weights.items():
         if share is None:
@@ -327,6 +312,29 @@ def plan_from_weights(
         )
     about = {"masks": "given"} if share is None else {"top_weights": share, "utility_share": utility_share}
     return FreezePlan(masks, {"selection": about})
+
+
+def _check_request(
+    weights: Mapping[str, Tensor],
+    share: float | None,
+    utility: Mapping[str, Tensor] | None,
+    utility_share: float | None,
+) -> None:
+    if not weights:
+        raise ValueError("plan_from_weights: no parameters given, expected a matrix of scores per parameter")
+    if share is None and (utility is not None or utility_share is not None):
+        raise ValueError("plan_from_weights: utility given without share, expected the share to freeze first")
+    if (utility is None) != (utility_share is None):
+        raise ValueError("plan_from_weights: utility and utility_share go together, expected both or neither")
+    for word, given in (("share", share), ("utility_share", utility_share)):
+        number = isinstance(given, float | int) and not isinstance(given, bool)
+        if given is not None and not (number and 0 < given <= 1):
+            raise ValueError(f"plan_from_weights: {word} is {given!r}, expected a fraction above 0, at most 1")
+    if utility is not None and set(utility) != set(weights):
+        raise ValueError(
+            f"plan_from_weights: weights and utility differ in {_few(sorted(set(utility) ^ set(weights)))}, expected "
+            "the same parameters"
+        )
 
 
 def _highest(name: str, scores: Tensor, share: float, word: str) -> np.ndarray:
