@@ -192,10 +192,7 @@ class UnitSelection(PerUnit):
             )
 
     def build(
-        self,
-        model: torch.nn.Module | UnitLayout | None = None,
-        preset: Preset = "full",
-        kv: KvPolicy = "any",
+        self, model: torch.nn.Module | UnitLayout | None = None, preset: Preset = "full", kv: KvPolicy = "any"
     ) -> FreezePlan:
         """The freeze plan of these units. Embeddings, norms and the output head hold no units: they stay
         live.

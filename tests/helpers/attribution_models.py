@@ -111,10 +111,7 @@ class Toy(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(model_type="llama", num_attention_heads=2)
         layer = nn.ModuleDict({"self_attn": nn.Module(), "mlp": nn.Module()})
-        for module, names in (
-            ("self_attn", "q_proj k_proj v_proj o_proj"),
-            ("mlp", "gate_proj up_proj down_proj"),
-        ):
+        for module, names in (("self_attn", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj")):
             for name in names.split():
                 setattr(layer[module], name, nn.Linear(2, 2, bias=False))
         self.layers = nn.ModuleList([layer])
