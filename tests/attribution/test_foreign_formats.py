@@ -24,7 +24,7 @@ from attribution_models import (
     PAIRS,
     needs_labels,
     random_scores,
-    refuses,
+    refused,
     some_labels,
     toy_layout,
 )
@@ -126,32 +126,18 @@ def test_label_files_are_checked(tmp_path: Path) -> None:
         path = saved(tmp_path / name, {"attention_heads": heads, "mlp_channels": channels})
         return lambda: foreign.labels(path)
 
-    refuses(
-        FileNotFoundError,
-        (r"no file '.*none.pt'", lambda: foreign.labels(tmp_path / "none.pt")),
-        (r"no file '.*atten_attr.pt'", lambda: foreign.labels(tmp_path)),
-    )
-    files["ours"].write_bytes(files["ours"].read_bytes()[:-40])
-    files["one file of tensors"].write_bytes(files["one file of tensors"].read_bytes()[:-40])
-    refuses(
-        ValueError,
-        (
-            "holds Tensor, expected tensors attention_heads",
-            lambda: foreign.labels(saved(tmp_path / "one.pt", torch.zeros(2, 4))),
-        ),
-        (
-            r"ends in '.xlsx', expected .safetensors, .pt, .npy",
-            lambda: foreign.labels(write(tmp_path / "labels.xlsx", "")),
-        ),
-        ("labels.safetensors' is not a safetensors file", lambda: foreign.labels(files["ours"])),
-        ("labels.pt' is truncated or not a torch.save file", lambda: foreign.labels(files["one file of tensors"])),
-        ("channels holds codes from 4 to 4", pair("four.pt", torch.ones(1, 1), torch.full((1, 1), 4.0))),
-    )
-    refuses(
-        TypeError,
-        (r"heads has dtype torch.float32, expected integer codes", pair("half.pt", half, torch.ones(1, 1))),
-        ("heads is a dict, expected a tensor of codes", pair("dicts.pt", {0: [1]}, {0: [1]})),
-    )
+    refused(r"no file '.*none.pt'", lambda: foreign.labels(tmp_path / "none.pt"), FileNotFoundError)
+    refused(r"no file '.*atten_attr.pt'", lambda: foreign.labels(tmp_path), FileNotFoundError)
+    for name in ("ours", "one file of tensors"):
+        files[name].write_bytes(files[name].read_bytes()[:-40])
+    one, sheet = saved(tmp_path / "one.pt", torch.zeros(2, 4)), write(tmp_path / "labels.xlsx", "")
+    refused("holds Tensor, expected tensors attention_heads", lambda: foreign.labels(one))
+    refused(r"ends in '.xlsx', expected .safetensors, .pt, .npy", lambda: foreign.labels(sheet))
+    refused("labels.safetensors' is not a safetensors file", lambda: foreign.labels(files["ours"]))
+    refused("labels.pt' is truncated or not a torch.save", lambda: foreign.labels(files["one file of tensors"]))
+    refused("channels holds codes from 4 to 4", pair("four.pt", torch.ones(1, 1), torch.full((1, 1), 4.0)))
+    refused(r"heads has dtype torch.float32, expected int", pair("half.pt", half, torch.ones(1, 1)), TypeError)
+    refused("heads is a dict, expected a tensor of codes", pair("dicts.pt", {0: [1]}, {0: [1]}), TypeError)
 
 
 def test_label_tables_are_checked(tmp_path: Path) -> None:
@@ -212,8 +198,7 @@ def test_files_of_lists_are_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "scores.csv", "layer,unit,score\n0,1,0.5\n")
     with pytest.raises(ValueError, match="has a score or label per unit; read it with scores or labels"):
         foreign.units(LAYOUT, channels=path)
-    with pytest.raises(FileNotFoundError, match=r"no file 'none\.json'"):
-        foreign.units(LAYOUT, channels="none.json")
+    refused(r"no file 'none\.json'", lambda: foreign.units(LAYOUT, channels="none.json"), FileNotFoundError)
 
 
 # ------------------------------------------------------------------------------------------ scores per unit
@@ -287,8 +272,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         for read in (foreign.units, foreign.scores):
             with pytest.raises(ValueError, match=rf"{path.name}' .*{code}.* which could run anything"):
                 read(LAYOUT, channels=path)
-    with pytest.raises(ValueError, match=r"needs pickle code to load"):
-        foreign.labels(saved(tmp_path / "atten_attr.pt", Code()))
+    refused(r"needs pickle code to load", lambda: foreign.labels(saved(tmp_path / "atten_attr.pt", Code())))
 
 
 def test_nothing_is_evaluated(tmp_path: Path) -> None:
@@ -353,8 +337,7 @@ def test_neurons_of_five_lines(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=complaint):
             foreign.neurons(LAYOUT, write(path, "\n".join(map(str, lines))))
-    with pytest.raises(FileNotFoundError, match=r"no file 'none\.txt'"):
-        foreign.neurons(LAYOUT, "none.txt")
+    refused(r"no file 'none\.txt'", lambda: foreign.neurons(LAYOUT, "none.txt"), FileNotFoundError)
 
 
 def test_scores_are_no_labels(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from attribution_models import (
     UTILITY,
     ToyLM,
     batch_of,
+    refused,
     split_batches,
     state_of,
     tiny,
@@ -411,8 +412,7 @@ def test_everything_is_left_as_found(model_type: str, method: str) -> None:
         raise RuntimeError("the disk is gone")
 
     token = {"refuse_token": 3} if method == "activation_patching" else {}
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        score_units(model, failing(), UTILITY, method, **token)  # type: ignore[arg-type]
+    refused("the disk is gone", lambda: score_units(model, failing(), UTILITY, method, **token), RuntimeError)
     assert state_of(model) == before and stepped == []
     # none of that mattered
     same(scores, score_units(tiny(model_type), SAFETY, UTILITY, method), exactly=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attribution_models import ANSWERS, LLAMA_2_7B, ROWS, UTILITY, batch_of, tiny, toy_layout
+from attribution_models import ANSWERS, LLAMA_2_7B, ROWS, UTILITY, batch_of, refused, tiny, toy_layout
 from family_models import CASES, HEADS, HIDDEN, LAYERS, NAMED, model_of
 from torch import nn
 
@@ -254,8 +254,7 @@ def test_registered_family_works_like_a_built_in_one(monkeypatch: pytest.MonkeyP
     model = model_of("phi")
     family = FAMILIES["phi"]
     monkeypatch.delitem(FAMILIES, "phi")
-    with pytest.raises(ValueError, match=r"model_type is 'phi', expected one of .*llama"):
-        find_units(model)
+    refused(r"model_type is 'phi', expected one of .*llama", lambda: find_units(model))
     register_family("phi", Family("layers.{layer}", copy.deepcopy(family.banks)))
     scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
     plan = MaskBuilder(scores).freeze(share=1.0).build(model)
@@ -277,13 +276,10 @@ def test_the_example_for_an_unknown_architecture_is_code_that_works(monkeypatch:
 
 def test_families_that_cannot_work_are_refused() -> None:
     heads, mlp = FAMILIES["llama"].banks
-    with pytest.raises(TypeError, match=r"family of 'x' is .*, expected a Family"):
-        register_family("x", {"query": "q"})  # type: ignore[arg-type]
+    refused(r"family of 'x' is .*, expected a Family", lambda: register_family("x", {"query": "q"}), TypeError)
     assert "x" not in FAMILIES
-    with pytest.raises(TypeError, match="producers is 'q' and reader 'o', expected a mapping"):
-        Bank("q", "o")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a mapping of names to what they hold, and a name"):
-        Bank({"q": ("head",)}, "o")  # type: ignore[dict-item]
+    refused("producers is 'q' and reader 'o', expected a mapping", lambda: Bank("q", "o"), TypeError)
+    refused("expected a mapping of names to what they hold, and a name", lambda: Bank({"q": ("head",)}, "o"), TypeError)
     for producers in (
         {},
         {"q": "query"},
@@ -294,10 +290,8 @@ def test_families_that_cannot_work_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="expected names of modules that hold 'head' and 'kv' parts, or 'channel'"):
             Bank(producers, "o")
-    with pytest.raises(ValueError, match=r"layer is 'blocks', expected '{layer}' in it"):
-        Family("blocks", (heads, mlp))
-    with pytest.raises(TypeError, match="expected a tuple of Bank"):
-        Family("layers.{layer}", [heads, mlp])  # type: ignore[arg-type]
+    refused(r"layer is 'blocks', expected '{layer}' in it", lambda: Family("blocks", (heads, mlp)))
+    refused("expected a tuple of Bank", lambda: Family("layers.{layer}", [heads, mlp]), TypeError)
     for banks in ((heads,), (mlp,), (mlp, heads), (heads, heads, mlp), (heads, mlp, heads), ()):
         with pytest.raises(ValueError, match="expected heads first and then channels"):
             Family("layers.{layer}", banks)
@@ -336,14 +330,12 @@ ODD = "output features, expected a number of KV heads of 2"
     ],
 )
 def test_find_units_says_what_does_not_fit(shapes: dict[str, Any], config: dict[str, Any] | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        find_units(shapes_with(shapes), config)
+    refused(message, lambda: find_units(shapes_with(shapes), config))
 
 
 def test_a_bias_in_one_layer_only_is_refused() -> None:
     shapes = {**toy_layout().parameters, "model.layers.1.mlp.up_proj.bias": (6,)}
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.bias' has shape \(missing\)"):
-        find_units(shapes, LLAMA)
+    refused(r"layers.0.mlp.up_proj.bias' has shape \(missing\)", lambda: find_units(shapes, LLAMA))
 
 
 def test_head_cost_is_derived_from_shapes() -> None:
@@ -413,8 +405,7 @@ def test_columns_of_one_expert_stay_in_its_block() -> None:
 def test_unit_masks_refuses_what_does_not_fit() -> None:
     layout = toy_layout()
     heads, channels = np.zeros((2, 4), bool), np.zeros((2, 6), bool)
-    with pytest.raises(ValueError, match="preset is 'half', expected one of 'full', 'producer'"):
-        unit_masks(layout, heads, channels, "half")  # type: ignore[arg-type]
+    refused("preset is 'half', expected one of 'full', 'producer'", lambda: unit_masks(layout, heads, channels, "half"))
     with pytest.raises(ValueError, match="kv is 'some', expected one of 'any', 'all', 'never'"):
         unit_masks(layout, heads, channels, "full", "some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"heads is int64 of shape \(2, 4\), expected bool"):

@@ -206,11 +206,10 @@ def split_batches(sizes: list[int], side: str = "right") -> list[dict[str, torch
     return [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
 
 
-def refuses(error: type[Exception], *cases: tuple[str, Callable[[], Any]]) -> None:
-    """Every call raises the error, in words that match."""
-    for message, call in cases:
-        with pytest.raises(error, match=message):
-            call()
+def refused(message: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    """The call raises the error, in words that match."""
+    with pytest.raises(error, match=message):
+        call()
 
 
 #: What sources made elsewhere hold, for `toy_layout`: scores, and the same channels in every form.
