@@ -20,7 +20,8 @@ INTEGRATIONS = {
     "sft_trainer": "none moved",
     "fsdp2": "rank 1: 5,376 frozen bytes, none moved",
 }
-ELSEWHERE = {"alignment_budget", "chat_model_own_prompts", "ready_index_lists"}  # these run in test_cli
+# these run in test_cli, and the last in attribution/test_foreign_formats
+ELSEWHERE = {"alignment_budget", "chat_model_own_prompts", "ready_index_lists", "foreign_formats"}
 
 
 def test_every_example_is_here() -> None:

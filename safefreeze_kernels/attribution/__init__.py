@@ -2,10 +2,11 @@
 
 from .batches import encode_pairs
 from .builder import MaskBuilder
+from .families import Bank, Family, register_family
 from .scores import METHODS, SetScores, UnitScores, refusal_margins, score_units
 from .selections import LABELS, Stability, UnitLabels, UnitRanking, UnitSelection, stability
 from .sources import plan_from_neurons, plan_from_weights, read_labels, scores_from, scores_from_weights, units_from
-from .units import Bank, Family, Piece, Reader, UnitLayout, find_units, register_family
+from .units import Piece, Reader, UnitLayout, find_units
 
 __all__ = [
     "LABELS",

@@ -8,130 +8,20 @@ ICLR 2024, arXiv 2306.11695).
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .batches import Pass
+from .collecting import Collector, Count, Scored, UnitValues, zero_totals
 from .units import Reader, UnitLayout
 
-__all__ = [
-    "FORMULAS",
-    "ActivationMoments",
-    "Collector",
-    "Positions",
-    "Scored",
-    "Totals",
-    "UnitInputs",
-    "UnitValues",
-    "at_least_float32",
-    "contrast",
-    "formula_scores",
-    "model_device",
-    "saving_arguments",
-    "watched",
-]
-
 Positions = Literal["predicting", "response", "all"]
-
-
-class UnitValues(NamedTuple):
-    """One number per unit, higher = matters more: heads ``[layers, heads]`` (for a set's scores they may come feature
-    by feature, ``[layers, heads, head_dim]``) and channels ``[layers, d_ff]``."""
-
-    heads: Tensor
-    channels: Tensor
-
-
-class Scored(NamedTuple):
-    """What a method makes of the totals of both sets."""
-
-    safety: UnitValues
-    utility: UnitValues
-    ranking: UnitValues | None
-
-
-# ----------------------------------------------------------------------------------------- accumulators
-
-
-class Totals:
-    """Named vectors that add up over the data seen, float64 (float32 on mps, which has no float64).
-
-    Those of two parts of a data set `merge` into those of the whole.
-    """
-
-    def __init__(self, device: torch.device, **sizes: int) -> None:
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.tensors = {name: torch.zeros(size, dtype=wide, device=device) for name, size in sizes.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def zero_(self) -> None:
-        """Back to no data."""
-        for tensor in self.tensors.values():
-            tensor.zero_()
-
-    def merge(self, other: Mapping[str, Tensor]) -> None:
-        """Take in the totals of other data."""
-        for name, tensor in self.tensors.items():
-            tensor += other[name]
-
-
-class Moments(Totals):
-    """Count of rows per reader, mean and sum of squared deviations per feature."""
-
-    def __init__(self, device: torch.device, inputs: UnitInputs) -> None:
-        super().__init__(device, count=len(inputs.readers), mean=inputs.size, squares=inputs.size)
-        self._widths = torch.tensor(inputs.widths, device=device)
-
-    def merge(self, other: Mapping[str, Tensor]) -> None:
-        """Chan, Golub & LeVeque (1979): exact up to rounding, whatever the sizes of the parts."""
-        mine, added = self["count"], other["count"]
-        total = mine + added
-        share = added / total.clamp(min=1)
-        share, weight = (
-            x.repeat_interleave(self._widths, output_size=len(self["mean"])) for x in (share, mine * share)
-        )
-        delta = other["mean"] - self["mean"]
-        self["mean"].add_(delta * share)
-        self["squares"].add_(other["squares"] + delta.square() * weight)
-        self["count"].copy_(total)
-
-
-class _Seen(Moments):
-    """Moments of one pass. Counts stay on the CPU until it is over, so that no hook waits for a device."""
-
-    def __init__(self, device: torch.device, inputs: UnitInputs) -> None:
-        super().__init__(device, inputs)
-        self.counts = [0] * len(inputs.readers)
-
-
-class Collector(ABC):
-    """What a method gathers from one calibration set, pass by pass."""
-
-    #: rows of the set per pass; None: as they were batched
-    rows: int | None = None
-    #: whether the set needs labels
-    labelled: bool = True
-    totals: Totals
-
-    @abstractmethod
-    def take(self, one: Pass) -> int:
-        """Run a pass through the model, add to the totals, and return how many positions counted.
-
-        Afterwards the model and gradient mode are as they were.
-        """
-
-    @abstractmethod
-    def check(self, word: str, n_positions: int, n_batches: int) -> None:
-        """Raise ValueError for totals that cannot be scored; ``word`` names the set."""
 
 
 # ------------------------------------------------------------------------------------------- unit inputs
@@ -171,6 +61,49 @@ class UnitInputs:
             weight = weight if reader.expert is None else weight[reader.expert]
             parts.append(reduce(weight.T if reader.transposed else weight).cpu().double())
         return torch.cat(parts)
+
+    def per_feature(self, counts: Tensor) -> Tensor:
+        """A count per reader as one per feature."""
+        return counts.repeat_interleave(torch.tensor(self.widths, device=counts.device), output_size=self.size)
+
+    def per_module(self, counts: Tensor) -> dict[str, int]:
+        """A count per reader as the sum over each module's readers: of experts, all of them."""
+        found = dict.fromkeys((reader.module for _, reader in self.readers), 0)
+        for (_, reader), count in zip(self.readers, counts.tolist(), strict=True):
+            found[reader.module] += int(count)
+        return found
+
+    def not_finite(self, values: Tensor) -> Iterator[str]:
+        """The modules whose inputs' features have NaN or inf among their numbers."""
+        finite = torch.isfinite(values).cpu()
+        return (
+            reader.module
+            for (_, reader), place in zip(self.readers, self.places, strict=True)
+            if not finite[place].all()
+        )
+
+
+class Counted:
+    """The positions of a pass that count, of bool ``[rows, tokens]``."""
+
+    def __init__(self, counted: Tensor, device: torch.device) -> None:
+        self.shape, self.flat = tuple(counted.shape), counted.flatten()
+        self.places = self.flat.nonzero().squeeze(1).to(device)  # here, so that no hook waits for a device
+        self.flat = self.flat.to(device)
+
+    def of(self, hidden: Tensor, positions: Tensor | None, reader: Reader) -> Tensor:
+        """Int64: which rows of a reader's flattened input count, of those that `See` is shown.
+
+        Raises:
+            ValueError: an input of other positions than the pass's.
+        """
+        if positions is not None:
+            return self.flat.to(hidden.device)[positions].nonzero().squeeze(1)
+        if hidden.shape[:-1].numel() != len(self.flat):
+            raise ValueError(
+                f"score_units: {reader.module!r} received {tuple(hidden.shape)}, expected {self.shape} positions"
+            )
+        return self.places.to(hidden.device)
 
 
 #: ``see(reader's number, its input [..., features], positions)``; ``positions`` says which of the pass's flattened
@@ -283,15 +216,29 @@ def saving_arguments(model: torch.nn.Module, logits: int | Tensor) -> dict[str, 
 
 
 class ActivationMoments(Collector):
-    """Streaming mean and variance of every feature that a unit hands on, over the counted positions of a set.
-
-    An expert's channels are counted over the tokens routed to it.
+    """Streaming mean and sum of squared deviations of every feature that a unit hands on, over the counted positions of
+    a set, and how many of these each reader saw. An expert's channels are counted over the tokens routed to it.
     """
 
     def __init__(self, model: torch.nn.Module, layout: UnitLayout, positions: Positions) -> None:
         self.model, self.inputs, self.positions = model, UnitInputs(layout), positions
         self.labelled = positions != "all"
-        self.totals: Moments = Moments(model_device(model), self.inputs)
+        self.totals = self._nothing()
+
+    def _nothing(self) -> dict[str, Tensor]:
+        size = self.inputs.size
+        return zero_totals(model_device(self.model), count=len(self.inputs.readers), mean=size, squares=size)
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Chan, Golub & LeVeque (1979): exact up to rounding, whatever the sizes of the parts."""
+        mine, added = self.totals["count"], other["count"]
+        total = mine + added
+        share = added / total.clamp(min=1)
+        share, weight = (self.inputs.per_feature(counts) for counts in (share, mine * share))
+        delta = other["mean"] - self.totals["mean"]
+        self.totals["mean"].add_(delta * share)
+        self.totals["squares"].add_(other["squares"] + delta.square() * weight)
+        mine.copy_(total)
 
     def take(self, one: Pass) -> int:
         """One forward pass, without gradients."""
@@ -300,33 +247,27 @@ class ActivationMoments(Collector):
         if n == 0:
             return 0
         device = model_device(self.model)
-        chosen, seen = counted.flatten().nonzero().squeeze(1).to(device), _Seen(device, self.inputs)
-        with torch.no_grad(), watched(self.model, self.inputs, partial(self._see, seen, counted.to(device), chosen)):
+        seen, counts = self._nothing(), [0] * len(self.inputs.readers)
+        see = partial(self._see, seen, counts, Counted(counted, device))
+        with torch.no_grad(), watched(self.model, self.inputs, see):
             self.model(**one.on(device), **saving_arguments(self.model, 1))
-        seen["count"].copy_(torch.tensor(seen.counts))
-        self.totals.merge(seen.tensors)
+        seen["count"].copy_(torch.tensor(counts))
+        self.merge(seen)
         return n
 
     def _see(
-        self, seen: _Seen, counted: Tensor, chosen: Tensor, number: int, hidden: Tensor, positions: Tensor | None
-    ) -> None:
+        self, seen: dict[str, Tensor], counts: list[int], counted: Counted, number: int, hidden: Tensor,
+        positions: Tensor | None,
+    ) -> None:  # fmt: skip
         """Deviations in float32 from the pass's mean, sums in float64."""
-        name = self.inputs.readers[number][1].module
-        if seen.counts[number]:
+        reader = self.inputs.readers[number][1]
+        if counts[number]:
             raise ValueError(
-                f"score_units: {name!r} ran twice in one forward pass, expected once; layers that share their weights "
-                "are not supported"
+                f"score_units: {reader.module!r} ran twice in one forward pass, expected once; layers that share their "
+                "weights are not supported"
             )
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if positions is None:
-            if len(rows) != counted.numel():
-                raise ValueError(
-                    f"score_units: {name!r} received {tuple(hidden.shape)}, expected {tuple(counted.shape)} positions"
-                )
-            rows = rows.index_select(0, chosen.to(rows.device))
-        else:
-            rows = rows[counted.flatten().to(rows.device)[positions]]
-        seen.counts[number] = len(rows)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, counted.of(hidden, positions, reader))
+        counts[number] = len(rows)
         if len(rows) == 0:
             return
         place, wide = self.inputs.places[number], seen["mean"].dtype
@@ -336,37 +277,32 @@ class ActivationMoments(Collector):
         seen["mean"][place] = mean
         seen["squares"][place] = squares - len(rows) * (mean - centre).square()  # what rounding the centre added
 
-    def check(self, word: str, n_positions: int, n_batches: int) -> None:
+    def complaints(self, word: str, count: Count) -> Iterator[str]:
         """Every reader must have seen every counted position, and finite activations."""
-        if n_positions < 2:
-            raise ValueError(
-                f"score_units: {word} has {n_positions} counted positions in {n_batches} batches, expected at "
-                "least 2; labels must hold response tokens, not -100 everywhere"
+        if count.positions < 2:
+            yield (
+                f"{word} has {count.positions} counted positions in {count.passes} batches, expected at least 2; "
+                "labels must hold response tokens, not -100 everywhere"
             )
-        counts = dict.fromkeys((reader.module for _, reader in self.inputs.readers), 0)
-        for (_, reader), count in zip(self.inputs.readers, self.totals["count"].tolist(), strict=True):
-            counts[reader.module] += int(count)
         routed = {reader.module for _, reader in self.inputs.readers if reader.expert is not None}
-        for name, count in counts.items():
-            if count != n_positions and not (name in routed and count):
-                raise ValueError(
-                    f"score_units: {name!r} saw {count} positions of the {word} set, expected {n_positions}; the model "
-                    "must run every layer once per forward pass"
+        for name, seen in self.inputs.per_module(self.totals["count"]).items():
+            if seen != count.positions and not (name in routed and seen):
+                yield (
+                    f"{name!r} saw {seen} positions of the {word} set, expected {count.positions}; the model must run "
+                    "every layer once per forward pass"
                 )
-        finite = torch.isfinite(self.totals["squares"]).cpu()
-        for (_, reader), place in zip(self.inputs.readers, self.inputs.places, strict=True):
-            if not finite[place].all():
-                raise ValueError(
-                    f"score_units: the input of {reader.module!r} is NaN or infinite on the {word} set, expected "
-                    "finite activations; check the weights, or load the model in float32 or bfloat16"
-                )
+        for name in self.inputs.not_finite(self.totals["squares"]):
+            yield (
+                f"the input of {name!r} is NaN or infinite on the {word} set, expected finite activations; check the "
+                "weights, or load the model in float32 or bfloat16"
+            )
 
     # -- what the moments say, per feature, float64 on the CPU -----------------------------------------------
 
     @property
     def count(self) -> Tensor:
         """Positions counted."""
-        return self.totals["count"].cpu().double().repeat_interleave(torch.tensor(self.inputs.widths))
+        return self.inputs.per_feature(self.totals["count"].cpu().double())
 
     @property
     def mean(self) -> Tensor:
@@ -412,13 +348,13 @@ def formula_scores(method: str, safety: ActivationMoments, utility: ActivationMo
     inputs = safety.inputs
     factor = inputs.over_weights(safety.model, of_weights) if of_weights else torch.ones(inputs.size).double()
     one, other = (inputs.arrange(of_activations(seen) * factor) for seen in (safety, utility))
-    return Scored(one, other, None)
+    return one, other, None
 
 
 def contrast(safety: ActivationMoments, utility: ActivationMoments) -> Scored:
     """|mean_S - mean_U| / s with s² = (var_S + var_U) / 2; each set's score is |mean| / s.
 
-    s is held above a millionth of the larger |mean|, what float32 can tell from 0; a feature that is always 0 scores
+    s is kept above a millionth of the larger |mean|, what float32 can tell from 0; a feature that is always 0 scores
     0.
     """
     means = [seen.mean for seen in (safety, utility)]
@@ -428,4 +364,4 @@ def contrast(safety: ActivationMoments, utility: ActivationMoments) -> Scored:
         safety.inputs.arrange(torch.where(spread > 0, value.abs() / spread, 0.0))
         for value in (*means, means[0] - means[1])
     ]
-    return Scored(values[0], values[1], UnitValues(values[2].heads.mean(-1), values[2].channels))
+    return values[0], values[1], UnitValues(values[2].heads.mean(-1), values[2].channels)

@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-
-__all__ = ["Pass", "encode_pairs", "read_passes"]
+from torch.nn.utils.rnn import pad_sequence
 
 _IGNORE: Final = -100
 _FILL: Final = {"labels": _IGNORE}  # of what is padded; everything else is filled with 0
@@ -175,13 +174,7 @@ def _join(rows: Sequence[_Row], rest: Mapping[str, Any], where: str) -> Pass:
                 f"{[*sorted(tokens), *sorted(others)]}, expected the same entries in every batch"
             )
 
-    def padded(key: str) -> Tensor:
-        whole = rows[0][0][key].new_full((len(rows), width, *rows[0][0][key].shape[1:]), _FILL.get(key, 0))
-        for row, (tokens, _) in zip(whole, rows, strict=True):
-            row[: len(tokens[key])] = tokens[key]
-        return whole
-
-    entries: dict[str, Any] = {key: padded(key) for key in keys[0]}
+    entries: dict[str, Any] = {key: _padded((tokens[key] for tokens, _ in rows), _FILL.get(key, 0)) for key in keys[0]}
     entries |= {key: torch.stack([others[key] for _, others in rows]) for key in keys[1]}
     if "attention_mask" in entries:
         real &= entries["attention_mask"] != 0
@@ -189,6 +182,10 @@ def _join(rows: Sequence[_Row], rest: Mapping[str, Any], where: str) -> Pass:
         entries["attention_mask"] = real.long()
     labels = entries.pop("labels", None)
     return Pass({**entries, **rest}, labels, real, where, tuple(map(_digest, rows)))
+
+
+def _padded(rows: Iterable[Tensor], fill: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
 def _digest(row: _Row) -> bytes:
@@ -270,12 +267,10 @@ def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int],
 
 
 def _pad(encoded: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in encoded)
-    input_ids = torch.full((len(encoded), width), pad)
-    labels = torch.full_like(input_ids, _IGNORE)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, (ids, start) in enumerate(encoded):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, start : len(ids)] = input_ids[row, start : len(ids)]
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    ids = [torch.tensor(ids) for ids, _ in encoded]
+    responses = [torch.tensor([_IGNORE] * start + ids[start:]) for ids, start in encoded]
+    return {
+        "input_ids": _padded(ids, pad),
+        "attention_mask": _padded(map(torch.ones_like, ids), 0),
+        "labels": _padded(responses, _IGNORE),
+    }

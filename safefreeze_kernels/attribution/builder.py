@@ -12,19 +12,18 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import torch
 
-from .scores import SetScores, UnitScores
+from .scores import SETS, SetScores, UnitScores
 from .selections import LABELS, UnitLabels, UnitRanking, UnitSelection
-
-__all__ = ["MaskBuilder", "Rank", "Recipe", "Units"]
+from .units import check_word
 
 Recipe = Literal["paper", "ssah-prototype"]
 Rank = Literal["sum", "safety", "utility", "diff", "score"]
+ShareOf = Literal["units", "cu"]
 Units = Literal["all", "heads", "channels"]
 
 _RU, _SCU, _UCU, _CU = range(4)
-_SETS: Final = ("safety", "utility")
 _RATIOS: Final = {"RU": 0.1, "SCU": 0.01, "UCU": 0.1}
-_PROTOTYPE_HEAD_COST: Final = 170.0  # 512/3 held in an integer tensor there, whatever the model's shapes
+_PROTOTYPE_HEAD_COST: Final = 170.0  # 512/3 kept in an integer tensor there, whatever the model's shapes
 
 
 class MaskBuilder:
@@ -70,7 +69,7 @@ class MaskBuilder:
             raise TypeError(
                 f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores, UnitLabels or UnitRanking"
             )
-        _check_word("MaskBuilder", "recipe", recipe, get_args(Recipe))
+        check_word("MaskBuilder", "recipe", recipe, get_args(Recipe))
         if head_cost is not None and not 0 < head_cost < float("inf"):
             raise ValueError(f"MaskBuilder: head_cost is {head_cost!r}, expected channels per head, above 0")
         if ratios is not None and not isinstance(scores, UnitScores):
@@ -110,7 +109,7 @@ class MaskBuilder:
         scu: bool = True,
         cu: bool | float = False,
         share: float | None = None,
-        cu_share_of: Literal["units", "cu"] = "units",
+        cu_share_of: ShareOf = "units",
         cu_rank: Rank = "sum",
     ) -> UnitSelection:
         """Select the units to freeze: by label, or up to a share.
@@ -130,19 +129,14 @@ class MaskBuilder:
             ValueError: a share outside 0 to 1, more than all CU, a fraction where only labels are known,
                 ``share`` together with ``scu=False`` or ``cu``, an unknown word, a request no unit meets.
         """
-        _check_word("freeze", "cu_share_of", cu_share_of, ("units", "cu"))
-        _check_word("freeze", "cu_rank", cu_rank, get_args(Rank))
+        check_word("freeze", "cu_share_of", cu_share_of, get_args(ShareOf))
+        check_word("freeze", "cu_rank", cu_rank, get_args(Rank))
         if share is not None:
             if cu is not False or scu is not True:
                 raise ValueError("freeze: share given with scu or cu, expected either; share counts both itself")
             wanted = _checked_share("freeze: share", share)
-            ranks: tuple[tuple[int, Rank], ...] = (
-                (_SCU, "diff"),
-                (_CU, cu_rank),
-                (_UCU, cu_rank),
-                (_RU, cu_rank),
-            )
-            order = np.concatenate([self._ranked(code, rank, f"share={share}") for code, rank in ranks])
+            ranks: dict[int, Rank] = {_SCU: "diff", _CU: cu_rank, _UCU: cu_rank, _RU: cu_rank}
+            order = np.concatenate([self._ranked(code, rank, f"share={share}") for code, rank in ranks.items()])
             units = self._prefix(order, wanted * float(self._costs.sum()))
             return self._select("freeze", units, {"share": wanted, "cu_rank": cu_rank})
         units = self._labelled(_SCU) if scu else self._labelled(_SCU)[:0]
@@ -171,12 +165,12 @@ class MaskBuilder:
         """
         labels = (label,) if isinstance(label, str) else tuple(label)
         for name in labels:
-            _check_word("train_only", "label", name, LABELS)
-        _check_word("train_only", "rank", rank, get_args(Rank))
+            check_word("train_only", "label", name, LABELS)
+        check_word("train_only", "rank", rank, get_args(Rank))
         origin: dict[str, Any] = {"train_only": label if isinstance(label, str) else list(labels)}
         live = np.zeros(self._size, bool)
         if share is None:
-            live = np.isin(self._flat_labels, [LABELS.index(name) for name in labels])
+            live = np.isin(self.labels.flat, [LABELS.index(name) for name in labels])
         elif labels != ("RU",):
             raise ValueError(f"train_only: share given with label {label!r}, expected it with 'RU' only")
         else:
@@ -217,9 +211,9 @@ class MaskBuilder:
         >>> builder.top(0.2)  # a fifth of the heads and a fifth of the channels  # doctest: +SKIP
         >>> builder.top(4, units="heads") | builder.top(200, units="channels")  # doctest: +SKIP
         """
-        _check_word("top", "units", units, get_args(Units))
+        check_word("top", "units", units, get_args(Units))
         rank = by if by is not None else "diff" if self._own is None else "score"
-        _check_word("top", "by", rank, get_args(Rank))
+        check_word("top", "by", rank, get_args(Rank))
         count = isinstance(amount, int | np.integer) and not isinstance(amount, bool)
         amount = int(amount) if count else _checked_share("top: amount", amount)
         if count and amount < 1:
@@ -251,13 +245,11 @@ class MaskBuilder:
         """
         where: dict[str, Any] = {"units": units, "per_layer": per_layer, "apart": apart}
         wanted, kept = self.top(safety, "safety", **where), self.top(utility, "utility", **where)
-        left = wanted - kept
-        flat = np.concatenate([left.heads.ravel(), left.channels.ravel()])
-        amounts = {word: top.origin["selection"]["top"] for word, top in zip(_SETS, (wanted, kept), strict=True)}
+        amounts = {word: top.origin["selection"]["top"] for word, top in zip(SETS, (wanted, kept), strict=True)}
         origin = {"set_difference": amounts, **where}
-        return self._select("set_difference", np.flatnonzero(flat), origin)
+        return self._select("set_difference", np.flatnonzero((wanted - kept).flat), origin)
 
-    def _first_cu(self, wanted: float, share_of: str, rank: Rank) -> np.ndarray:
+    def _first_cu(self, wanted: float, share_of: ShareOf, rank: Rank) -> np.ndarray:
         if wanted == 0:
             return self._labelled(_CU)[:0]
         order = self._ranked(_CU, rank, f"cu={wanted}")
@@ -332,7 +324,7 @@ class MaskBuilder:
         """zS and zU of each unit, flat float64."""
         assert self.scores is not None
         both = self._standardized(self.scores.safety), self._standardized(self.scores.utility)
-        for word, z in zip(_SETS, both, strict=True):
+        for word, z in zip(SETS, both, strict=True):
             if not z.any():
                 raise ValueError(
                     f"MaskBuilder: the {word} scores of all units of a layer are the same, in every layer, expected "
@@ -354,21 +346,12 @@ class MaskBuilder:
         if self.scores is not None and self.scores.ranking is not None:
             heads, channels = self.scores.ranking
             ranking = UnitRanking(self.scores.layout, heads.numpy(), channels.numpy(), self.scores.method)
-        if ranking is None:
-            return None
-        pairs = zip((ranking.heads, ranking.channels), self._shapes, strict=True)
-        return np.concatenate([np.full(shape, np.nan).ravel() if own is None else own.ravel() for own, shape in pairs])
+        return None if ranking is None else ranking.flat
 
     @cached_property
-    def _flat_labels(self) -> np.ndarray:
-        return np.concatenate([self.labels.heads.numpy().ravel(), self.labels.channels.numpy().ravel()])
-
-    @cached_property
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
         """``[n_layers, n_heads]``, ``[n_layers, d_ff]``."""
-        if self.layout is not None:
-            return self.layout.heads_shape, self.layout.channels_shape
-        return tuple(self.labels.heads.shape), tuple(self.labels.channels.shape)
+        return tuple((self.layout.unit_shapes if self.layout is not None else self.labels.shapes).values())
 
     @property
     def _split(self) -> int:
@@ -386,7 +369,7 @@ class MaskBuilder:
 
     def _labelled(self, code: int) -> np.ndarray:
         """Units of one label, in order of index."""
-        return np.flatnonzero(self._flat_labels == code)
+        return np.flatnonzero(self.labels.flat == code)
 
     def _rank_values(self, rank: Rank, asked: str = "") -> np.ndarray:
         """What ranks each unit, flat float64; ``asked`` is the request it is for."""
@@ -407,12 +390,9 @@ class MaskBuilder:
                 f"MaskBuilder: {asked} by {rank!r}, but a ranking holds one score per unit, expected by='score'"
             )
         safety, utility = self._z
-        values: dict[str, np.ndarray] = {
-            "sum": safety + utility,
-            "diff": safety - utility,
-            "safety": safety,
-            "utility": utility,
-        }
+        values: dict[Rank, np.ndarray] = {
+            "sum": safety + utility, "diff": safety - utility, "safety": safety, "utility": utility,
+        }  # fmt: skip
         return values[rank]
 
     def _ranked(self, code: int, rank: Rank, asked: str) -> np.ndarray:
@@ -441,7 +421,7 @@ class MaskBuilder:
 
 def _fingerprints(scores: UnitScores) -> dict[str, str]:
     """Of the model and of both calibration sets, as far as they are known."""
-    known = {"model": scores.model_fingerprint, **{word: getattr(scores, word).fingerprint for word in _SETS}}
+    known = {"model": scores.model_fingerprint, **{word: getattr(scores, word).fingerprint for word in SETS}}
     return {word: fingerprint for word, fingerprint in known.items() if fingerprint}
 
 
@@ -477,11 +457,6 @@ def _checked_share(what: str, share: float) -> float:
     if isinstance(share, bool) or not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
         raise ValueError(f"{what} is {share!r}, expected a fraction from 0 to 1")
     return float(share)
-
-
-def _check_word(operation: str, what: str, given: str, valid: tuple[str, ...]) -> None:
-    if given not in valid:
-        raise ValueError(f"{operation}: {what} is {given!r}, expected one of {', '.join(map(repr, valid))}")
 
 
 def _shown(fields: Mapping[str, Any]) -> str:

@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = [
-    "COLOURS",
-    "complete_plan",
-    "draw_layers",
-    "draw_plan",
-    "draw_units",
-    "facts_table",
-    "frozen_units",
-    "label_table",
-    "module_table",
-    "score_table",
-    "shares_by_layer",
-    "stability_table",
-]
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey
 COLOURS: Final = {"SCU": "#D55E00", "CU": "#0072B2", "UCU": "#E69F00", "RU": "#999999", "frozen": "#0072B2"}
@@ -96,7 +82,7 @@ def label_table(
             over its query heads.
         selection: counts what is frozen, out of what carries the label, instead of all that does.
     """
-    chosen = selection or UnitSelection(np.ones(labels.heads.shape, bool), np.ones(labels.channels.shape, bool), layout)
+    chosen = selection or _everything(labels)
     table = _table(title, "label", "heads", "channels", "% of units", *(["% of block\nparameters"] if layout else []))
     cost = np.array([layout.head_cost if layout else 1.0, 1.0])
     sizes = np.array([labels.heads.numel(), labels.channels.numel()])
@@ -106,13 +92,17 @@ def label_table(
         shares = [counts.sum() / sizes.sum(), *([counts @ cost / (sizes @ cost)] if layout else [])]
         table.add_row(name, *cells, *(f"{100 * share:.2f}" for share in shares), style=COLOURS.get(name))
 
+    pairs = ((chosen.heads, labels.heads.numpy()), (chosen.channels, labels.channels.numpy()))
     for name in _MEANING:
-        of_label = [codes.numpy() == LABELS.index(name) for codes in (labels.heads, labels.channels)]
-        kept = [int((a & b).sum()) for a, b in zip((chosen.heads, chosen.channels), of_label, strict=True)]
-        row(name, np.array(kept), np.array([int(array.sum()) for array in of_label]))
+        kept = [(of_kind & (codes == LABELS.index(name))).sum() for of_kind, codes in pairs]
+        row(name, np.array(kept), np.array(labels.counts()[name]))
     table.add_section()
     row("all", np.array([chosen.heads.sum(), chosen.channels.sum()]), sizes)
     return table
+
+
+def _everything(labels: UnitLabels) -> UnitSelection:
+    return UnitSelection(np.ones(labels.heads.shape, bool), np.ones(labels.channels.shape, bool))
 
 
 def module_table(plan: FreezePlan, title: str = "") -> Table:
@@ -230,13 +220,7 @@ def draw_units(labels: UnitLabels, title: str, scores: UnitScores | None = None)
     panels[0].set_title(f"{labels.heads.shape[1]} heads", loc="left")
     panels[1].set(xlabel=f"channel, {lines} lines of {length:,}" if lines > 1 else "channel")
     panels[1].set_title(f"{n_channels:,} MLP channels", loc="left")
-    start = np.zeros(n_layers)
-    everything = UnitSelection(np.ones(labels.heads.shape, bool), np.ones(labels.channels.shape, bool))
-    for label, share in shares_by_layer(everything, labels)[1].items():
-        panels[2].barh(range(n_layers), 100 * share, left=start, color=COLOURS[label], height=0.9)
-        start += 100 * share
-    panels[2].set(xlabel="% of the layer's channels", xlim=(0, 100), ylim=(n_layers - 0.5, -0.5))
-    panels[2].set_title("channels by label", loc="left")
+    _draw_shares(panels[2], labels)
     for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -256,12 +240,22 @@ def draw_units(labels: UnitLabels, title: str, scores: UnitScores | None = None)
     )  # fmt: skip
     if scores is not None:
         wide = (width - 2 * margin - 120) // 2
-        for number, units_word in enumerate(("heads", "channels")):
-            left = margin + 30 + number * (wide + 90)
-            _draw_scatter(
-                place(left, top + channels.shape[0] + below + 40, wide, scatter - 90), labels, scores, units_word
-            )
-    return _png(figure)
+        below_bars = top + channels.shape[0] + below + 40
+        for number, units_word in enumerate(labels.shapes):
+            axes = place(margin + 30 + number * (wide + 90), below_bars, wide, scatter - 90)
+            _draw_scatter(axes, labels, scores, units_word)
+    return png(figure)
+
+
+def _draw_shares(axes: Axes, labels: UnitLabels) -> None:
+    """Bars of each layer's channels by label."""
+    n_layers = len(labels.channels)
+    start = np.zeros(n_layers)
+    for label, share in shares_by_layer(_everything(labels), labels)[1].items():
+        axes.barh(range(n_layers), 100 * share, left=start, color=COLOURS[label], height=0.9)
+        start += 100 * share
+    axes.set(xlabel="% of the layer's channels", xlim=(0, 100), ylim=(n_layers - 0.5, -0.5))
+    axes.set_title("channels by label", loc="left")
 
 
 def _unit_image(codes: np.ndarray, lines: int, across: int, down: int) -> np.ndarray:
@@ -340,7 +334,7 @@ def draw_plan(plan: FreezePlan, title: str) -> bytes:
     whole.barh(np.arange(len(layers)) + 0.5, [share(layer, None) for layer in layers], color=COLOURS["frozen"])
     whole.set_title("frozen, % of these modules in each layer", loc="left", fontsize="medium")
     whole.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_layers(axes: Axes, values: Mapping[str, np.ndarray], title: str, unit: str, least: float) -> None:
@@ -358,7 +352,8 @@ def draw_layers(axes: Axes, values: Mapping[str, np.ndarray], title: str, unit: 
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -8,7 +8,7 @@ nor ``.grad`` nor hooks of its own parameters play any part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple
 
@@ -16,30 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .activations import (
-    Collector,
-    Scored,
-    Totals,
-    UnitInputs,
-    UnitValues,
-    at_least_float32,
-    model_device,
-    saving_arguments,
-    watched,
-)
+from .activations import Counted, UnitInputs, at_least_float32, model_device, saving_arguments, watched
 from .batches import Pass
+from .collecting import Collector, Count, Scored, UnitValues, zero_totals
 from .units import Piece, UnitLayout
-
-__all__ = [
-    "GradientSums",
-    "Margin",
-    "MarginGradients",
-    "answer_loss",
-    "decision_ratio",
-    "gradient_times_activation",
-    "patching_effect",
-    "plain_sums",
-]
 
 _CHUNK: Final = 1 << 22  # elements of a gradient in float32 at a time
 _FLOOR: Final = 0.001
@@ -165,15 +145,10 @@ def _blocks(layout: UnitLayout, device: torch.device) -> dict[str, list[_Block]]
 
 
 def _target(layout: UnitLayout, piece: Piece, layer: int, low: int, device: torch.device) -> _Target:
+    units, places, share = layout.shared(piece)
+    before = layer * layout.unit_shapes[units][1]  # units of the layers before
     lines = torch.from_numpy(piece.index - low).to(device)
-    if piece.units == "channel":
-        first, share = layer * layout.d_ff + piece.first, 1
-    else:
-        share = layout.group_size if piece.units == "kv" else 1
-        first = layer * layout.n_heads + piece.first * share
-    return _Target(
-        "channels" if piece.units == "channel" else "heads", slice(first, first + len(lines) * share), lines, share
-    )
+    return _Target(units, slice(before + places.start, before + places.stop), lines, share)
 
 
 def _squares(_: Tensor, gradient: Tensor) -> Tensor:
@@ -203,7 +178,7 @@ class GradientSums(Collector):
         self.model, self.layout, self.loss, self.rows = model, layout, loss, rows
         device = model_device(model)
         heads, channels = (a * b for a, b in (layout.heads_shape, layout.channels_shape))
-        self.totals = Totals(device, heads=heads, channels=channels)
+        self.totals = zero_totals(device, heads=heads, channels=channels)
         self._entries = {"squares": _squares, "products": _products}[entries]
         self._blocks = _blocks(layout, device)
         self._reached: set[str] = set()
@@ -235,38 +210,40 @@ class GradientSums(Collector):
                 self._entries(at_least_float32(w), at_least_float32(g)).sum(block.axis)
                 for w, g in zip(*chunks, strict=True)
             ]
-            totals = next(iter(self.totals.tensors.values()))
+            totals = self.totals["heads"]
             entries = torch.cat(sums) if block.axis else torch.stack(sums).sum(0, dtype=totals.dtype)
             entries = entries.to(totals)
             for target in block.targets:
                 units = entries[target.lines].sum(1).repeat_interleave(target.share) / target.share
                 self.totals[target.units][target.place] += units
 
-    def check(self, word: str, n_positions: int, n_batches: int) -> None:
+    def complaints(self, word: str, count: Count) -> Iterator[str]:
         """Every parameter must have had a gradient, and all of them finite ones."""
         if self._ran and (missing := sorted(set(self._blocks) - self._reached)):
-            raise ValueError(
-                f"score_units: {missing[0]!r} had no gradient on the {word} set, expected one; every layer must take "
-                "part in the model's output"
-            )
-        for units, shape in (("heads", self.layout.heads_shape), ("channels", self.layout.channels_shape)):
-            finite = torch.isfinite(self.totals[units].reshape(shape)).all(1)
+            yield _no_gradient(repr(missing[0]), word)
+        for units, sums in self.sums._asdict().items():
+            finite = torch.isfinite(sums).all(1)
             if not finite.all():
-                raise ValueError(
-                    f"score_units: gradients of the {units} of layer {int((~finite).nonzero()[0])} are NaN or infinite "
-                    f"on the {word} set, expected finite ones; load the model in float32 or bfloat16"
-                )
+                yield _not_finite(f"gradients of the {units} of layer {int((~finite).nonzero()[0])} are", word)
 
     @property
     def sums(self) -> UnitValues:
         """Heads ``[layers, heads]`` and channels ``[layers, d_ff]``, float64 on the CPU."""
-        heads, channels = (self.totals[units].cpu().double() for units in ("heads", "channels"))
-        return UnitValues(heads.reshape(self.layout.heads_shape), channels.reshape(self.layout.channels_shape))
+        shapes = self.layout.unit_shapes.items()
+        return UnitValues(*(self.totals[units].cpu().double().reshape(shape) for units, shape in shapes))
+
+
+def _no_gradient(what: str, word: str) -> str:
+    return f"{what} had no gradient on the {word} set, expected one; every layer must take part in the model's output"
+
+
+def _not_finite(what: str, word: str) -> str:
+    return f"{what} NaN or infinite on the {word} set, expected finite ones; load the model in float32 or bfloat16"
 
 
 def plain_sums(safety: GradientSums, utility: GradientSums) -> Scored:
     """The sums themselves (SNIP)."""
-    return Scored(safety.sums, utility.sums, None)
+    return safety.sums, utility.sums, None
 
 
 def decision_ratio(safety: GradientSums, utility: GradientSums) -> Scored:
@@ -279,7 +256,7 @@ def decision_ratio(safety: GradientSums, utility: GradientSums) -> Scored:
             "model is to go on doing?"
         )
     ratio = (part / (u + floor) for part, u in zip(safety.sums, needed, strict=True))
-    return Scored(safety.sums, needed, UnitValues(*ratio))
+    return safety.sums, needed, UnitValues(*ratio)
 
 
 # --------------------------------------------------------------------------------- gradients of activations
@@ -298,15 +275,14 @@ class MarginGradients(Collector):
     def __init__(self, model: torch.nn.Module, layout: UnitLayout, margin: Margin, *, first: bool) -> None:
         self.model, self.inputs, self.margin, self.first = model, UnitInputs(layout), margin, first
         size = self.inputs.size
-        self.totals = Totals(
-            model_device(model), product=size, gradient=size, activation=size, count=len(self.inputs.readers), rows=1
-        )
+        sizes = {"product": size, "gradient": size, "activation": size, "count": len(self.inputs.readers), "rows": 1}
+        self.totals = zero_totals(model_device(model), **sizes)
 
     def take(self, one: Pass) -> int:
         """One forward pass, and a backward pass that goes no further than to the first reader's input."""
         deciding, place = one.deciding[:, None], torch.arange(one.real.shape[1])
         first = torch.zeros_like(deciding) if self.first else deciding.clamp(max=1)
-        counted = ((place >= first) & (place <= deciding) & one.real).flatten().to(model_device(self.model))
+        counted = Counted((place >= first) & (place <= deciding) & one.real, model_device(self.model))
         counts = [0] * len(self.inputs.readers)
         with torch.enable_grad(), watched(self.model, self.inputs, partial(self._see, counted, counts)):
             margins = self.margin(one, partial(_logits, self.model, _aliases(self.model), one))
@@ -316,21 +292,15 @@ class MarginGradients(Collector):
         return len(margins)
 
     def _see(
-        self, counted: Tensor, counts: list[int], number: int, hidden: Tensor, positions: Tensor | None
+        self, counted: Counted, counts: list[int], number: int, hidden: Tensor, positions: Tensor | None
     ) -> Tensor | None:
-        counted = counted.to(hidden.device)
-        if positions is None and hidden.shape[:-1].numel() != len(counted):
-            raise ValueError(
-                f"score_units: {self.inputs.readers[number][1].module!r} received {tuple(hidden.shape)}, expected "
-                f"{len(counted)} positions"
-            )
+        chosen = counted.of(hidden, positions, self.inputs.readers[number][1])
         # nothing before the first reader needs a gradient: the graph starts here
         leaf = None if hidden.requires_grad else hidden.detach().requires_grad_()
         watched_input = hidden if leaf is None else leaf
         values, place = hidden.detach(), self.inputs.places[number]
 
         def add(gradient: Tensor) -> None:
-            chosen = (counted if positions is None else counted[positions]).nonzero().squeeze(1)
             a, g = (at_least_float32(x.reshape(-1, x.shape[-1])[chosen]) for x in (values, gradient))
             counts[number] += len(chosen)
             for name, entries in (("product", a * g), ("gradient", g), ("activation", a)):
@@ -340,24 +310,13 @@ class MarginGradients(Collector):
         watched_input.register_hook(add)  # type: ignore[no-untyped-call]
         return leaf
 
-    def check(self, word: str, n_positions: int, n_batches: int) -> None:
+    def complaints(self, word: str, count: Count) -> Iterator[str]:
         """Every reader must have passed on a gradient, and all of them finite ones."""
-        counts = dict.fromkeys((reader.module for _, reader in self.inputs.readers), 0)
-        for (_, reader), count in zip(self.inputs.readers, self.totals["count"].tolist(), strict=True):
-            counts[reader.module] += int(count)
-        for name, count in counts.items():
-            if not count:
-                raise ValueError(
-                    f"score_units: the input of {name!r} had no gradient on the {word} set, expected one; every layer "
-                    "must take part in the model's output"
-                )
-        finite = torch.isfinite(self.totals["product"]).cpu()
-        for (_, reader), place in zip(self.inputs.readers, self.inputs.places, strict=True):
-            if not finite[place].all():
-                raise ValueError(
-                    f"score_units: the input of {reader.module!r} or its gradient is NaN or infinite on the {word} "
-                    "set, expected finite ones; load the model in float32 or bfloat16"
-                )
+        for name, seen in self.inputs.per_module(self.totals["count"]).items():
+            if not seen:
+                yield _no_gradient(f"the input of {name!r}", word)
+        for name in self.inputs.not_finite(self.totals["product"]):
+            yield _not_finite(f"the input of {name!r} or its gradient is", word)
 
     def per_row(self, name: str) -> Tensor:
         """A total over the rows' number, per feature, float64 on the CPU."""
@@ -366,9 +325,8 @@ class MarginGradients(Collector):
     @property
     def mean(self) -> Tensor:
         """Mean of a over its positions; 0 for an expert that no token was routed to."""
-        widths = torch.tensor(self.inputs.widths)
-        count = self.totals["count"].cpu().double().repeat_interleave(widths).clamp(min=1)
-        return self.totals["activation"].cpu().double() / count
+        count = self.inputs.per_feature(self.totals["count"].cpu().double())
+        return self.totals["activation"].cpu().double() / count.clamp(min=1)
 
     def of_units(self, features: Tensor) -> UnitValues:
         """Sums over each unit's features."""
@@ -384,7 +342,7 @@ def gradient_times_activation(safety: MarginGradients, utility: MarginGradients)
     """|mean over safety rows - mean over utility rows| of Σ_pos a·∂m/∂a; each set's score is its own |mean|."""
     one, other = (seen.of_units(seen.per_row("product")) for seen in (safety, utility))
     difference = UnitValues(one.heads - other.heads, one.channels - other.channels)
-    return Scored(_absolute(one), _absolute(other), _absolute(difference))
+    return _absolute(one), _absolute(other), _absolute(difference)
 
 
 def patching_effect(safety: MarginGradients, utility: MarginGradients) -> Scored:
@@ -393,4 +351,4 @@ def patching_effect(safety: MarginGradients, utility: MarginGradients) -> Scored
         _absolute(seen.of_units(source.mean * seen.per_row("gradient") - seen.per_row("product")))
         for seen, source in ((safety, utility), (utility, safety))
     )
-    return Scored(one, other, one)
+    return one, other, one

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ..plan.files import write_atomically
-from .activations import (
-    FORMULAS,
-    ActivationMoments,
-    Collector,
-    Positions,
-    Scored,
-    Totals,
-    UnitValues,
-    contrast,
-    formula_scores,
-)
+from .activations import FORMULAS, ActivationMoments, Positions, contrast, formula_scores
 from .batches import read_passes
+from .collecting import Collector, Partial, Scored, UnitValues, collect, merge_ranks
+from .files import read_tensors, stamped, write_tensors
 from .saliency import (
     GradientSums,
     Margin,
@@ -38,17 +31,15 @@ from .saliency import (
     patching_effect,
     plain_sums,
 )
-from .units import UnitLayout, find_units
+from .units import UnitLayout, check_word, find_units
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["METHODS", "SetScores", "UnitScores", "refusal_margins", "score_units"]
 
+#: The calibration sets.
+SETS: Final = ("safety", "utility")
 _FORMAT: Final = "safefreeze.unit_scores"
-_PARTIAL: Final = "safefreeze.partial_scores"
-_VERSION: Final = "2"
-_SETS: Final = ("safety", "utility")
 _SAMPLE: Final = 1024  # weights per parameter in a model's fingerprint
 
 
@@ -133,15 +124,16 @@ class UnitScores:
         if self.ranking is not None:
             ranking = UnitValues(*(part.detach().to("cpu", torch.float32).contiguous() for part in self.ranking))
             object.__setattr__(self, "ranking", ranking)
-        shapes = {word: (getattr(self, word).heads, getattr(self, word).channels) for word in _SETS}
-        for word, (heads, channels) in {**shapes, **({"ranking": self.ranking} if self.ranking else {})}.items():
-            if (tuple(heads.shape), tuple(channels.shape)) != (self.layout.heads_shape, self.layout.channels_shape):
+        for word in (*SETS, *(["ranking"] if self.ranking else [])):
+            scored = {units: getattr(getattr(self, word), units) for units in self.layout.unit_shapes}
+            shapes = {units: tuple(scores.shape) for units, scores in scored.items()}
+            if shapes != self.layout.unit_shapes:
                 raise ValueError(
-                    f"UnitScores: {word} scores heads {tuple(heads.shape)} and channels {tuple(channels.shape)}, "
-                    f"expected {self.layout.heads_shape} and {self.layout.channels_shape} for {self.layout}"
+                    f"UnitScores: {word} scores heads {shapes['heads']} and channels {shapes['channels']}, expected "
+                    f"{self.layout.heads_shape} and {self.layout.channels_shape} for {self.layout}"
                 )
-            _check_finite("UnitScores", f"{word} of heads", heads)
-            _check_finite("UnitScores", f"{word} of channels", channels)
+            for units, scores in scored.items():
+                _check_finite("UnitScores", f"{word} of {units}", scores)
 
     def __repr__(self) -> str:
         return (
@@ -161,7 +153,7 @@ class UnitScores:
             ValueError: another model, or an unknown architecture.
         """
         layout = find_units(model)
-        if (layout.heads_shape, layout.channels_shape) != (self.layout.heads_shape, self.layout.channels_shape):
+        if layout.unit_shapes != self.layout.unit_shapes:
             raise ValueError(
                 f"UnitScores.check: the model is {layout}, expected {self.layout}, whose units were scored; score "
                 "this model, or load the one that was scored"
@@ -178,25 +170,19 @@ class UnitScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; a crash leaves an older file as it was."""
-        from safetensors.torch import save
-
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
+        fields = {
             "method": self.method,
             "settings": json.dumps(dict(self.settings)),
             "layout": self.layout.to_json(),
             "model_fingerprint": self.model_fingerprint,
         }
         tensors: dict[str, Tensor] = {}
-        for word, scores in ((word, getattr(self, word)) for word in _SETS):
-            header[f"{word}.n_positions"] = str(scores.n_positions)
-            header[f"{word}.fingerprint"] = scores.fingerprint
-            tensors[f"{word}.head_features"] = scores.head_features
-            tensors[f"{word}.channels"] = scores.channels
+        for word, scores in ((word, getattr(self, word)) for word in SETS):
+            fields |= {f"{word}.n_positions": str(scores.n_positions), f"{word}.fingerprint": scores.fingerprint}
+            tensors |= {f"{word}.head_features": scores.head_features, f"{word}.channels": scores.channels}
         if self.ranking is not None:
-            tensors |= {f"ranking.{word}": part for word, part in self.ranking._asdict().items()}
-        write_atomically(Path(path), save(tensors, header))
+            tensors |= {f"ranking.{units}": part for units, part in self.ranking._asdict().items()}
+        write_tensors(path, tensors, stamped(_FORMAT, fields))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UnitScores:
@@ -209,7 +195,7 @@ class UnitScores:
         if not Path(path).is_file():
             raise FileNotFoundError(f"UnitScores.load: no file {os.fspath(path)!r}")
         try:
-            header, tensors = _read(Path(path), _FORMAT)
+            header, tensors = read_tensors(path, _FORMAT)
             safety, utility = (
                 SetScores(
                     tensors[f"{word}.head_features"],
@@ -217,39 +203,18 @@ class UnitScores:
                     int(header[f"{word}.n_positions"]),
                     header[f"{word}.fingerprint"],
                 )
-                for word in _SETS
+                for word in SETS
             )
             ranked = "ranking.heads" in tensors
+            ranking = UnitValues(*(tensors[f"ranking.{units}"] for units in UnitValues._fields)) if ranked else None
             return cls(
-                UnitLayout.from_json(header["layout"]),
-                safety,
-                utility,
-                header["method"],
-                UnitValues(tensors["ranking.heads"], tensors["ranking.channels"]) if ranked else None,
-                header["model_fingerprint"],
-                json.loads(header["settings"]),
-            )
-        except (OSError, KeyError, ValueError) as error:
+                UnitLayout.from_json(header["layout"]), safety, utility, header["method"], ranking,
+                header["model_fingerprint"], json.loads(header["settings"]),
+            )  # fmt: skip
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"UnitScores.load: {os.fspath(path)!r} is not a score file this package reads ({error})"
             ) from error
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a file; ValueError for one of another kind or version, or a damaged one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            header = file.metadata() or {}
-            if (header.get("format"), header.get("version")) != (kind, _VERSION):
-                raise ValueError(
-                    f"format {header.get('format')!r} version {header.get('version')!r}, expected {kind!r} version "
-                    f"{_VERSION!r}"
-                )
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------- methods
@@ -265,71 +230,40 @@ class _Job(NamedTuple):
     comply: list[int] | None
     rows: int
 
-    def moments(self) -> ActivationMoments:
+    def moments(self, _: str) -> ActivationMoments:
         return ActivationMoments(self.model, self.layout, self.positions)
 
-    def answer_gradients(self, entries: Any) -> GradientSums:
-        return GradientSums(self.model, self.layout, answer_loss, entries, self.rows)
+    def products(self, _: str) -> GradientSums:
+        return GradientSums(self.model, self.layout, answer_loss, "products", self.rows)
 
-    def margin_gradients(self, first: bool) -> MarginGradients:
-        return MarginGradients(self.model, self.layout, self.margin(), first=first)
+    def squares(self, word: str) -> GradientSums:
+        derived = Margin(self.refuse, self.comply) if word == "safety" else answer_loss
+        return GradientSums(self.model, self.layout, derived, "squares", self.rows)
 
-    def margin(self) -> Margin:
-        return Margin(self.refuse, self.comply)
+    def margins(self, _: str, first: bool = False) -> MarginGradients:
+        return MarginGradients(self.model, self.layout, Margin(self.refuse, self.comply), first=first)
 
 
 class _Method(NamedTuple):
-    """How a method collects, one collector per set, what it makes of them, and which options it has."""
+    """How a method collects the set of a name, what it makes of both sets' totals, and which options it has."""
 
-    collect: Callable[[_Job], tuple[Collector, Collector]]
+    collector: Callable[[_Job, str], Collector]
     score: Callable[[Any, Any], Scored]
     options: tuple[str, ...]
 
 
-def _of_activations(score: Callable[[Any, Any], Scored]) -> _Method:
-    return _Method(lambda job: (job.moments(), job.moments()), score, ("positions",))
-
-
-def _of_margin(score: Callable[[Any, Any], Scored], *, first: bool) -> _Method:
-    return _Method(
-        lambda job: (job.margin_gradients(first), job.margin_gradients(first)),
-        score,
-        ("refuse_token", "comply_token"),
-    )
-
-
-def _formula(method: str) -> _Method:
-    return _of_activations(lambda safety, utility: formula_scores(method, safety, utility))
-
-
+_TOKENS: Final = ("refuse_token", "comply_token")
 _METHODS: Final[dict[str, _Method]] = {
-    **{name: _formula(name) for name in FORMULAS},
-    "activation_contrast": _of_activations(contrast),
-    "snip": _Method(
-        lambda job: (job.answer_gradients("products"), job.answer_gradients("products")),
-        plain_sums,
-        ("rows_per_gradient",),
-    ),
-    "decision_fisher": _Method(
-        lambda job: (
-            GradientSums(job.model, job.layout, job.margin(), "squares", job.rows),
-            job.answer_gradients("squares"),
-        ),
-        decision_ratio,
-        ("refuse_token", "rows_per_gradient"),
-    ),
-    "gradient_x_activation": _of_margin(gradient_times_activation, first=True),
-    "activation_patching": _of_margin(patching_effect, first=False),
+    **{name: _Method(_Job.moments, partial(formula_scores, name), ("positions",)) for name in FORMULAS},
+    "activation_contrast": _Method(_Job.moments, contrast, ("positions",)),
+    "snip": _Method(_Job.products, plain_sums, ("rows_per_gradient",)),
+    "decision_fisher": _Method(_Job.squares, decision_ratio, ("refuse_token", "rows_per_gradient")),
+    "gradient_x_activation": _Method(partial(_Job.margins, first=True), gradient_times_activation, _TOKENS),
+    "activation_patching": _Method(_Job.margins, patching_effect, _TOKENS),
 }
 
 #: The methods of `score_units`.
 METHODS: Final = tuple(_METHODS)
-_DEFAULTS: Final[dict[str, Any]] = {
-    "positions": "predicting",
-    "refuse_token": None,
-    "comply_token": None,
-    "rows_per_gradient": 4,
-}
 
 
 def score_units(
@@ -382,25 +316,16 @@ def score_units(
                                  takes a forward pass per unit. It is the safety set's score
     ===========================  ========================================================================
 
-    What is known to protect: in a miniature (a model of 288,000 parameters that was taught to refuse, then
-    fine-tuned on harmless rows until it had learnt them; up to 9 seeds), attack success, compared with freezing as
-    many random units, mean difference (standard error):
-
-    =========================  ===================  =======================================================
-    method                     20% of units frozen  50%
-    =========================  ===================  =======================================================
-    decision Fisher            -.35 (.08)           -.35 (.08); -.40 (.08) with utility rows of the new task
-    activation patching        -.30 (.09)           no figure
-    gradient × activation      -.28 (.06)           no figure; m was z_refuse - z_comply
-    fluctuation                -.00 (.02)           -.03 (.06)
-    =========================  ===================  =======================================================
-
-    Those were trials whose scores saw the objects that were asked about. With other objects, and 20 seeds
-    (examples/study), less is left: decision Fisher -.06 (.02) at 20% and -.10 (.03) at 50%, -.15 (.04) and -.12 (.04)
-    with utility rows of the new task; gradient × activation -.04 (.02) at 20%; SSAH's SCU + all CU -.08 (.03), SCU + 6%
-    CU -.01 (.01). Freezing the first layers, or half the learning rate, did as well. SSAH's published results are on 7B
-    and 8B models. There are no figures for the other methods, and nothing is known of the gradient methods on models of
-    that size.
+    What is known to protect: in a miniature (a model of 288,000 parameters that was taught to refuse, then fine-tuned
+    on harmless rows until it had learnt them), attack success, compared with freezing as many random units, mean
+    difference (standard error). Over 20 seeds, with other objects scored than those asked about (examples/study):
+    decision Fisher -.06 (.02) at 20% of units frozen and -.10 (.03) at 50%, with utility rows of the new task -.15
+    (.04) and -.12 (.04); gradient × activation -.04 (.02) at 20%; SSAH's SCU + all CU -.08 (.03), SCU + 6% CU -.01
+    (.01). Freezing the first layers, or half the learning rate, did as well. Before, over up to 9 seeds whose scores
+    saw the objects: decision Fisher -.35 (.08) at 20% and at 50%, there -.40 (.08) with utility rows of the new task;
+    at 20% activation patching -.30 (.09), gradient × activation -.28 (.06) with m = z_refuse - z_comply; fluctuation
+    -.00 (.02) and -.03 (.06). SSAH's published results are on 7B and 8B models. There are no figures for the other
+    methods, and nothing is known of the gradient methods on models of that size.
 
     The model runs in eval mode and is left as it was found: modes, gradients, ``requires_grad`` and hooks. Memory
     does not grow with the sets, and gradients of weights are reduced to units parameter by parameter. Sums are
@@ -461,30 +386,31 @@ def score_units(
     options |= {"refuse_token": refuse, "comply_token": comply}
     settings = {word: options[word] for word in chosen.options}
     fingerprint = _fingerprint(weights)
+    job = _Job(model, layout, positions, refuse, comply, rows_per_gradient)
+    about = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
     with torch.inference_mode(False), _evaluating(model):  # totals of inference mode could not be added to outside it
-        collectors = chosen.collect(_Job(model, layout, positions, refuse, comply, rows_per_gradient))
-        job = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
-        partial = _Partial(resume, every, job, group)
+        collectors = [chosen.collector(job, word) for word in SETS]
+        file = Partial(resume, every, about, group)
         counts = [
-            _collect(collector, batches, word, partial, progress)
-            for word, collector, batches in zip(_SETS, collectors, (safety, utility), strict=True)
+            collect(collector, batches, word, file, progress)
+            for word, collector, batches in zip(SETS, collectors, (safety, utility), strict=True)
         ]
         if group is not None:
             for collector, count in zip(collectors, counts, strict=True):
-                _merge_ranks(collector.totals, count, fingerprint, group)
-        for word, collector, count in zip(_SETS, collectors, counts, strict=True):
+                merge_ranks(collector, count, fingerprint, group)
+        for word, collector, count in zip(SETS, collectors, counts, strict=True):
             if count.passes == 0:
                 raise ValueError(
                     f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one"
                 )
-            collector.check(word, count.positions, count.passes)
-        scored = chosen.score(*collectors)
+            collector.check(word, count)
+        safe_values, useful_values, ranking = chosen.score(*collectors)
     safe, useful = (
-        SetScores(*values, count.positions, count.fingerprint)
-        for values, count in zip((scored.safety, scored.utility), counts, strict=True)
+        SetScores(values.heads, values.channels, count.positions, count.fingerprint)
+        for values, count in zip((safe_values, useful_values), counts, strict=True)
     )
-    scores = UnitScores(layout, safe, useful, method, scored.ranking, fingerprint, settings)
-    partial.remove()
+    scores = UnitScores(layout, safe, useful, method, ranking, fingerprint, settings)
+    file.remove()
     return scores
 
 
@@ -516,18 +442,14 @@ def refusal_margins(
 
 
 def _check_options(method: str, options: Mapping[str, Any], every: int) -> None:
-    if method not in _METHODS:
-        raise ValueError(f"score_units: method is {method!r}, expected one of {', '.join(map(repr, _METHODS))}")
-    if options["positions"] not in get_args(Positions):
-        raise ValueError(
-            f"score_units: positions is {options['positions']!r}, expected one of "
-            f"{', '.join(map(repr, get_args(Positions)))}"
-        )
+    check_word("score_units", "method", method, METHODS)
+    check_word("score_units", "positions", options["positions"], get_args(Positions))
     for word, number in (("rows_per_gradient", options["rows_per_gradient"]), ("every", every)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"score_units: {word} is {number!r}, expected a whole number of at least 1")
+    parameters = inspect.signature(score_units).parameters
     for word, value in options.items():
-        if word not in _METHODS[method].options and value != _DEFAULTS[word]:
+        if word not in _METHODS[method].options and value != parameters[word].default:
             having = ", ".join(repr(name) for name, other in _METHODS.items() if word in other.options)
             raise ValueError(
                 f"score_units: {word} is {value!r}, but {method!r} has no such option, expected it with {having}"
@@ -573,157 +495,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-# --------------------------------------------------------------------------------------------- going through
-
-
-@dataclass
-class _Count:
-    """How much of a set was counted, and a hash over its rows so far."""
-
-    passes: int = 0
-    rows: int = 0
-    positions: int = 0
-    fingerprint: str = field(default_factory=lambda: hashlib.sha256().hexdigest())
-
-
-def _collect(
-    collector: Collector, batches: Iterable[Mapping[str, Tensor]], word: str, partial: _Partial, progress: bool
-) -> _Count:
-    """Take a set in, after what the partial file holds of it."""
-    done, count, digest = partial.restore(word, collector.totals), _Count(), hashlib.sha256()
-    for one in read_passes(_watched(batches, word, progress), word, collector.rows, collector.labelled):
-        for row in one.digests:
-            digest.update(row)
-        count.passes, count.rows = count.passes + 1, count.rows + len(one.digests)
-        count.fingerprint = digest.hexdigest()
-        if count.passes <= done.passes:
-            if count.passes == done.passes:
-                partial.agree(word, count, done)
-                count.positions = done.positions
-            continue
-        count.positions += collector.take(one)
-        if (count.passes - done.passes) % partial.every == 0:
-            partial.save(word, collector.totals, count)
-    if count.passes < done.passes:
-        partial.agree(word, count, done)
-    elif count.passes > done.passes:
-        partial.save(word, collector.totals, count)
-    return count
-
-
-def _watched(batches: Iterable[Mapping[str, Tensor]], word: str, progress: bool) -> Iterable[Mapping[str, Tensor]]:
-    if not progress or isinstance(batches, Mapping):
-        return batches
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    bar: Iterable[Mapping[str, Tensor]] = tqdm(batches, desc=f"scoring {word}", unit="batch")
-    return bar
-
-
-class _Partial:
-    """What was counted so far, in a file that the same call finds again. Without a path: nothing."""
-
-    def __init__(
-        self, path: str | os.PathLike[str] | None, every: int, job: Mapping[str, str], group: ProcessGroup | None
-    ) -> None:
-        self.every, self.header = every, {"format": _PARTIAL, "version": _VERSION, **job}
-        self.path = None if path is None else Path(path)
-        self.tensors: dict[str, Tensor] = {}
-        if self.path is None:
-            return
-        if group is not None:
-            rank = f"rank {group.rank()} of {group.size()}"
-            self.path = self.path.with_name(f"{self.path.name}.{rank.replace(' ', '-')}")
-            self.header["rank"] = rank
-        if not self.path.parent.is_dir():
-            raise ValueError(f"score_units: resume is {os.fspath(self.path)!r}, expected a file in an existing folder")
-        if not self.path.exists():
-            return
-        try:
-            found, self.tensors = _read(self.path, _PARTIAL)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"score_units: resume is {os.fspath(self.path)!r}, which is not a partial score file this package "
-                f"reads ({error}); delete it, or pass another path"
-            ) from error
-        differing = [key for key in self.header if found.get(key) != self.header[key]]
-        if differing:
-            self._refuse(
-                f"another {differing[0]}: {_brief(found.get(differing[0]))}", _brief(self.header[differing[0]])
-            )
-        self.header = found
-
-    def _refuse(self, got: str, expected: str) -> None:
-        raise ValueError(
-            f"score_units: resume is {os.fspath(self.path or '')!r}, which was written for {got}, expected {expected}; "
-            "delete it, or pass another path"
-        )
-
-    def restore(self, word: str, totals: Totals) -> _Count:
-        """Put what the file holds of a set into its totals."""
-        if f"{word}.count" not in self.header:
-            return _Count()
-        for name, tensor in totals.tensors.items():
-            tensor.copy_(self.tensors[f"{word}.{name}"])
-        return _Count(**json.loads(self.header[f"{word}.count"]))
-
-    def agree(self, word: str, count: _Count, done: _Count) -> None:
-        """The set must begin with the rows that the file counted, batched alike where batches are passes."""
-        if (count.passes, count.rows, count.fingerprint) != (done.passes, done.rows, done.fingerprint):
-            self._refuse(
-                f"{done.rows} other rows of {word} in {done.passes} passes",
-                f"those of the first {count.passes} passes, {count.rows} rows",
-            )
-
-    def save(self, word: str, totals: Totals, count: _Count) -> None:
-        """Write what was counted; a crash leaves the file as it was."""
-        if self.path is None:
-            return
-        from safetensors.torch import save
-
-        self.tensors |= {f"{word}.{name}": tensor.cpu() for name, tensor in totals.tensors.items()}
-        self.header[f"{word}.count"] = json.dumps(asdict(count))
-        write_atomically(self.path, save(self.tensors, self.header))
-
-    def remove(self) -> None:
-        """Delete the file, which the finished scores replace."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _brief(value: str | None) -> str:
-    return repr(value if value is None or len(value) < 80 else f"{value[:77]}...")
-
-
-def _merge_ranks(totals: Totals, count: _Count, model: str, group: ProcessGroup) -> None:
-    """Replace a rank's totals by those of all ranks, added in the order of ranks: the same bits everywhere."""
-    import torch.distributed as dist
-
-    ranks, mine = range(group.size()), {name: tensor.clone() for name, tensor in totals.tensors.items()}
-    device = next(iter(mine.values())).device
-
-    def from_rank(rank: int, own: Tensor) -> Tensor:
-        tensor = own.clone() if rank == group.rank() else torch.empty_like(own)
-        dist.broadcast(tensor, src=dist.get_global_rank(group, rank), group=group)
-        return tensor
-
-    about = torch.tensor([count.passes, count.rows, count.positions])
-    hashes = torch.tensor([list(bytes.fromhex(text)) for text in (model, count.fingerprint)])
-    own = torch.cat([about, hashes.flatten()]).to(device)
-    gathered = torch.stack([from_rank(rank, own) for rank in ranks]).cpu()
-    models, rows = gathered[:, 3:35], gathered[:, 35:]
-    if (models != models[0]).any():
-        odd = int((models != models[0]).any(1).nonzero()[0])
-        raise ValueError(
-            f"score_units: rank {odd} has another model than rank 0, expected the same weights on every rank"
-        )
-    totals.zero_()
-    for rank in ranks:
-        totals.merge({name: from_rank(rank, tensor) for name, tensor in mine.items()})
-    count.passes, count.rows, count.positions = gathered[:, :3].sum(0).tolist()
-    count.fingerprint = hashlib.sha256(rows.to(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- weights

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.files import write_atomically
 from ..plan.plan import FreezePlan
+from .files import write_tensors
 from .scores import UnitScores
 from .units import KvPolicy, Preset, UnitLayout, find_units, unit_masks
-
-__all__ = ["LABELS", "Stability", "UnitLabels", "UnitRanking", "UnitSelection", "stability"]
 
 #: Label names; a label's code is its place here.
 LABELS: Final = ("RU", "SCU", "UCU", "CU")
@@ -32,8 +29,29 @@ _POOR: Final = 0.4  # agreement beyond chance; see `Stability`
 # --------------------------------------------------------------------------------------- labels and rankings
 
 
+class PerUnit:
+    """Something about every unit: ``heads`` ``[n_layers, n_heads]`` and ``channels`` ``[n_layers, d_ff]``."""
+
+    heads: Any
+    channels: Any
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of both, by name."""
+        return {"heads": tuple(self.heads.shape), "channels": tuple(self.channels.shape)}
+
+    @property
+    def flat(self) -> np.ndarray:
+        """Heads of all layers, then channels of all layers."""
+        return np.concatenate([np.asarray(part).ravel() for part in (self.heads, self.channels)])
+
+    def _read_only(self, word: str, array: np.ndarray) -> None:
+        array.flags.writeable = False
+        object.__setattr__(self, word, array)
+
+
 @dataclass(frozen=True, repr=False, eq=False)
-class UnitLabels:
+class UnitLabels(PerUnit):
     """The label of every unit: uint8 codes, 0 RU, 1 SCU, 2 UCU, 3 CU.
 
     Args:
@@ -68,16 +86,12 @@ class UnitLabels:
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Label -> (heads, channels) that carry it."""
-        return {
-            name: (int((self.heads == code).sum()), int((self.channels == code).sum()))
-            for code, name in enumerate(LABELS)
-        }
+        heads, channels = (torch.bincount(part.flatten(), minlength=4).tolist() for part in (self.heads, self.channels))
+        return dict(zip(LABELS, zip(heads, channels, strict=True), strict=True))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file `read_labels` reads; a crash leaves an older file as it was."""
-        from safetensors.torch import save
-
-        write_atomically(Path(path), save({"attention_heads": self.heads, "mlp_channels": self.channels}))
+        write_tensors(path, {"attention_heads": self.heads, "mlp_channels": self.channels})
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{name} {h} heads + {c} channels" for name, (h, c) in self.counts().items())
@@ -85,7 +99,7 @@ class UnitLabels:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class UnitRanking:
+class UnitRanking(PerUnit):
     """One finished score per unit, made elsewhere: the highest are frozen first. See `MaskBuilder.top`.
 
     Args:
@@ -108,7 +122,7 @@ class UnitRanking:
     def __post_init__(self) -> None:
         if self.heads is None and self.channels is None:
             raise ValueError("UnitRanking: neither heads nor channels given, expected scores of at least one of them")
-        for word, shape in (("heads", self.layout.heads_shape), ("channels", self.layout.channels_shape)):
+        for word, shape in self.layout.unit_shapes.items():
             given = getattr(self, word)
             if given is None:
                 continue
@@ -121,8 +135,16 @@ class UnitRanking:
                     f"UnitRanking: {word} holds {scores[layer, unit]} at layer {layer}, unit {unit}, expected "
                     "finite scores"
                 )
-            scores.flags.writeable = False
-            object.__setattr__(self, word, scores)
+            self._read_only(word, scores)
+
+    @property
+    def flat(self) -> np.ndarray:
+        """Heads of all layers, then channels of all layers; NaN for those that have no score."""
+        shapes = self.layout.unit_shapes.items()
+        given = [
+            np.full(shape, np.nan) if getattr(self, word) is None else getattr(self, word) for word, shape in shapes
+        ]
+        return np.concatenate([scores.ravel() for scores in given])
 
     def __repr__(self) -> str:
         scored = " and ".join(word for word in ("heads", "channels") if getattr(self, word) is not None)
@@ -133,7 +155,7 @@ class UnitRanking:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class UnitSelection:
+class UnitSelection(PerUnit):
     """Which units are frozen. Made by `MaskBuilder`, turned into a plan by `build`.
 
     Selections of one model combine as sets do: ``a | b`` freezes what either freezes, ``a & b`` what both
@@ -162,8 +184,7 @@ class UnitSelection:
             array = np.array(getattr(self, word))
             if array.dtype != np.bool_:
                 raise TypeError(f"UnitSelection: {word} has dtype {array.dtype}, expected bool with True = frozen")
-            array.flags.writeable = False
-            object.__setattr__(self, word, array)
+            self._read_only(word, array)
         if self.heads.ndim != 2 or self.channels.ndim != 2 or len(self.heads) != len(self.channels):
             raise ValueError(
                 f"UnitSelection: heads has shape {self.heads.shape} and channels {self.channels.shape}, "
@@ -171,10 +192,7 @@ class UnitSelection:
             )
 
     def build(
-        self,
-        model: torch.nn.Module | UnitLayout | None = None,
-        preset: Preset = "full",
-        kv: KvPolicy = "any",
+        self, model: torch.nn.Module | UnitLayout | None = None, preset: Preset = "full", kv: KvPolicy = "any"
     ) -> FreezePlan:
         """The freeze plan of these units. Embeddings, norms and the output head hold no units: they stay
         live.
@@ -192,14 +210,14 @@ class UnitSelection:
             ValueError: nothing selected, no model where one is needed, a model with other numbers of units or
                 other weights than the scored one, an unknown architecture, preset or policy.
         """
-        if not self.heads.any() and not self.channels.any():
+        if not self.flat.any():
             raise ValueError(
                 "build: the selection holds no unit, expected at least one; to freeze nothing, use no plan"
             )
         layout = model if isinstance(model, UnitLayout) else find_units(model) if model is not None else self.layout
         if layout is None:
             raise ValueError("build: labels do not say which model they belong to; pass the model or its UnitLayout")
-        if (self.heads.shape, self.channels.shape) != (layout.heads_shape, layout.channels_shape):
+        if self.shapes != layout.unit_shapes:
             raise ValueError(
                 f"build: the selection has heads {self.heads.shape} and channels {self.channels.shape}, "
                 f"expected {layout.heads_shape} and {layout.channels_shape} for {layout}; were the scores "
@@ -207,24 +225,15 @@ class UnitSelection:
             )
         if self.scores is not None and isinstance(model, torch.nn.Module):
             self.scores.check(model)
-        masks = unit_masks(layout, self.heads, self.channels, preset, kv)
-        return FreezePlan(
-            masks,
-            {
-                **self.origin,
-                "model_type": layout.model_type,
-                "preset": preset,
-                "kv": kv,
-                "frozen_heads": int(self.heads.sum()),
-                "frozen_channels": int(self.channels.sum()),
-            },
-        )
+        counts = {"frozen_heads": int(self.heads.sum()), "frozen_channels": int(self.channels.sum())}
+        about = {**self.origin, "model_type": layout.model_type, "preset": preset, "kv": kv, **counts}
+        return FreezePlan(unit_masks(layout, self.heads, self.channels, preset, kv), about)
 
     def random_like(self, seed: int) -> UnitSelection:
         """A control: as many heads and channels in every layer, drawn at random from all of that layer's."""
         draw = np.random.default_rng(seed)
         heads, channels = (draw.permuted(array, axis=1) for array in (self.heads, self.channels))
-        return UnitSelection(heads, channels, self.layout, {**self.origin, "random_like": int(seed)}, self.scores)
+        return replace(self, heads=heads, channels=channels, origin={**self.origin, "random_like": int(seed)})
 
     def __or__(self, other: UnitSelection) -> UnitSelection:
         return self._combined(other, "union", np.logical_or)
@@ -236,7 +245,7 @@ class UnitSelection:
         return self._combined(other, "difference", lambda mine, theirs: mine & ~theirs)
 
     def __invert__(self) -> UnitSelection:
-        return UnitSelection(~self.heads, ~self.channels, self.layout, {"all_but": dict(self.origin)}, self.scores)
+        return replace(self, heads=~self.heads, channels=~self.channels, origin={"all_but": dict(self.origin)})
 
     def _combined(
         self, other: UnitSelection, word: str, of: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -253,7 +262,7 @@ class UnitSelection:
         )
 
     def _check_same_units(self, other: UnitSelection, operation: str) -> None:
-        if (self.heads.shape, self.channels.shape) != (other.heads.shape, other.channels.shape):
+        if self.shapes != other.shapes:
             raise ValueError(
                 f"{operation}: selections of heads {self.heads.shape} and {other.heads.shape}, channels "
                 f"{self.channels.shape} and {other.channels.shape}, expected the same"
@@ -271,9 +280,9 @@ class UnitSelection:
         units.
         """
         self._check_same_units(other, "jaccard")
-        pairs = ((self.heads, other.heads), (self.channels, other.channels))
-        either = sum(int((a | b).sum()) for a, b in pairs)
-        return sum(int((a & b).sum()) for a, b in pairs) / either if either else 1.0
+        mine, theirs = self.flat, other.flat
+        either = int((mine | theirs).sum())
+        return int((mine & theirs).sum()) / either if either else 1.0
 
     def __repr__(self) -> str:
         return (
@@ -306,26 +315,24 @@ class Stability:
     @property
     def mean(self) -> float:
         """Mean Jaccard overlap over all pairs."""
-        return float(np.mean([self.jaccard[pair] for pair in self._pairs]))
+        return float(self.jaccard[self._pairs].mean())
 
     @property
     def min(self) -> float:
         """Lowest Jaccard overlap of any pair."""
-        return float(min(self.jaccard[pair] for pair in self._pairs))
+        return float(self.jaccard[self._pairs].min())
 
     @property
     def expected(self) -> float:
         """Mean overlap expected of random selections with the same counts."""
-        return float(np.mean([self.chance[pair] for pair in self._pairs]))
+        return float(self.chance[self._pairs].mean())
 
     @property
     def agreement(self) -> float:
         """Mean over all pairs of (overlap − chance) / (1 − chance): 0 is chance, 1 is equality."""
-        beyond = [
-            (self.jaccard[pair] - self.chance[pair]) / (1 - self.chance[pair]) if self.chance[pair] < 1 else 1.0
-            for pair in self._pairs
-        ]
-        return float(np.mean(beyond))
+        overlap, chance = self.jaccard[self._pairs], self.chance[self._pairs]
+        certain = chance >= 1  # then they are equal
+        return float(np.where(certain, 1.0, (overlap - chance) / np.where(certain, 1.0, 1 - chance)).mean())
 
     @property
     def low(self) -> bool:
@@ -343,24 +350,18 @@ class Stability:
         )
 
     @property
-    def _pairs(self) -> list[tuple[int, int]]:
-        return list(combinations(range(len(self.names)), 2))
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.triu_indices(len(self.names), 1)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return {
-            "names": list(self.names),
-            "jaccard": self.jaccard.tolist(),
-            "chance": self.chance.tolist(),
-            "mean": self.mean,
-            "min": self.min,
-            "expected": self.expected,
-            "agreement": self.agreement,
-            "low": self.low,
-        }
+        numbers = {word: getattr(self, word) for word in ("mean", "min", "expected", "agreement", "low")}
+        matrices = {"jaccard": self.jaccard.tolist(), "chance": self.chance.tolist()}
+        return {"names": list(self.names), **matrices, **numbers}
 
     def __str__(self) -> str:
-        first, second = (self.names[i] for i in min(self._pairs, key=lambda pair: self.jaccard[pair]))
+        lowest = int(self.jaccard[self._pairs].argmin())
+        first, second = (self.names[i[lowest]] for i in self._pairs)
         lines = [
             f"Jaccard overlap of {len(self.names)} selections: {self.mean:.3f} on average",
             f"lowest: {self.min:.3f}, {first} and {second}",
@@ -405,5 +406,5 @@ def _expected_jaccard(one: UnitSelection, two: UnitSelection) -> float:
     both = 0.0
     for mine, theirs in ((one.heads, two.heads), (one.channels, two.channels)):
         both += float((mine.sum(1) * theirs.sum(1)).sum()) / max(mine.shape[1], 1)
-    either = sum(int(units.sum()) for chosen in (one, two) for units in (chosen.heads, chosen.channels)) - both
+    either = int(one.flat.sum()) + int(two.flat.sum()) - both
     return both / either if either else 1.0

@@ -1,21 +1,16 @@
-"""Labels, scores and index lists made elsewhere: the files and arrays other projects publish, made ours.
+"""Labels, scores and index lists made elsewhere, made ours.
 
-What a source holds decides what it becomes. Labels of units become `UnitLabels`, lists of units a
-`UnitSelection`, one score per unit a `UnitRanking`; scores of single weights are reduced to units or become a plan
-of element masks, lists of single rows and columns become a plan.
+What a source holds decides what it becomes. Labels of units become `UnitLabels`, lists of units a `UnitSelection`, one
+score per unit a `UnitRanking`; scores of single weights are reduced to units or become a plan of element masks, lists
+of single rows and columns become a plan.
 
-A file is read by its ending: ``.safetensors``, ``.pt`` (``torch.save``; tensors, numbers and containers only, never
-code), ``.npy`` and ``.npz``, ``.csv``, ``.json`` and ``.txt``. Nothing is unpickled, nothing is evaluated.
+A source is an object (lists, mappings, arrays, tensors) or a ``.safetensors`` file of tensors. Other projects' files
+(``.pt``, ``.npy``, ``.csv``, printed lists) are read by ``examples/foreign_formats.py``.
 """
 
 from __future__ import annotations
 
-import ast
-import csv
-import json
 import os
-import pickle
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -26,27 +21,14 @@ from torch import Tensor
 
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
-from .selections import LABELS, UnitLabels, UnitRanking, UnitSelection
+from .files import read_tensors
+from .selections import UnitLabels, UnitRanking, UnitSelection
 from .units import Piece, UnitLayout
-
-__all__ = [
-    "Reduce",
-    "Source",
-    "plan_from_neurons",
-    "plan_from_weights",
-    "read_labels",
-    "scores_from",
-    "scores_from_weights",
-    "units_from",
-]
 
 Reduce = Literal["mean", "sum", "max"]
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[Any, Any] | Sequence[Any] | np.ndarray | Tensor"
 
-_LABEL_KEYS: Final = (("attention_heads", "mlp_channels"), ("atten_attr", "mlp_attr"))
-_PROTOTYPE_FILES: Final = ("atten_attr.pt", "mlp_attr.pt")
-_RU, _CU = LABELS.index("RU"), LABELS.index("CU")
-#: Lines of SN-Tune's neuron file: the matrix, and whether a neuron is one of its rows or columns.
+#: What SN-Tune's detector prints, in its order: the matrix, and whether a neuron is one of its rows or columns.
 _NEURON_LINES: Final = (
     ("up_proj", "rows"),
     ("down_proj", "cols"),
@@ -63,57 +45,19 @@ def read_labels(path: str | os.PathLike[str]) -> UnitLabels:
     """Read the label of every unit: codes 0 RU, 1 SCU, 2 UCU, 3 CU, ``[layers, heads]`` and ``[layers, d_ff]``.
 
     Args:
-        path: a file with tensors ``attention_heads`` and ``mlp_channels`` (what `UnitLabels.save` writes); or the
-            SSAH prototype's ``attribution`` folder, or one of the two files in it, ``atten_attr.pt`` and
-            ``mlp_attr.pt`` (float32 codes; of a base model bool, True = not redundant, which reads as CU); or a
-            ``.csv`` with the columns layer, unit, kind (head or channel) and label (name or code), one line for
-            every unit.
+        path: a ``.safetensors`` file with tensors ``attention_heads`` and ``mlp_channels``, what `UnitLabels.save`
+            writes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError, TypeError: not such a file, a file that needs pickle code to load, units missing or labelled
-            twice, other codes; see `UnitLabels`.
+        ValueError, TypeError: not such a file, other codes; see `UnitLabels`.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() or path.name in _PROTOTYPE_FILES:
-        heads, channels = (_load("read_labels", folder / name) for name in _PROTOTYPE_FILES)
-    elif path.suffix == ".csv":
-        rows = _load("read_labels", path)
-        heads, channels = (_labels_of(rows, word, path) for word in ("heads", "channels"))
-    else:
-        content = _load("read_labels", path)
-        names = list(content) if isinstance(content, Mapping) else [type(content).__name__]
-        keys = next((keys for keys in _LABEL_KEYS if set(keys) <= set(names)), None)
-        if keys is None:
-            raise ValueError(
-                f"read_labels: {os.fspath(path)!r} holds {_few(names)}, expected tensors attention_heads and "
-                "mlp_channels"
-            )
-        heads, channels = (content[key] for key in keys)
-    return UnitLabels(_codes("heads", heads), _codes("channels", channels))
-
-
-def _codes(word: str, labels: Any) -> Tensor:
-    """Integer codes, where labels are whole numbers kept as floats, or bools that tell RU from the rest."""
-    if not isinstance(labels, Tensor | np.ndarray):
-        raise TypeError(f"read_labels: {word} is a {type(labels).__name__}, expected a tensor of codes")
-    codes = torch.as_tensor(labels)
-    if codes.dtype == torch.bool:
-        return torch.where(codes, _CU, _RU)
-    if codes.is_floating_point() and bool((codes == codes.round()).all()):
-        return codes.to(torch.int64)
-    return codes
-
-
-def _labels_of(rows: _Table, word: str, path: Path) -> np.ndarray:
-    where = f"read_labels: {os.fspath(path)!r}"
-    if not {"layer", "unit", "kind", "label"} <= set(rows[0]):
-        raise ValueError(f"{where} has columns {_few(rows[0])}, expected layer, unit, kind and label")
-    pairs, values = _lines(where, rows, word, "label")
-    if not pairs.size:
-        raise ValueError(f"{where} labels no {word}, expected every unit")
-    return _filled(where, word, pairs, values, (int(pairs[:, 0].max()) + 1, int(pairs[:, 1].max()) + 1))
+    tensors = _load("read_labels", Path(path))
+    if not {"attention_heads", "mlp_channels"} <= set(tensors):
+        raise ValueError(
+            f"read_labels: {os.fspath(path)!r} holds {_few(tensors)}, expected tensors attention_heads and mlp_channels"
+        )
+    return UnitLabels(tensors["attention_heads"], tensors["mlp_channels"])
 
 
 # -------------------------------------------------------------------------------------------- lists of units
@@ -127,37 +71,29 @@ def units_from(layout: UnitLayout, *, heads: Source | None = None, channels: Sou
         heads, channels: the units of each kind to freeze, numbered within their layer; None for none. Either
             takes ``{layer: indices}``; a list with the indices (or None) of every layer, as TwinBreak saves; an
             integer array ``[n, 2]`` of (layer, unit) pairs, as THU-KEG's ranks are; a bool array ``[layers,
-            units]``; or a file that holds one of these (a ``.csv`` has the columns layer and unit, and kind,
-            head or channel, where it lists both).
+            units]``; or a ``.safetensors`` file with such an array, named heads or channels.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: something else, or indices that are not integers.
-        ValueError: no units at all, a layer or unit the model does not have, a unit given twice, a file that
-            needs pickle code to load.
+        ValueError: no units at all, a layer or unit the model does not have, a unit given twice.
 
     >>> units_from(layout, channels={0: [3, 17], 5: [1]}).build(model)  # doctest: +SKIP
     """
-    chosen = {
-        word: np.zeros(shape, bool) if source is None else _listed(word, source, shape)
-        for word, source, shape in _kinds("units_from", layout, heads, channels)
-    }
+    given = _given("units_from", heads=heads, channels=channels)
+    shapes = layout.unit_shapes
+    chosen = {word: np.zeros(shape, bool) for word, shape in shapes.items()}
+    chosen |= {word: _listed(word, source, shapes[word]) for word, source in given.items()}
     if not any(units.any() for units in chosen.values()):
         raise ValueError("units_from: heads and channels hold no units, expected at least one; was anything detected?")
-    about = {"selection": {"units_from": _named(heads=heads, channels=channels)}}
-    return UnitSelection(chosen["heads"], chosen["channels"], layout, about)
+    names = {word: None if word not in given else _named(given[word]) for word in shapes}
+    return UnitSelection(chosen["heads"], chosen["channels"], layout, {"selection": {"units_from": names}})
 
 
 def _listed(word: str, source: Source, shape: tuple[int, int]) -> np.ndarray:
     """Bool ``shape``, True where ``source`` lists the unit."""
     where = f"units_from: {word}"
     content = _content("units_from", source, word)
-    if isinstance(content, _Table):
-        if {"score", "label"} & set(content[0]):
-            raise ValueError(
-                f"{where}: the file has a score or label per unit; read it with scores_from or read_labels"
-            )
-        content = _lines(where, content, word, None)[0]
     chosen = np.zeros(shape, bool)
     if isinstance(content, np.ndarray) and content.dtype == np.bool_:
         if content.shape != shape:
@@ -188,16 +124,15 @@ def scores_from(
     reduce: Reduce = "mean",
     method: str = "foreign",
 ) -> UnitRanking:
-    """Take one score per unit from arrays or files; the highest are frozen first.
+    """Take one score per unit from arrays; the highest are frozen first.
 
     Args:
         layout: the model, from `find_units`.
         heads, channels: scores of each kind, None where there are none. Either takes an array ``[layers,
             units]``; for every layer (a list, or ``{layer: tensor}``) an attribution shaped like the layer's
-            output, ``[…, features]``, as Captum returns it (``[batch, tokens, features]``); or a file that holds
-            one of these (a ``.csv`` has the columns layer, unit and score, and kind where it scores both; of the
-            tuple THU-KEG saves, its first entry, the change scores). A head's features are those it hands to the
-            output projection: ``[layers, heads, head_dim]``, or ``heads · head_dim`` of them per layer.
+            output, ``[…, features]``, as Captum returns it (``[batch, tokens, features]``); or a ``.safetensors`` file
+            with such an array, named heads or channels. A head's features are those it hands to the output projection:
+            ``[layers, heads, head_dim]``, or ``heads · head_dim`` of them per layer.
         reduce: how batch, time and a head's features become one number: their ``"mean"``, ``"sum"`` or
             ``"max"``. Signed attributions cancel in a mean or sum; pass ``.abs()`` where they should not.
         method: name of the method, for plans' metadata.
@@ -205,29 +140,22 @@ def scores_from(
     Raises:
         FileNotFoundError: no such file.
         TypeError: something else.
-        ValueError: no scores, layers or units missing or given twice, NaN or infinite scores, a file that needs
-            pickle code to load.
+        ValueError: no scores, layers or units missing or given twice, NaN or infinite scores.
 
-    >>> MaskBuilder(scores_from(layout, channels="change_scores.pt")).top(0.05)  # doctest: +SKIP
+    >>> MaskBuilder(scores_from(layout, channels=change_scores)).top(0.05)  # doctest: +SKIP
     """
     _check_reduce("scores_from", reduce)
+    given = _given("scores_from", heads=heads, channels=channels)
     scores = {
-        word: None if source is None else _scored(word, source, shape, layout.head_dim, reduce)
-        for word, source, shape in _kinds("scores_from", layout, heads, channels)
+        word: _scored(word, source, layout.unit_shapes[word], layout.head_dim, reduce) for word, source in given.items()
     }
-    return UnitRanking(layout, scores["heads"], scores["channels"], method)
+    return UnitRanking(layout, scores.get("heads"), scores.get("channels"), method)
 
 
 def _scored(word: str, source: Source, shape: tuple[int, int], head_dim: int, reduce: Reduce) -> np.ndarray:
     """Float64 ``shape``."""
     where = f"scores_from: {word}"
     content = _content("scores_from", source, word)
-    if isinstance(content, _Table):
-        pairs, values = _lines(where, content, word, "score")
-        return _filled(where, word, pairs, values, shape)
-    if isinstance(content, tuple) and len(content) == 6:
-        # THU-KEG: change scores, ranks, and mean and standard deviation of both models' activations
-        content = _as_array(content[0])
     if isinstance(content, np.ndarray):
         if content.dtype.kind not in "biuf":
             raise TypeError(f"{where} holds {content.dtype}, expected numbers")
@@ -291,9 +219,9 @@ def scores_from_weights(
     for layer in range(layout.n_layers):
         for piece in layout.pieces(layer):
             pieces.setdefault(piece.parameter, (layer, []))[1].append(piece)
-    shapes = {"head": layout.heads_shape, "channel": layout.channels_shape}
-    totals = {kind: np.full(shape, -np.inf if reduce == "max" else 0.0) for kind, shape in shapes.items()}
-    counts = {kind: np.zeros(shape) for kind, shape in shapes.items()}  # of weights
+    shapes = layout.unit_shapes.items()
+    totals = {units: np.full(shape, -np.inf if reduce == "max" else 0.0) for units, shape in shapes}
+    counts = {units: np.zeros(shape) for units, shape in shapes}  # of weights
     add = np.maximum if reduce == "max" else np.add
     seen: set[str] = set()
     for name, scores in weights.items() if isinstance(weights, Mapping) else weights:
@@ -301,29 +229,28 @@ def scores_from_weights(
             problem = "is given twice" if name in seen else "holds no units"
             raise ValueError(f"scores_from_weights: {name!r} {problem}, expected each parameter of {layout} once")
         seen.add(name)
-        layer, held = pieces[name]
-        matrix = _score_matrix("scores_from_weights", name, scores, held[0].shape)
-        for piece in held:
-            kind, sharing = ("head", layout.group_size) if piece.units == "kv" else (piece.units, 1)
+        layer, its_pieces = pieces[name]
+        matrix = _score_matrix("scores_from_weights", name, scores, its_pieces[0].shape)
+        for piece in its_pieces:
+            units, places, sharing = layout.shared(piece)
             score, size = _of_units(piece, matrix, reduce)
-            units = slice(piece.first * sharing, (piece.first + len(score)) * sharing)
             score = score if reduce == "max" else score / sharing
-            totals[kind][layer, units] = add(totals[kind][layer, units], score.repeat(sharing))
-            counts[kind][layer, units] += size / sharing
+            totals[units][layer, places] = add(totals[units][layer, places], score.repeat(sharing))
+            counts[units][layer, places] += size / sharing
     if not seen:
         raise ValueError("scores_from_weights: no scores given, expected a matrix per parameter")
-    for kind, count in counts.items():
+    for word, count in counts.items():
         if (count != count[0, 0]).any():
             layer = int(np.argwhere(count != count[0, 0])[0, 0])
             missing = sorted(name for name, (place, _) in pieces.items() if place in (0, layer) and name not in seen)
             raise ValueError(
-                f"scores_from_weights: {kind}s of layers 0 and {layer} are scored by different parameters (missing: "
+                f"scores_from_weights: {word} of layers 0 and {layer} are scored by different parameters (missing: "
                 f"{_few(missing)}), expected the same ones for all"
             )
         if reduce == "mean" and count.any():
-            totals[kind] /= count
-    heads, channels = (totals[kind] if counts[kind].any() else None for kind in ("head", "channel"))
-    return UnitRanking(layout, heads, channels, method)
+            totals[word] /= count
+    scored = {word: total for word, total in totals.items() if counts[word].any()}
+    return UnitRanking(layout, scored.get("heads"), scored.get("channels"), method)
 
 
 def _of_units(piece: Piece, matrix: Tensor, reduce: Reduce) -> tuple[np.ndarray, int]:
@@ -359,22 +286,7 @@ def plan_from_weights(
         ValueError: no parameters, shares outside their range or one without its scores, other names or shapes in
             ``utility``, NaN, infinite or constant scores, nothing left to freeze.
     """
-    if not weights:
-        raise ValueError("plan_from_weights: no parameters given, expected a matrix of scores per parameter")
-    if share is None and (utility is not None or utility_share is not None):
-        raise ValueError("plan_from_weights: utility given without share, expected the share to freeze first")
-    if (utility is None) != (utility_share is None):
-        raise ValueError("plan_from_weights: utility and utility_share go together, expected both or neither")
-    for word, given in (("share", share), ("utility_share", utility_share)):
-        if given is not None and not (
-            isinstance(given, float | int) and not isinstance(given, bool) and 0 < given <= 1
-        ):
-            raise ValueError(f"plan_from_weights: {word} is {given!r}, expected a fraction above 0, at most 1")
-    if utility is not None and set(utility) != set(weights):
-        raise ValueError(
-            f"plan_from_weights: weights and utility differ in {_few(sorted(set(utility) ^ set(weights)))}, expected "
-            "the same parameters"
-        )
+    _check_request(weights, share, utility, utility_share)
     masks: dict[str, FreezeMask] = {}
     for name, scores in weights.items():
         if share is None:
@@ -385,13 +297,13 @@ def plan_from_weights(
             frozen = scores.detach().cpu().numpy()
         else:
             frozen = _highest(name, scores, share, "weights")
-            if utility is not None and utility_share is not None:
-                if utility[name].shape != scores.shape:
-                    raise ValueError(
-                        f"plan_from_weights: {name!r} has shape {tuple(scores.shape)} in weights and "
-                        f"{tuple(utility[name].shape)} in utility, expected the same"
-                    )
-                frozen &= ~_highest(name, utility[name], utility_share, "utility")
+        if utility is not None and utility_share is not None:
+            if utility[name].shape != scores.shape:
+                raise ValueError(
+                    f"plan_from_weights: {name!r} has shape {tuple(scores.shape)} in weights and "
+                    f"{tuple(utility[name].shape)} in utility, expected the same"
+                )
+            frozen &= ~_highest(name, utility[name], utility_share, "utility")
         if frozen.any():
             masks[name] = FreezeMask(tuple(scores.shape), elements=torch.from_numpy(frozen))
     if not masks:
@@ -400,6 +312,29 @@ def plan_from_weights(
         )
     about = {"masks": "given"} if share is None else {"top_weights": share, "utility_share": utility_share}
     return FreezePlan(masks, {"selection": about})
+
+
+def _check_request(
+    weights: Mapping[str, Tensor],
+    share: float | None,
+    utility: Mapping[str, Tensor] | None,
+    utility_share: float | None,
+) -> None:
+    if not weights:
+        raise ValueError("plan_from_weights: no parameters given, expected a matrix of scores per parameter")
+    if share is None and (utility is not None or utility_share is not None):
+        raise ValueError("plan_from_weights: utility given without share, expected the share to freeze first")
+    if (utility is None) != (utility_share is None):
+        raise ValueError("plan_from_weights: utility and utility_share go together, expected both or neither")
+    for word, given in (("share", share), ("utility_share", utility_share)):
+        number = isinstance(given, float | int) and not isinstance(given, bool)
+        if given is not None and not (number and 0 < given <= 1):
+            raise ValueError(f"plan_from_weights: {word} is {given!r}, expected a fraction above 0, at most 1")
+    if utility is not None and set(utility) != set(weights):
+        raise ValueError(
+            f"plan_from_weights: weights and utility differ in {_few(sorted(set(utility) ^ set(weights)))}, expected "
+            "the same parameters"
+        )
 
 
 def _highest(name: str, scores: Tensor, share: float, word: str) -> np.ndarray:
@@ -440,29 +375,23 @@ def _reduced(scores: Tensor, dim: int | tuple[int, ...], reduce: Reduce) -> Tens
 # ------------------------------------------------------------------------------------- single rows, columns
 
 
-def plan_from_neurons(layout: UnitLayout, source: str | os.PathLike[str] | Sequence[Mapping[Any, Any]]) -> FreezePlan:
-    """Freeze the neurons of an SN-Tune file: single rows and columns of single matrices, not units.
+def plan_from_neurons(layout: UnitLayout, source: Sequence[Mapping[Any, Any]]) -> FreezePlan:
+    """Freeze the neurons of SN-Tune's detector: single rows and columns of single matrices, not units.
 
-    The file has five lines in a fixed order, each ``{layer: indices}``: neurons of ``ffn_up`` (rows of up_proj),
+    It prints five lines in a fixed order, each ``{layer: indices}``: neurons of ``ffn_up`` (rows of up_proj),
     ``ffn_down`` (columns of down_proj), ``q``, ``k`` and ``v`` (rows of q_proj, k_proj, v_proj). The neurons listed
     are what freezes; a bias entry freezes with its row.
 
     Args:
         layout: the model, from `find_units`.
-        source: the file, or its five mappings.
+        source: the five mappings.
 
     Raises:
-        FileNotFoundError: no such file.
         TypeError: indices that are not integers.
         ValueError: not five mappings, a layer or neuron the model does not have, a neuron given twice, no neurons at
             all, an architecture that has no such matrices.
     """
-    lines: Sequence[Any]
-    if isinstance(source, str | os.PathLike):
-        text = _text("plan_from_neurons", Path(source))
-        lines = [_literal("plan_from_neurons", Path(source), line) for line in text.splitlines() if line.strip()]
-    else:
-        lines = source
+    lines: Sequence[Any] = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     if len(lines) != len(_NEURON_LINES) or not all(isinstance(line, Mapping) for line in lines):
         raise ValueError(
             f"plan_from_neurons: got {_few(type(line).__name__ for line in lines)}, expected five mappings of layer to "
@@ -472,7 +401,8 @@ def plan_from_neurons(layout: UnitLayout, source: str | os.PathLike[str] | Seque
     masks: dict[str, FreezeMask] = {}
     for (matrix, axis), line in zip(_NEURON_LINES, lines, strict=True):
         for layer, given in _by_layer(f"plan_from_neurons: {matrix}", line, layout.n_layers).items():
-            names = [name for name in _names_of(layout, layer) if name.endswith(f".{matrix}.weight")]
+            of_layer = dict.fromkeys(piece.parameter for piece in layout.pieces(layer))
+            names = [name for name in of_layer if name.endswith(f".{matrix}.weight")]
             if len(names) != 1:
                 raise ValueError(
                     f"plan_from_neurons: {layout.model_type} has {len(names)} matrices {matrix!r} per layer, expected "
@@ -488,28 +418,23 @@ def plan_from_neurons(layout: UnitLayout, source: str | os.PathLike[str] | Seque
                 masks[bias] = FreezeMask(shapes[bias], rows=index)
     if not masks:
         raise ValueError("plan_from_neurons: no neurons in any line, expected at least one; was anything detected?")
-    neurons = {"neurons_from": _named(source=source)["source"]}
-    return FreezePlan(masks, {"selection": neurons, "model_type": layout.model_type})
-
-
-def _names_of(layout: UnitLayout, layer: int) -> list[str]:
-    return list(dict.fromkeys(piece.parameter for piece in layout.pieces(layer)))
+    return FreezePlan(masks, {"selection": {"neurons_from": "given"}, "model_type": layout.model_type})
 
 
 # -------------------------------------------------------------------------------------------- what is listed
 
 
-def _kinds(
-    operation: str, layout: UnitLayout, heads: Source | None, channels: Source | None
-) -> tuple[tuple[str, Source | None, tuple[int, int]], ...]:
-    if heads is None and channels is None:
+def _given(operation: str, **sources: Source | None) -> dict[str, Source]:
+    """The sources that are given, at least one."""
+    given = {word: source for word, source in sources.items() if source is not None}
+    if not given:
         raise ValueError(f"{operation}: neither heads nor channels given, expected at least one of them")
-    return ("heads", heads, layout.heads_shape), ("channels", channels, layout.channels_shape)
+    return given
 
 
 def _content(operation: str, source: Source, word: str) -> Any:
     """What ``source`` holds of one kind of unit; a tensor as an array."""
-    content = _load(operation, Path(source)) if isinstance(source, str | os.PathLike) else source
+    content: Any = _load(operation, Path(source)) if isinstance(source, str | os.PathLike) else source
     if isinstance(content, Mapping) and word in content:
         content = content[word]
     return _as_array(content)
@@ -563,53 +488,9 @@ def _indices(where: str, given: Any, size: int) -> np.ndarray:
     return index
 
 
-def _lines(where: str, rows: _Table, word: str, column: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Int64 (layer, unit) pairs and the values of ``column`` of a table's lines about one kind of unit."""
-    needed = {"layer", "unit", *([column] if column else [])}
-    if not needed <= set(rows[0]):
-        raise ValueError(f"{where}: columns {_few(rows[0])}, expected {_few(sorted(needed))} (and kind)")
-    pairs, values = [], []
-    for number, row in enumerate(rows, start=2):
-        kind = (row.get("kind") or word).strip().lower()
-        if kind not in ("head", "heads", "channel", "channels"):
-            raise ValueError(f"{where}: line {number} has kind {kind!r}, expected head or channel")
-        if kind.rstrip("s") != word.rstrip("s"):
-            continue
-        try:
-            pairs.append((int(row["layer"]), int(row["unit"])))
-            value = (row[column] if column else "0").strip()
-            values.append(LABELS.index(value) if column == "label" and value in LABELS else float(value))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: line {number} is {dict(row)!r}, expected numbers ({error})") from None
-    return np.array(pairs, np.int64).reshape(-1, 2), np.array(values, np.float64)
-
-
-def _filled(where: str, word: str, pairs: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The values as an array ``shape``: every unit exactly once."""
-    outside = ((pairs < 0) | (pairs >= shape)).any(1)
-    if outside.any():
-        raise ValueError(f"{where}: {word} of {shape} hold no layer and unit {tuple(pairs[outside][0].tolist())}")
-    if 2 * len(pairs) < shape[0] * shape[1]:  # before memory is taken for whatever numbers a file may name
-        raise ValueError(f"{where}: {len(pairs)} lines for {shape[0]} x {shape[1]} {word}, expected each unit once")
-    times = np.zeros(shape, np.int64)
-    np.add.at(times, tuple(pairs.T), 1)
-    if (times != 1).any():
-        layer, unit = np.argwhere(times != 1)[0].tolist()
-        found = "more than once" if times[layer, unit] else "nowhere"
-        raise ValueError(
-            f"{where}: {word.rstrip('s')} {unit} of layer {layer} is {found} in the table, expected each unit once"
-        )
-    filled = np.empty(shape)
-    filled[tuple(pairs.T)] = values
-    return filled
-
-
-def _named(**sources: Any) -> dict[str, str | None]:
-    """Where sources came from, for a plan's metadata: a file's name, else the kind of object."""
-    return {
-        word: None if source is None else os.fspath(source) if isinstance(source, str | os.PathLike) else "given"
-        for word, source in sources.items()
-    }
+def _named(source: Source) -> str:
+    """Where a source came from, for a plan's metadata: a file's name, else "given"."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "given"
 
 
 def _check_reduce(operation: str, reduce: str) -> None:
@@ -622,87 +503,16 @@ def _few(items: Iterable[Any]) -> str:
     return ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "") or "nothing"
 
 
-# ---------------------------------------------------------------------------------------------------- files
-
-
-class _Table(list[dict[str, str]]):
-    """Lines of a ``.csv``, at least one; names of columns in lower case."""
-
-
-def _load(operation: str, path: Path) -> Any:
-    """What a file holds, by its ending: tensors, arrays, containers, a table."""
+def _load(operation: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file."""
     if not path.is_file():
         raise FileNotFoundError(f"{operation}: no file {os.fspath(path)!r}")
-    if path.suffix == ".pt":
-        return _load_torch(operation, path)
-    if path.suffix in (".npy", ".npz"):
-        return _load_numpy(operation, path)
-    if path.suffix in (".json", ".txt"):
-        return _literal(operation, path, _text(operation, path))
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(_text(operation, path).splitlines()))
-        if not rows:
-            raise ValueError(f"{operation}: {os.fspath(path)!r} has no lines, expected a header and a line per unit")
-        return _Table({(key or "").strip().lower(): value for key, value in row.items()} for row in rows)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{operation}: {os.fspath(path)!r} is not a safetensors file ({error})") from error
-    raise ValueError(
-        f"{operation}: {os.fspath(path)!r} ends in {path.suffix!r}, expected .safetensors, .pt, .npy, .npz, .csv, "
-        ".json or .txt"
-    )
-
-
-def _load_torch(operation: str, path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        code = found.group(1) if found else "pickled objects"
+    if path.suffix != ".safetensors":
         raise ValueError(
-            f"{operation}: {os.fspath(path)!r} needs pickle code to load ({code}), which could run anything, expected "
-            "tensors, numbers and containers only; where you trust it, load it there and save its tensors with "
-            "safetensors"
-        ) from None
-    except Exception as error:  # damage surfaces as whatever the reader trips over, assertions included
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is truncated or not a torch.save file ({error})") from error
-
-
-def _load_numpy(operation: str, path: Path) -> Any:
+            f"{operation}: {os.fspath(path)!r} ends in {path.suffix!r}, expected .safetensors; "
+            "examples/foreign_formats.py reads .pt, .npy, .npz, .csv, .json and .txt"
+        )
     try:
-        content = np.load(path, allow_pickle=False)
-        return content if isinstance(content, np.ndarray) else {key: content[key] for key in content.files}
-    except Exception as error:  # as above
-        hint = ""
-        if "pickle" in str(error):
-            hint = "; it needs pickle code to load, which could run anything: save plain arrays"
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a file of plain arrays ({error}){hint}") from error
-
-
-def _text(operation: str, path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{operation}: no file {os.fspath(path)!r}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a text file ({error})") from error
-
-
-def _literal(operation: str, path: Path, text: str) -> Any:
-    """A JSON value or a Python literal (with sets); never evaluated."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(
-            f"{operation}: {os.fspath(path)!r} holds {text.strip()[:40]!r}, expected a JSON value or a Python literal "
-            f"({error})"
-        ) from None
+        return read_tensors(path)[1]
+    except ValueError as error:
+        raise ValueError(f"{operation}: {os.fspath(path)!r} is not a safetensors file ({error})") from error

@@ -1,256 +1,30 @@
 """Where attention heads and MLP channels live in a model, and which rows and columns belong to a unit.
 
-A *unit* is an attention head or an MLP intermediate channel. How an architecture names and packs the matrices
-that hold its units is data: one `Family` per ``config.model_type``. Everything else (how many heads, how wide)
-is read off the parameter shapes, which cannot disagree with the weights.
+A *unit* is an attention head or an MLP intermediate channel. How an architecture names and packs the matrices that hold
+its units is data: `families`. Everything else (how many heads, how wide) is read off the parameter shapes, which cannot
+disagree with the weights.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
 
 from ..plan.mask import FreezeMask
-
-__all__ = [
-    "FAMILIES",
-    "Bank",
-    "Family",
-    "KvPolicy",
-    "Piece",
-    "Preset",
-    "Reader",
-    "UnitLayout",
-    "find_units",
-    "register_family",
-    "unit_masks",
-]
+from .families import FAMILIES, Bank, Family
 
 Preset = Literal["full", "producer"]
 KvPolicy = Literal["any", "all", "never"]
 Kind = Literal["head", "kv", "channel"]
+Side = Literal["out", "in"]
 Shape = tuple[int, ...]
-
-
-# ------------------------------------------------------------------------------------------------- families
-
-
-@dataclass(frozen=True)
-class Bank:
-    """A bank of units: the modules that compute them and the one that reads them (SSAH's f(x) = B·σ(A·x)).
-
-    Args:
-        producers: module name -> what its output features are, in order, as a sequence of ``head`` (all query
-            heads), ``kv`` (all key or value heads) and ``channel`` (all channels): ``"head"`` for a query
-            projection, ``"head kv kv"`` for one that holds query, key and value, ``"channel channel"`` for a
-            fused gate and up. Key and value may have fewer heads (grouped-query attention: query head ``h``
-            reads KV head ``h // (n_heads // n_kv_heads)``). A bias belongs to the units as its rows do; it is
-            found where there is one.
-        reader: module whose input features are the units: the attention or MLP output projection. Its bias
-            belongs to no unit.
-        interleaved: the parts of a fused producer alternate, KV head by KV head (with as many KV as query
-            heads: q, k and v of head 0, then of head 1, …) or channel by channel.
-        transposed: weights are stored ``[in, out]`` (transformers' ``Conv1D``).
-
-    Names are relative to the layer. One that is a parameter itself, not a module with a ``weight``, is taken
-    as such; if it has three dimensions the first one counts experts: all their channels are units, expert by
-    expert.
-
-    Raises:
-        TypeError: names that are not strings.
-        ValueError: no producers, unknown parts, heads and channels in one bank.
-    """
-
-    producers: Mapping[str, str]
-    reader: str
-    interleaved: bool = False
-    transposed: bool = False
-
-    def __post_init__(self) -> None:
-        named = [*self.producers, *self.producers.values()] if isinstance(self.producers, Mapping) else [None]
-        if not all(isinstance(word, str) for word in (*named, self.reader)):
-            raise TypeError(
-                f"Bank: producers is {self.producers!r} and reader {self.reader!r}, expected a mapping of names to "
-                "what they hold, and a name"
-            )
-        held = [set(parts.split()) for parts in self.producers.values()]
-        heads = all(parts <= {"head", "kv"} for parts in held) and any("head" in parts for parts in held)
-        if not (heads or (held and all(parts == {"channel"} for parts in held))):
-            raise ValueError(
-                f"Bank: producers is {dict(self.producers)!r}, expected names of modules that hold 'head' and 'kv' "
-                "parts, or 'channel' parts"
-            )
-
-    @property
-    def of_heads(self) -> bool:
-        """Whether the units are heads; else they are channels."""
-        return "channel" not in " ".join(self.producers.values())
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the layers of an architecture name and pack the matrices that hold units.
-
-    Args:
-        layer: a layer's name with ``{layer}`` for its number. What precedes it in a real parameter name
-            (``model.``, a wrapper's prefix) is found, so leave it out.
-        banks: the bank of heads, then one or more of channels; channels are numbered bank after bank.
-        n_heads: the config's key for the number of query heads.
-
-    Raises:
-        TypeError: ``banks`` is not a tuple of `Bank`.
-        ValueError: no ``{layer}`` in ``layer``; banks other than one of heads, then channels.
-    """
-
-    layer: str
-    banks: tuple[Bank, ...]
-    n_heads: str = "num_attention_heads"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layer, str) or "{layer}" not in self.layer:
-            raise ValueError(f"Family: layer is {self.layer!r}, expected '{{layer}}' in it, as in 'layers.{{layer}}'")
-        if not isinstance(self.banks, tuple) or not all(isinstance(bank, Bank) for bank in self.banks):
-            raise TypeError(f"Family: banks is {self.banks!r}, expected a tuple of Bank")
-        held = ["heads" if bank.of_heads else "channels" for bank in self.banks]
-        if held[:2] != ["heads", "channels"] or held.count("heads") > 1:
-            raise ValueError(f"Family: banks hold {held}, expected heads first and then channels")
-
-
-def _attention(at: str, query: str, key: str, value: str, reader: str) -> Bank:
-    return Bank({f"{at}.{query}": "head", f"{at}.{key}": "kv", f"{at}.{value}": "kv"}, f"{at}.{reader}")
-
-
-def _gated(at: str) -> Bank:
-    return Bank({f"{at}.gate_proj": "channel", f"{at}.up_proj": "channel"}, f"{at}.down_proj")
-
-
-def _fused_gated(at: str) -> Bank:
-    return Bank({f"{at}.gate_up_proj": "channel channel"}, f"{at}.down_proj")
-
-
-def _mlp(producer: str, reader: str) -> Bank:
-    return Bank({producer: "channel"}, reader)
-
-
-def _neox(attention: str) -> tuple[Bank, Bank]:
-    fused = Bank({f"{attention}.query_key_value": "head kv kv"}, f"{attention}.dense", interleaved=True)
-    return fused, _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-
-_QKVO: Final = _attention("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
-_BERT: Final = Family(
-    "encoder.layer.{layer}",
-    (
-        _attention("attention", "self.query", "self.key", "self.value", "output.dense"),
-        _mlp("intermediate.dense", "output.dense"),
-    ),
-)
-_GLM: Final = Family("layers.{layer}", (_QKVO, _fused_gated("mlp")))
-_LLAMA: Final = Family("layers.{layer}", (_QKVO, _gated("mlp")))
-_MIXTRAL: Final = Family("layers.{layer}", (_QKVO, _fused_gated("mlp.experts")))
-
-#: ``config.model_type`` -> family, with the module names of transformers 5. The tests prove each entry on a model of
-#: its class. Norms, routers and gpt_oss's attention sinks hold no units. OLMo 2, OLMo 3 and OLMoE normalise queries and
-#: keys over all heads together: there what a head computes also depends on the rows of the others.
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "bloom": Family("h.{layer}", _neox("self_attention"), n_heads="n_head"),
-    "camembert": _BERT,
-    "cohere": _LLAMA,
-    "cohere2": _LLAMA,
-    "distilbert": Family(
-        "transformer.layer.{layer}",
-        (_attention("attention", "q_lin", "k_lin", "v_lin", "out_lin"), _mlp("ffn.lin1", "ffn.lin2")),
-        n_heads="n_heads",
-    ),
-    "electra": _BERT,
-    "falcon": Family("h.{layer}", _neox("self_attention")),
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "glm": _GLM,
-    "glm4": _GLM,
-    "gpt2": Family(
-        "h.{layer}",
-        (
-            Bank({"attn.c_attn": "head kv kv"}, "attn.c_proj", transposed=True),
-            Bank({"mlp.c_fc": "channel"}, "mlp.c_proj", transposed=True),
-        ),
-        n_heads="n_head",
-    ),
-    "gpt_bigcode": Family(
-        "h.{layer}",
-        (Bank({"attn.c_attn": "head kv kv"}, "attn.c_proj", interleaved=True), _mlp("mlp.c_fc", "mlp.c_proj")),
-        n_heads="n_head",
-    ),
-    "gpt_neox": Family("layers.{layer}", _neox("attention")),
-    "gpt_oss": Family(
-        "layers.{layer}", (_QKVO, replace(_fused_gated("mlp.experts"), interleaved=True, transposed=True))
-    ),
-    "gptj": Family(
-        "h.{layer}",
-        (_attention("attn", "q_proj", "k_proj", "v_proj", "out_proj"), _mlp("mlp.fc_in", "mlp.fc_out")),
-        n_heads="n_head",
-    ),
-    "granite": _LLAMA,
-    "granitemoe": Family("layers.{layer}", (_QKVO, _fused_gated("block_sparse_moe.experts"))),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MIXTRAL,
-    "modernbert": Family(
-        "layers.{layer}",
-        (Bank({"attn.Wqkv": "head kv kv"}, "attn.Wo"), Bank({"mlp.Wi": "channel channel"}, "mlp.Wo")),
-    ),
-    "mpt": Family(
-        "blocks.{layer}",
-        (Bank({"attn.Wqkv": "head kv kv"}, "attn.out_proj"), _mlp("ffn.up_proj", "ffn.down_proj")),
-        n_heads="n_heads",
-    ),
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "olmo3": _LLAMA,
-    "olmoe": _MIXTRAL,
-    "opt": Family(
-        "decoder.layers.{layer}",
-        (_attention("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"), _mlp("fc1", "fc2")),
-    ),
-    "phi": Family(
-        "layers.{layer}",
-        (_attention("self_attn", "q_proj", "k_proj", "v_proj", "dense"), _mlp("mlp.fc1", "mlp.fc2")),
-    ),
-    "phi3": Family("layers.{layer}", (Bank({"self_attn.qkv_proj": "head kv kv"}, "self_attn.o_proj"), _GLM.banks[1])),
-    "qwen2": _LLAMA,
-    "qwen2_moe": Family("layers.{layer}", (*_MIXTRAL.banks, _gated("mlp.shared_expert"))),
-    "qwen3": _LLAMA,
-    "qwen3_moe": _MIXTRAL,
-    "roberta": _BERT,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": Family("layers.{layer}", (_QKVO, _mlp("mlp.c_fc", "mlp.c_proj"))),
-    "xlm-roberta": _BERT,
-}
-
-
-def register_family(model_type: str, family: Family) -> None:
-    """Teach `find_units` an architecture: ``model_type`` as in the model's config, and where its units are.
-
-    Raises:
-        TypeError: ``family`` is not a `Family`.
-
-    >>> register_family("phi", Family("layers.{layer}", (
-    ...     Bank({"self_attn.q_proj": "head", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"}, "self_attn.dense"),
-    ...     Bank({"mlp.fc1": "channel"}, "mlp.fc2"))))
-    """
-    if not isinstance(family, Family):
-        raise TypeError(f"register_family: family of {model_type!r} is {family!r}, expected a Family")
-    FAMILIES[model_type] = family
 
 
 # -------------------------------------------------------------------------------------------------- layouts
@@ -258,7 +32,11 @@ def register_family(model_type: str, family: Family) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Where one kind of unit lives in one parameter, seen as a matrix (leading dimensions flatten into rows).
+    """A piece of a layer's units: the entries of one parameter that belong to one kind of unit. Of the columns of fused
+    experts a piece is one expert's block.
+
+    The parameter is seen as a matrix: leading dimensions flatten into rows. All pieces of a layer, `UnitLayout.pieces`,
+    together hold every weight of every unit once.
 
     Args:
         parameter: its full name.
@@ -266,8 +44,8 @@ class Piece:
         units: what the entries belong to.
         axis: which axis of the matrix the units' entries are on.
         side: ``"out"``: this parameter computes the unit; ``"in"``: it reads it.
-        first: number, in its layer, of the first unit held here.
-        index: int64 ``[units held here, width]``: the entries on ``axis`` of each of them.
+        first: number, in its layer, of the first unit of this piece.
+        index: int64 ``[units, width]``: the entries on ``axis`` of each of them.
         within: rows the columns are confined to (one expert's block of a fused tensor); None: all.
     """
 
@@ -275,7 +53,7 @@ class Piece:
     shape: Shape
     units: Kind
     axis: Literal["rows", "cols"]
-    side: Literal["out", "in"]
+    side: Side
     first: int
     index: np.ndarray
     within: tuple[int, int] | None
@@ -316,6 +94,7 @@ class _Sized(NamedTuple):
     """A bank and what the shape of its reader says."""
 
     bank: Bank
+    reader: str  # name of its weight in the layer
     first: int  # number of its first unit in the layer
     experts: int | None
     features: int  # that the reader takes in, of one expert
@@ -372,6 +151,11 @@ class UnitLayout:
         return self.n_layers, self.d_ff
 
     @property
+    def unit_shapes(self) -> dict[str, tuple[int, int]]:
+        """``"heads"`` and ``"channels"`` -> shape of an array with an entry per unit."""
+        return {"heads": self.heads_shape, "channels": self.channels_shape}
+
+    @property
     def parameters(self) -> dict[str, Shape]:
         """Name -> shape of every parameter that holds units."""
         return {self._full(name, i): shape for i in range(self.n_layers) for name, shape in self.shapes.items()}
@@ -395,6 +179,13 @@ class UnitLayout:
     def readers(self, layer: int) -> tuple[Reader, ...]:
         """The matrices of a layer that read units: attention first, then the MLP, expert by expert."""
         return self._readers[layer]
+
+    def shared(self, piece: Piece) -> tuple[Literal["heads", "channels"], slice, int]:
+        """Whose a piece's weights are: the kind of unit, which of a layer's, and how many units share each of the
+        piece's (query heads, a KV head)."""
+        sharing = self.group_size if piece.units == "kv" else 1
+        places = slice(piece.first * sharing, (piece.first + len(piece.index)) * sharing)
+        return "channels" if piece.units == "channel" else "heads", places, sharing
 
     def to_json(self) -> str:
         """This layout as a JSON object."""
@@ -425,7 +216,6 @@ class UnitLayout:
     def _completed(self, present: Container[str]) -> UnitLayout:
         """This layout with the shapes that producers must have, given the readers'; biases where ``present``."""
         producers: dict[str, Shape] = {}
-        readers: dict[str, Shape] = {}
         for one in self._sized:
             experts = () if one.experts is None else (one.experts,)
             for name, parts in one.bank.producers.items():
@@ -435,9 +225,7 @@ class UnitLayout:
                 producers[weight] = (*experts, *both)
                 if bias in present:
                     producers[bias] = (*experts, features)
-            weight, _ = _tensors(one.bank.reader, self.shapes)
-            readers[weight] = self.shapes[weight]
-        return replace(self, shapes={**producers, **readers})
+        return replace(self, shapes={**producers, **{one.reader: self.shapes[one.reader] for one in self._sized}})
 
     def _full(self, name: str, layer: int) -> str:
         return f"{self.family.layer.format(layer=layer)}.{name}"
@@ -447,62 +235,57 @@ class UnitLayout:
         sized: list[_Sized] = []
         channels = 0
         for bank in self.family.banks:
-            *lead, hidden, features = self.shapes[_tensors(bank.reader, self.shapes)[0]]
+            reader, _ = _tensors(bank.reader, self.shapes)
+            *lead, hidden, features = self.shapes[reader]
             if bank.transposed:
                 hidden, features = features, hidden
             experts = lead[0] if lead else None
-            sized.append(_Sized(bank, channels, experts, features, hidden))
+            sized.append(_Sized(bank, reader, channels, experts, features, hidden))
             channels += 0 if bank.of_heads else (experts or 1) * features
         return tuple(sized)
 
     @cached_property
     def _pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        once = [*self._producing(), *self._reading()]
+        sides: tuple[Side, ...] = ("out", "in")
+        once = [piece for side in sides for one in self._sized for piece in self._pieces_of(one, side)]
         return tuple(
             tuple(replace(piece, parameter=self._full(piece.parameter, layer)) for piece in once)
             for layer in range(self.n_layers)
         )
 
-    def _producing(self) -> Iterator[Piece]:
-        for one in self._sized:
-            for name, parts in one.bank.producers.items():
-                weight, bias = _tensors(name, self.shapes)
-                owned = self._owned(one, _kinds(parts))
-                yield from self._placed(one, weight, "out", owned, on_rows=not one.bank.transposed)
-                if bias in self.shapes:  # a vector, or a row for each expert
-                    yield from self._placed(one, bias, "out", owned, on_rows=one.experts is None)
+    def _pieces_of(self, one: _Sized, side: Side) -> Iterator[Piece]:
+        """The pieces of what computes a bank's units, or of what reads them; named within the layer."""
+        modules = one.bank.producers if side == "out" else {one.bank.reader: one.bank.units}
+        for name, parts in modules.items():
+            weight, bias = _tensors(name, self.shapes)
+            owned = self._owned(one, _kinds(parts))
+            yield from self._placed(one, weight, side, owned, on_rows=one.bank.transposed == (side == "in"))
+            if bias in self.shapes:  # of producers: a vector, or a row for each expert
+                yield from self._placed(one, bias, side, owned, on_rows=one.experts is None)
 
-    def _reading(self) -> Iterator[Piece]:
-        for one in self._sized:
-            weight, _ = _tensors(one.bank.reader, self.shapes)
-            owned = self._owned(one, ("head" if one.bank.of_heads else "channel",))
-            yield from self._placed(one, weight, "in", owned, on_rows=one.bank.transposed)
+    def _width(self, one: _Sized) -> int:
+        """Features of a unit."""
+        return self.head_dim if one.bank.of_heads else 1
 
-    def _n_features(self, one: _Sized, held: tuple[Kind, ...]) -> int:
-        """Features of a module (of one expert) that holds these parts."""
+    def _n_features(self, one: _Sized, kinds: tuple[Kind, ...]) -> int:
+        """Features of a module (of one expert) that has these parts."""
         kv = self.n_kv_heads * self.head_dim
-        return sum(kv if kind == "kv" else one.features for kind in held)
+        return sum(kv if kind == "kv" else one.features for kind in kinds)
 
-    def _owned(self, one: _Sized, held: tuple[Kind, ...]) -> dict[Kind, np.ndarray]:
+    def _owned(self, one: _Sized, kinds: tuple[Kind, ...]) -> dict[Kind, np.ndarray]:
         """Kind of unit -> int64 ``[units, width]``: which features of a module (of one expert) are each unit's."""
-        width = self.head_dim if one.bank.of_heads else 1
         groups = (self.n_kv_heads if one.bank.of_heads else one.features) if one.bank.interleaved else 1
-        starts = np.arange(groups)[:, None] * (self._n_features(one, held) // groups)
+        starts = np.arange(groups)[:, None] * (self._n_features(one, kinds) // groups)
         owned: dict[Kind, np.ndarray] = {}
-        for kind in held:
+        for kind in kinds:
             size = self._n_features(one, (kind,)) // groups
-            part = (starts + np.arange(size)).reshape(-1, width)
+            part = (starts + np.arange(size)).reshape(-1, self._width(one))
             owned[kind] = np.concatenate([owned[kind], part], axis=1) if kind in owned else part
             starts = starts + size
         return owned
 
     def _placed(
-        self,
-        one: _Sized,
-        parameter: str,
-        side: Literal["out", "in"],
-        owned: Mapping[Kind, np.ndarray],
-        on_rows: bool,
+        self, one: _Sized, parameter: str, side: Side, owned: Mapping[Kind, np.ndarray], on_rows: bool
     ) -> Iterator[Piece]:
         """The pieces of a parameter that has a module's features on its rows or its columns, expert by expert."""
         shape = self.shapes[parameter]
@@ -512,12 +295,11 @@ class UnitLayout:
             if on_rows:
                 rows = (starts[:, None, None] + index).reshape(-1, index.shape[1])
                 yield Piece(parameter, shape, kind, "rows", side, one.first, rows, None)
-            elif one.experts is None:
-                yield Piece(parameter, shape, kind, "cols", side, one.first, index, None)
-            else:
-                for expert, start in enumerate(starts.tolist()):
-                    first, block = one.first + expert * len(index), (start, start + height)
-                    yield Piece(parameter, shape, kind, "cols", side, first, index, block)
+                continue
+            for expert, start in enumerate(starts.tolist()):
+                first, block = one.first + expert * len(index), (start, start + height)
+                within = None if one.experts is None else block
+                yield Piece(parameter, shape, kind, "cols", side, first, index, within)
 
     @cached_property
     def _readers(self) -> tuple[tuple[Reader, ...], ...]:
@@ -527,14 +309,11 @@ class UnitLayout:
         )
 
     def _readers_of(self, one: _Sized, layer: int) -> Iterator[Reader]:
-        parameter = self._full(_tensors(one.bank.reader, self.shapes)[0], layer)
-        module = parameter.rpartition(".")[0]
-        units: Literal["head", "channel"] = "head" if one.bank.of_heads else "channel"
-        width = self.head_dim if one.bank.of_heads else 1
-        n_units = one.features // width
-        for expert in range(one.experts or 1):
-            first, number = one.first + expert * n_units, None if one.experts is None else expert
-            yield Reader(units, module, parameter, first, n_units, width, one.bank.transposed, number)
+        parameter, width = self._full(one.reader, layer), self._width(one)
+        module, n_units = parameter.rpartition(".")[0], one.features // width
+        for number in range(one.experts or 1):
+            first, expert = one.first + number * n_units, None if one.experts is None else number
+            yield Reader(one.bank.units, module, parameter, first, n_units, width, one.bank.transposed, expert)
 
 
 def _kinds(parts: str) -> tuple[Kind, ...]:
@@ -654,44 +433,41 @@ def _measure(family: Family, shapes: Mapping[str, Shape], config: Any, model_typ
             f"'{layers[0]}.{attention.reader}'"
         )
     head_dim, n_kv_heads = width // n_heads, n_heads
-    for name, parts in attention.producers.items():
-        held = _kinds(parts)
-        if "kv" in held:
-            features = weight_in_first_layer(name)[1 if attention.transposed else 0]
-            n_kv_heads, rest = divmod(features - held.count("head") * width, held.count("kv") * head_dim)
-            if rest or n_kv_heads < 1 or n_heads % n_kv_heads:
-                raise ValueError(
-                    f"find_units: '{layers[0]}.{name}' has {features} output features, expected a number of KV heads "
-                    f"of {head_dim} that divides {n_heads}, the query heads"
-                )
-            break
-    for key, found in (
-        ("head_dim", head_dim),
-        ("num_key_value_heads", n_kv_heads),
-        ("num_hidden_layers", n_layers),
-    ):
+    with_kv = next((name for name, parts in attention.producers.items() if "kv" in _kinds(parts)), None)
+    if with_kv is not None:
+        kinds = _kinds(attention.producers[with_kv])
+        features = weight_in_first_layer(with_kv)[1 if attention.transposed else 0]
+        n_kv_heads, rest = divmod(features - kinds.count("head") * width, kinds.count("kv") * head_dim)
+        if rest or n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"find_units: '{layers[0]}.{with_kv}' has {features} output features, expected a number of KV heads of "
+                f"{head_dim} that divides {n_heads}, the query heads"
+            )
+    measured = {"head_dim": head_dim, "num_key_value_heads": n_kv_heads, "num_hidden_layers": n_layers}
+    for key, found in measured.items():
         stated = _setting(config, key)
         if stated is not None and stated != found:
             raise ValueError(f"find_units: the config says {key}={stated}, but the parameter shapes say {found}")
-
     return UnitLayout(model_type, family, readers, n_layers, n_heads, n_kv_heads)._completed(present)
 
 
 # ------------------------------------------------------------------------------------------------- freezing
 
 
+def check_word(operation: str, what: str, given: object, valid: Iterable[str]) -> None:
+    """Raise ValueError for a word that is none of the valid ones."""
+    if given not in (valid := tuple(valid)):
+        raise ValueError(f"{operation}: {what} is {given!r}, expected one of {', '.join(map(repr, valid))}")
+
+
 def unit_masks(
-    layout: UnitLayout,
-    heads: np.ndarray,
-    channels: np.ndarray,
-    preset: Preset = "full",
-    kv: KvPolicy = "any",
+    layout: UnitLayout, heads: np.ndarray, channels: np.ndarray, preset: Preset = "full", kv: KvPolicy = "any"
 ) -> dict[str, FreezeMask]:
     """What the given units hold, as one mask per parameter; parameters with nothing frozen are left out.
 
     Args:
         layout: where units live.
-        heads, channels: bool ``[n_layers, n_heads]`` and ``[n_layers, d_ff]``, True = frozen.
+        heads, channels: bool, of the layout's `unit_shapes`, True = frozen.
         preset: ``"producer"`` freezes what computes a unit: its features of q, k, v, gate and up (rows; columns of
             a ``Conv1D``) and their biases. ``"full"`` adds what reads it: columns of the output projections.
             Columns of one expert in a fused tensor become an element mask.
@@ -702,13 +478,9 @@ def unit_masks(
     Raises:
         ValueError: an unknown preset or policy, or shapes that are not the layout's.
     """
-    for word, given, valid in (("preset", preset, get_args(Preset)), ("kv", kv, get_args(KvPolicy))):
-        if given not in valid:
-            raise ValueError(f"unit_masks: {word} is {given!r}, expected one of {', '.join(map(repr, valid))}")
-    for word, array, shape in (
-        ("heads", heads, layout.heads_shape),
-        ("channels", channels, layout.channels_shape),
-    ):
+    check_word("unit_masks", "preset", preset, get_args(Preset))
+    check_word("unit_masks", "kv", kv, get_args(KvPolicy))
+    for (word, shape), array in zip(layout.unit_shapes.items(), (heads, channels), strict=True):
         if array.shape != shape or array.dtype != np.bool_:
             raise ValueError(
                 f"unit_masks: {word} is {array.dtype} of shape {array.shape}, expected bool {shape} for {layout}"

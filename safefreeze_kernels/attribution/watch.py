@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..plan.files import write_atomically
-from . import refusal_margins
+from .pictures import png
+from .scores import refusal_margins
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ class RefusalWatch:
         right.set(ylabel="share of prompts refused", ylim=(-0.03, 1.03))
         lines = [*left.get_lines(), *right.get_lines()]
         left.legend(lines, [str(line.get_label()) for line in lines], loc="best", fontsize=9)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        write_atomically(Path(path), buffer.getvalue())
+        write_atomically(Path(path), png(figure))
 
     def __repr__(self) -> str:
         last = self.history[-1] if self.history else "nothing measured yet"

@@ -12,15 +12,14 @@ import pytest
 import torch
 import transformers
 from attribution_models import (
-    ANSWERS,
     LABEL_FILE,
     LLAMA_2_7B,
-    ROWS,
+    SAFETY,
     UTILITY,
-    batch_of,
     flat,
     needs_labels,
     random_scores,
+    refused,
     scores_from_channels,
     tiny,
     toy_layout,
@@ -178,10 +177,8 @@ def test_level_scores_rank_nothing(recipe: Any) -> None:
 
 def test_builder_refuses_bad_settings() -> None:
     scores = random_scores(toy_layout())
-    with pytest.raises(ValueError, match="recipe is 'mine', expected one of 'paper', 'ssah-prototype'"):
-        MaskBuilder(scores, recipe="mine")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ratios names 'CU', expected 'RU', 'SCU' and 'UCU'"):
-        MaskBuilder(scores, {"CU": 0.1})
+    refused("recipe is 'mine', expected one of 'paper', 'ssah-prototype'", lambda: MaskBuilder(scores, recipe="mine"))
+    refused("ratios names 'CU', expected 'RU', 'SCU' and 'UCU'", lambda: MaskBuilder(scores, {"CU": 0.1}))
     for bad in (-0.1, 1.1, math.nan, "a", True):
         with pytest.raises(ValueError, match=r"ratio of RU is .*, expected a fraction from 0 to 1"):
             MaskBuilder(scores, {"RU": bad})  # type: ignore[dict-item]
@@ -189,25 +186,20 @@ def test_builder_refuses_bad_settings() -> None:
         with pytest.raises(ValueError, match=r"ratios are RU=.*, SCU=.*, UCU=.*, expected a sum of at most 1"):
             MaskBuilder(scores, over)
     MaskBuilder(scores, {"RU": 0.7, "SCU": 0.2, "UCU": 0.1})  # 0.7 + 0.2 + 0.1 is not 1.0 in floating point
-    with pytest.raises(TypeError, match="scores is a dict, expected UnitScores, UnitLabels or UnitRanking"):
-        MaskBuilder({})  # type: ignore[arg-type]
+    refused("scores is a dict, expected UnitScores, UnitLabels or UnitRanking", lambda: MaskBuilder({}), TypeError)
     for cost in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="head_cost is"):
             MaskBuilder(scores, head_cost=cost)
-    with pytest.raises(ValueError, match="ratios given with finished UnitLabels"):
-        MaskBuilder(MaskBuilder(scores).labels, {"RU": 0.1})
+    refused("ratios given with finished UnitLabels", lambda: MaskBuilder(MaskBuilder(scores).labels, {"RU": 0.1}))
 
 
 def test_labels_are_checked() -> None:
     codes = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"channels has dtype torch.float32, expected integer codes"):
         UnitLabels(codes, codes.float())
-    with pytest.raises(ValueError, match="heads holds codes from 0 to 4"):
-        UnitLabels(codes + torch.tensor([0, 0, 4]), codes)
-    with pytest.raises(ValueError, match=r"heads has shape \(3,\)"):
-        UnitLabels(codes[0], codes)
-    with pytest.raises(ValueError, match="heads has 1 layers and channels 2"):
-        UnitLabels(codes[:1], codes)
+    refused("heads holds codes from 0 to 4", lambda: UnitLabels(codes + torch.tensor([0, 0, 4]), codes))
+    refused(r"heads has shape \(3,\)", lambda: UnitLabels(codes[0], codes))
+    refused("heads has 1 layers and channels 2", lambda: UnitLabels(codes[:1], codes))
 
 
 # ------------------------------------------------------------------------------------------------- selecting
@@ -222,7 +214,7 @@ def builder_with_costs(**ratios: float) -> tuple[MaskBuilder, np.ndarray, np.nda
 
 
 def chosen(selection: UnitSelection) -> np.ndarray:
-    return flat(selection.heads, selection.channels)
+    return selection.flat
 
 
 def test_freeze_by_label() -> None:
@@ -253,8 +245,7 @@ def test_all_cu_in_three_spellings() -> None:
     assert np.array_equal(chosen(builder.freeze(cu=1.0, cu_share_of="cu")), everything)
     share = costs[codes == 3].sum() / costs.sum()
     assert np.array_equal(chosen(builder.freeze(cu=share * (1 - 1e-12))), everything)
-    with pytest.raises(ValueError, match=r"cu=1.0 asks for 100.0% .*, expected at most 79.*; pass cu=True"):
-        builder.freeze(cu=1.0)
+    refused(r"cu=1.0 asks for 100.0% .*, expected at most 79.*; pass cu=True", lambda: builder.freeze(cu=1.0))
     assert np.array_equal(chosen(builder.freeze(cu=0.0)), codes == 1)
 
 
@@ -296,23 +287,18 @@ def test_freeze_refuses_bad_requests() -> None:
             builder.freeze(cu=bad)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"freeze: share is .*, expected a fraction from 0 to 1"):
             builder.freeze(share=bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="freeze: share is True"):
-        builder.freeze(share=True)
+    refused("freeze: share is True", lambda: builder.freeze(share=True))
     for more in ({"cu": 0.1}, {"cu": True}, {"scu": False}):
         with pytest.raises(ValueError, match="share given with scu or cu"):
             builder.freeze(share=0.5, **more)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="cu_share_of is 'all', expected one of 'units', 'cu'"):
-        builder.freeze(cu=0.1, cu_share_of="all")  # type: ignore[arg-type]
+    refused("cu_share_of is 'all', expected one of 'units', 'cu'", lambda: builder.freeze(cu=0.1, cu_share_of="all"))
     with pytest.raises(ValueError, match="cu_rank is 'size', expected one of 'sum', 'safety', 'utility', 'diff'"):
         builder.freeze(cu=0.1, cu_rank="size")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="label is 'XU', expected one of 'RU', 'SCU', 'UCU', 'CU'"):
-        builder.train_only("XU")
-    with pytest.raises(ValueError, match="share given with label 'CU', expected it with 'RU' only"):
-        builder.train_only("CU", 0.1)
+    refused("label is 'XU', expected one of 'RU', 'SCU', 'UCU', 'CU'", lambda: builder.train_only("XU"))
+    refused("share given with label 'CU', expected it with 'RU' only", lambda: builder.train_only("CU", 0.1))
     with pytest.raises(ValueError, match=r"share given with label .'RU', 'UCU'., expected it with 'RU' only"):
         builder.train_only(["RU", "UCU"], 0.1)
-    with pytest.raises(ValueError, match="train_only: share is 2"):
-        builder.train_only("RU", 2)
+    refused("train_only: share is 2", lambda: builder.train_only("RU", 2))
 
 
 def test_nothing_and_everything() -> None:
@@ -333,13 +319,10 @@ def test_nothing_and_everything() -> None:
         with pytest.raises(ValueError, match=r"(freeze|top|set_difference|train_only): selects no unit .*expected at"):
             nothing()
     for nothing in (lambda: builder.train_only("RU", 0.0), lambda: builder_with_costs(RU=0.0)[0].train_only("RU")):
-        with pytest.raises(
-            ValueError, match=r"no unit is left to train .*; to freeze every unit on purpose, use freeze"
-        ):
+        with pytest.raises(ValueError, match=r"no unit is left to train .*; to freeze every unit on purpose, use fr"):
             nothing()
     some = builder.freeze()
-    with pytest.raises(ValueError, match="build: the selection holds no unit"):
-        (some - some).build()
+    refused("build: the selection holds no unit", lambda: (some - some).build())
     for everything in (builder.freeze(share=1.0), builder.top(1.0), builder.top(1.0, per_layer=True), some | ~some):
         assert chosen(everything).all() and everything.build().frozen_fraction == 1.0
 
@@ -395,23 +378,19 @@ def test_a_ranking_is_selected_by_its_own_score() -> None:
     alone = MaskBuilder(UnitRanking(layout, channels=channels))
     assert not alone.top(0.25).heads.any() and np.flatnonzero(alone.top(0.25).channels).tolist() == [0, 1, 2]
     assert "scores of channels" in repr(UnitRanking(layout, channels=channels))
-    with pytest.raises(ValueError, match=r"units is 'heads', expected a kind of unit that UnitRanking.* scores"):
-        alone.top(1, units="heads")
+    refused(r"units is 'heads', expected a kind of unit that UnitRanking.* scores", lambda: alone.top(1, units="heads"))
     for ask in (alone.freeze, alone.train_only, lambda: alone.labels):
         with pytest.raises(ValueError, match=r"labels need a safety and a utility score per unit.*select with top\(\)"):
             ask()
-    with pytest.raises(ValueError, match="by 'diff', but a ranking holds one score per unit"):
-        alone.top(1, by="diff")
-    with pytest.raises(ValueError, match="ratios given with finished UnitRanking"):
-        MaskBuilder(UnitRanking(layout, heads), {"RU": 0.1})
+    refused("by 'diff', but a ranking holds one score per unit", lambda: alone.top(1, by="diff"))
+    refused("ratios given with finished UnitRanking", lambda: MaskBuilder(UnitRanking(layout, heads), {"RU": 0.1}))
     with pytest.raises(ValueError, match="'fluctuation' gives a safety and a utility score, not one score"):
         MaskBuilder(random_scores(layout)).top(0.1, by="score")
 
 
 def test_rankings_are_checked() -> None:
     layout = toy_layout()
-    with pytest.raises(ValueError, match="neither heads nor channels given"):
-        UnitRanking(layout)
+    refused("neither heads nor channels given", lambda: UnitRanking(layout))
     with pytest.raises(ValueError, match=r"channels has shape \(2, 5\), expected \(2, 6\) for llama"):
         UnitRanking(layout, channels=np.ones((2, 5)))
     for bad in (math.nan, math.inf):
@@ -421,8 +400,7 @@ def test_rankings_are_checked() -> None:
             UnitRanking(layout, heads=scores)  # type: ignore[arg-type]
     constant = UnitRanking(layout, np.arange(8.0).reshape(2, 4), np.full((2, 6), 3.0))
     assert MaskBuilder(constant).top(1, units="heads").heads[1, 3]
-    with pytest.raises(ValueError, match="the scores of all channels are the same"):
-        MaskBuilder(constant).top(0.5)
+    refused("the scores of all channels are the same", lambda: MaskBuilder(constant).top(0.5))
 
 
 def test_top_refuses_bad_requests() -> None:
@@ -433,14 +411,11 @@ def test_top_refuses_bad_requests() -> None:
     for bad in (0, -3):
         with pytest.raises(ValueError, match=f"top: amount is {bad}, expected a count of at least 1"):
             builder.top(bad)
-    with pytest.raises(ValueError, match="top: amount is 13 heads, expected at most 12, which is all"):
-        builder.top(13)
-    with pytest.raises(ValueError, match="top: amount is 5 heads of layer 0, expected at most 4"):
-        builder.top(5, per_layer=True)
+    refused("top: amount is 13 heads, expected at most 12, which is all", lambda: builder.top(13))
+    refused("top: amount is 5 heads of layer 0, expected at most 4", lambda: builder.top(5, per_layer=True))
     with pytest.raises(ValueError, match="by is 'size', expected one of 'sum', 'safety', 'utility', 'diff', 'score'"):
         builder.top(0.1, by="size")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="units is 'rows', expected one of 'all', 'heads', 'channels'"):
-        builder.top(0.1, units="rows")  # type: ignore[arg-type]
+    refused("units is 'rows', expected one of 'all', 'heads', 'channels'", lambda: builder.top(0.1, units="rows"))
 
 
 def test_set_difference_by_hand() -> None:
@@ -448,12 +423,8 @@ def test_set_difference_by_hand() -> None:
     scores = scores_from_channels([9.0, 7, 6, 5, 1, 2, 8, 4, 3, 0], [0.0, 3, 4, 6, 1, 2, 8, 5, 7, 9])
     left = MaskBuilder(scores).set_difference(np.int64(4), 3, units="channels")  # numpy's numbers fit into a plan file
     assert np.flatnonzero(left.channels).tolist() == [0, 1, 2] and not left.heads.any()
-    assert left.build().metadata["selection"] == {
-        "set_difference": {"safety": 4, "utility": 3},
-        "units": "channels",
-        "per_layer": True,
-        "apart": True,
-    }
+    where = {"units": "channels", "per_layer": True, "apart": True}
+    assert left.build().metadata["selection"] == {"set_difference": {"safety": 4, "utility": 3}, **where}
     builder, _, _ = builder_with_costs()
     for per_layer in (True, False):
         mine = builder.set_difference(0.2, 0.3, per_layer=per_layer)
@@ -478,30 +449,23 @@ def test_labels_alone_freeze_whole_labels_only() -> None:
     ):
         with pytest.raises(ValueError, match="labels carry no scores; freeze whole labels"):
             ask()
-    with pytest.raises(ValueError, match="labels do not say which model"):
-        builder.freeze().build()
+    refused("labels do not say which model", lambda: builder.freeze().build())
     assert builder.freeze(cu=True).build(scored.layout) == scored.freeze(cu=True).build()
 
 
 def test_build_refuses_another_model() -> None:
     selection = MaskBuilder(random_scores(toy_layout())).freeze(cu=True)
-    with pytest.raises(ValueError, match=r"heads \(2, 4\) and channels \(2, 6\), expected \(2, 4\) and \(2, 24\)"):
-        selection.build(tiny())
-    with pytest.raises(ValueError, match="preset is 'both'"):
-        selection.build(preset="both")  # type: ignore[arg-type]
+    refused(r"heads \(2, 4\) and channels \(2, 6\), expected \(2, 4\) and \(2, 24\)", lambda: selection.build(tiny()))
+    refused("preset is 'both'", lambda: selection.build(preset="both"))
 
 
 def test_from_scores_to_a_plan(tmp_path: Path) -> None:
     model = tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(model, SAFETY, UTILITY)
     plan = MaskBuilder(scores).freeze(scu=True, cu=0.06).build(model)
     plan.check(model)
     assert 0 < plan.frozen_fraction < 1
-    assert plan.metadata["recipe"] == "paper" and plan.metadata["ratios"] == {
-        "RU": 0.1,
-        "SCU": 0.01,
-        "UCU": 0.1,
-    }
+    assert plan.metadata["recipe"] == "paper" and plan.metadata["ratios"] == {"RU": 0.1, "SCU": 0.01, "UCU": 0.1}
     assert plan.metadata["selection"] == {"scu": True, "cu": 0.06, "cu_share_of": "units", "cu_rank": "sum"}
     plan.save(tmp_path / "plan.safetensors")
     assert FreezePlan.load(tmp_path / "plan.safetensors").metadata == plan.metadata
@@ -511,7 +475,7 @@ def test_from_scores_to_a_plan(tmp_path: Path) -> None:
 
 def test_a_plan_is_built_for_the_weights_that_were_scored() -> None:
     model, other = tiny(), tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(model, SAFETY, UTILITY)
     selections = [MaskBuilder(scores).freeze(cu=True), MaskBuilder(scores).top(0.5)]
     selections += [selections[0] - selections[1], ~selections[0], selections[1].random_like(0)]
     with torch.no_grad():
@@ -519,22 +483,20 @@ def test_a_plan_is_built_for_the_weights_that_were_scored() -> None:
     bare = on_meta(**model.config.to_dict())
     for selection in selections:
         plan = selection.build(model)
-        with pytest.raises(
-            ValueError, match=r"the model's weights have fingerprint .*; score this model, or load the one"
-        ):
+        with pytest.raises(ValueError, match=r"the model's weights have fingerprint .*; score this model, or load the"):
             selection.build(other)
         # without weights, or with the layout alone, there is nothing to compare
         assert selection.build(bare) == selection.build(find_units(other)) == selection.build() == plan
     assert selections[0].build(model).metadata["scored"]["model"] == scores.model_fingerprint
     with pytest.raises(ValueError, match="union: the units were scored on models with other weights"):
-        selections[0] | MaskBuilder(score_units(other, [batch_of(ROWS, ANSWERS)], UTILITY)).freeze()
+        selections[0] | MaskBuilder(score_units(other, SAFETY, UTILITY)).freeze()
     # foreign labels say nothing about weights
     MaskBuilder(MaskBuilder(scores).labels).freeze().build(other)
 
 
 def test_decision_fisher_is_selected_by_its_own_score() -> None:
     model = tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "decision_fisher", refuse_token=5)
+    scores = score_units(model, SAFETY, UTILITY, "decision_fisher", refuse_token=5)
     assert scores.ranking is not None
     builder = MaskBuilder(scores)
     top = builder.top(0.25)
@@ -566,12 +528,9 @@ def test_selections_are_compared_and_checked() -> None:
     assert one.jaccard(two) == 1 / 3 and one.jaccard(one) == 1.0
     assert UnitSelection(heads, np.zeros((1, 3), bool)).jaccard(UnitSelection(heads, np.zeros((1, 3), bool))) == 1.0
     assert repr(one) == "UnitSelection(0 of 2 heads and 2 of 3 channels frozen)"
-    with pytest.raises(ValueError, match="jaccard: selections of"):
-        one.jaccard(UnitSelection(heads, np.zeros((1, 4), bool)))
-    with pytest.raises(TypeError, match="heads has dtype int64, expected bool"):
-        UnitSelection(heads.astype(np.int64), heads)
-    with pytest.raises(ValueError, match=r"heads has shape \(1, 2\) and channels \(2, 3\)"):
-        UnitSelection(heads, np.zeros((2, 3), bool))
+    refused("jaccard: selections of", lambda: one.jaccard(UnitSelection(heads, np.zeros((1, 4), bool))))
+    refused("heads has dtype int64, expected bool", lambda: UnitSelection(heads.astype(np.int64), heads), TypeError)
+    refused(r"heads has shape \(1, 2\) and channels \(2, 3\)", lambda: UnitSelection(heads, np.zeros((2, 3), bool)))
     with pytest.raises(ValueError, match="read-only"):
         one.channels[0, 0] = False
 
@@ -589,20 +548,16 @@ def test_selections_combine_as_sets() -> None:
         assert np.array_equal(chosen(combined), expected) and combined.layout == builder.layout
     plan = (scu | cu).build()
     assert plan == builder.freeze(cu=True).build()
-    assert [part["selection"] for part in plan.metadata["union"]] == [
-        {"scu": True, "cu": False},
-        {"scu": False, "cu": True},
-    ]
+    parts = [part["selection"] for part in plan.metadata["union"]]
+    assert parts == [{"scu": True, "cu": False}, {"scu": False, "cu": True}]
     assert (~cu).build().metadata["all_but"]["selection"] == {"scu": False, "cu": True}
     # a layout known to one of them is known to both together
     assert (MaskBuilder(builder.labels).freeze() | cu).build() == plan
     with pytest.raises(ValueError, match=r"union: selections of heads \(3, 4\) and \(2, 4\)"):
         scu | MaskBuilder(random_scores(toy_layout())).freeze()
     twin = MaskBuilder(random_scores(toy_layout(n_layers=3, n_heads=4, d_ff=300, hidden=16)), None)
-    with pytest.raises(ValueError, match=r"difference: selections for llama.* and llama.*, expected one model"):
-        scu - twin.freeze()
-    with pytest.raises(TypeError, match="unsupported operand"):
-        scu | {1, 2}  # type: ignore[operator]
+    refused(r"difference: selections for llama.* and llama.*, expected one model", lambda: scu - twin.freeze())
+    refused("unsupported operand", lambda: scu | {1, 2}, TypeError)
 
 
 # ------------------------------------------------------------------------------------------------- stability
@@ -641,12 +596,9 @@ def test_chance_is_what_random_selections_overlap() -> None:
 
 def test_stability_refuses_what_it_cannot_compare() -> None:
     one, other = (MaskBuilder(random_scores(toy_layout(n_layers=n))).freeze(share=0.5) for n in (2, 3))
-    with pytest.raises(ValueError, match="1 selections given, expected at least two"):
-        stability([one])
-    with pytest.raises(TypeError, match="selection 1 is a ndarray, expected a UnitSelection"):
-        stability([one, one.heads])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="jaccard: selections of heads"):
-        stability([one, other])
+    refused("1 selections given, expected at least two", lambda: stability([one]))
+    refused("selection 1 is a ndarray, expected a UnitSelection", lambda: stability([one, one.heads]), TypeError)
+    refused("jaccard: selections of heads", lambda: stability([one, other]))
 
 
 # ------------------------------------------------------------------------------------------ published labels

@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attribution_models import ANSWERS, OTHER_ANSWERS, OTHER_ROWS, ROWS, ToyLM, batch_of, state_of, tiny, toy_batches
+from attribution_models import (
+    ANSWERS,
+    OTHER_ANSWERS,
+    OTHER_ROWS,
+    ROWS,
+    SAFETY,
+    UTILITY,
+    ToyLM,
+    batch_of,
+    refused,
+    split_batches,
+    state_of,
+    tiny,
+    toy_batches,
+)
 from torch import Tensor, nn
 
 from safefreeze_kernels.attribution import SetScores, UnitScores, find_units, saliency, score_units
@@ -42,9 +56,6 @@ def exact(model_type: str) -> nn.Module:
 # Of a float64 model, transformers' norms still compute in float32, and how they round depends on the processor and on
 # the shape of the batch: sixteen roundings of float32.
 ROUNDINGS = 2.0**-19
-
-SAFETY = [batch_of(ROWS, ANSWERS)]
-UTILITY = [batch_of(OTHER_ROWS, OTHER_ANSWERS)]
 
 
 # ------------------------------------------------------------------------------------------------- by hand
@@ -113,12 +124,9 @@ def squares(_: Tensor, gradient: Tensor) -> Tensor:
 
 def assert_scores(scores: SetScores, heads: Any, channels: Any, what: str) -> None:
     for word, got, expected in (("heads", scores.heads, heads), ("channels", scores.channels, channels)):
+        wanted = torch.as_tensor(expected, dtype=torch.float32)
         torch.testing.assert_close(
-            got,
-            torch.as_tensor(expected, dtype=torch.float32),
-            rtol=ROUNDINGS,
-            atol=0,
-            msg=lambda text, word=word: f"{what}: {word}: {text}",
+            got, wanted, rtol=ROUNDINGS, atol=0, msg=lambda text, at=word: f"{what}: {at}: {text}"
         )
 
 
@@ -379,11 +387,7 @@ def test_scores_do_not_depend_on_batching_or_padding(model_type: str, method: st
     model = tiny(model_type)
     together = score_units(model, SAFETY, UTILITY, method)
     for sizes, side in (([1, 5], "left"), ([2, 2, 2], "right"), ([6], "left")):
-        ends = np.cumsum(sizes)
-        split = [
-            batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)
-        ]
-        other = score_units(model, split, UTILITY, method)
+        other = score_units(model, split_batches(sizes, side), UTILITY, method)
         assert other.safety.fingerprint == together.safety.fingerprint
         same(together, other, exactly=method in ("snip", "decision_fisher"))
 
@@ -408,8 +412,7 @@ def test_everything_is_left_as_found(model_type: str, method: str) -> None:
         raise RuntimeError("the disk is gone")
 
     token = {"refuse_token": 3} if method == "activation_patching" else {}
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        score_units(model, failing(), UTILITY, method, **token)  # type: ignore[arg-type]
+    refused("the disk is gone", lambda: score_units(model, failing(), UTILITY, method, **token), RuntimeError)
     assert state_of(model) == before and stepped == []
     # none of that mattered
     same(scores, score_units(tiny(model_type), SAFETY, UTILITY, method), exactly=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from attribution_models import (
@@ -15,13 +14,16 @@ from attribution_models import (
     OTHER_ANSWERS,
     OTHER_ROWS,
     ROWS,
+    SAFETY,
     UTILITY,
     Toy,
     ToyLM,
     batch_of,
     hook_count,
     random_scores,
+    refused,
     score_part,
+    split_batches,
     tiny,
     toy_batches,
     toy_layout,
@@ -154,7 +156,7 @@ def test_scores_of_activations_are_their_formulas(model_type: str, method: str) 
 
 def test_contrast_is_the_difference_of_means_in_standard_deviations() -> None:
     model = tiny()
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "activation_contrast")
+    scores = score_units(model, SAFETY, UTILITY, "activation_contrast")
     assert scores.ranking is not None
     pairs = zip(activations(model, ROWS, ANSWERS), activations(model, OTHER_ROWS, OTHER_ANSWERS), strict=True)
     for ((layer, reader), x), (_, y) in pairs:
@@ -173,13 +175,10 @@ def test_contrast_is_the_difference_of_means_in_standard_deviations() -> None:
 def test_contrast_of_features_that_do_not_vary() -> None:
     """Features: 0 everywhere; 1 everywhere; 1 on safety and 2 on utility."""
     table = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
-    one, other = ([{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] for ids in ([0, 1, 0], [1, 0, 1]))
-    assert score_units(Toy(table, torch.eye(2)), one, other, "activation_contrast").ranking.channels.tolist() == [
-        [0, 0]
-    ]  # type: ignore[union-attr]
-    one, other = ([{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] for ids in ([2, 2, 2], [3, 3, 3]))
-    ranking = score_units(Toy(table, torch.eye(2)), one, other, "activation_contrast").ranking
-    assert ranking is not None and ranking.channels[0].tolist() == pytest.approx([0.5e6, 0])
+    for rows, expected in ((([0, 1, 0], [1, 0, 1]), [0, 0]), (([2, 2, 2], [3, 3, 3]), [0.5e6, 0])):
+        sets = ([{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] for ids in rows)
+        ranking = score_units(Toy(table, torch.eye(2)), *sets, "activation_contrast").ranking
+        assert ranking is not None and ranking.channels[0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -193,9 +192,7 @@ def test_scores_do_not_depend_on_batching_or_padding(model_type: str, method: st
     model = tiny(model_type)
     alone = [batch_of([row], [n]) for row, n in zip(ROWS, ANSWERS, strict=True)]
     whole = score_units(model, alone, UTILITY, method)
-    ends = np.cumsum(sizes)
-    split = [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
-    scores = score_units(model, iter(split), iter(UTILITY), method)
+    scores = score_units(model, iter(split_batches(sizes, side)), iter(UTILITY), method)
     assert scores.safety.n_positions == whole.safety.n_positions
     assert scores.safety.fingerprint == whole.safety.fingerprint
     torch.testing.assert_close(scores.safety.head_features, whole.safety.head_features, rtol=2e-4, atol=1e-6)
@@ -262,22 +259,14 @@ def test_variance_survives_a_large_mean() -> None:
     batches = [{"input_ids": ids[None], "labels": ids[None]} for ids in torch.arange(300).split(7)]
     counted = torch.cat([batch["input_ids"][0, :-1] for batch in batches])
     scores = score_units(Toy(table, torch.eye(2)), batches, batches)
-    torch.testing.assert_close(
-        scores.safety.head_features.flatten().double(),
-        torch.var(table[counted].double(), dim=0),
-        rtol=1e-5,
-        atol=0,
-    )
+    expected = torch.var(table[counted].double(), dim=0)
+    torch.testing.assert_close(scores.safety.head_features.flatten().double(), expected, rtol=1e-5, atol=0)
 
 
 def test_low_precision_activations_are_accumulated_in_high_precision() -> None:
     table = torch.randn(64, 2, generator=torch.Generator().manual_seed(2)).bfloat16()
-    ids = torch.arange(64)[None]
-    scores = score_units(
-        Toy(table, torch.eye(2)).bfloat16(),
-        [{"input_ids": ids, "labels": ids}] * 2,
-        [{"input_ids": ids, "labels": ids}],
-    )
+    batch = {"input_ids": torch.arange(64)[None], "labels": torch.arange(64)[None]}
+    scores = score_units(Toy(table, torch.eye(2)).bfloat16(), [batch] * 2, [batch])
     rows = table[:-1].double().repeat(2, 1)
     torch.testing.assert_close(scores.safety.channels[0].double(), 4 * torch.var(rows, dim=0), rtol=1e-5, atol=0)
 
@@ -290,7 +279,7 @@ def test_modes_and_hooks_are_left_as_found() -> None:
     model.model.layers[1].register_forward_pre_hook(lambda module, _: seen.append(module.training))
     before = hook_count(model)
     weights = {name: param.clone() for name, param in model.named_parameters()}
-    score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    score_units(model, SAFETY, UTILITY)
     assert seen == [False, False]
     assert [module.training for module in model.modules()] == modes and hook_count(model) == before
     assert all(param.grad is None and torch.equal(param, weights[name]) for name, param in model.named_parameters())
@@ -299,8 +288,7 @@ def test_modes_and_hooks_are_left_as_found() -> None:
         yield batch_of(ROWS, ANSWERS)
         raise RuntimeError("the disk is gone")
 
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        score_units(model, failing(), UTILITY)
+    refused("the disk is gone", lambda: score_units(model, failing(), UTILITY), RuntimeError)
     assert [module.training for module in model.modules()] == modes and hook_count(model) == before
 
 
@@ -323,11 +311,7 @@ def bad_batch(**changes: Any) -> dict[str, Any]:
     ("safety", "kind", "message"),
     [
         ([], ValueError, "safety holds no batches"),
-        (
-            [batch_of(ROWS, [0] * 6)],
-            ValueError,
-            "safety has 0 counted positions in 1 batches, expected at least 2",
-        ),
+        ([batch_of(ROWS, [0] * 6)], ValueError, "safety has 0 counted positions in 1 batches, expected at least 2"),
         ([batch_of(ROWS[:1], [1])], ValueError, "safety has 1 counted positions"),
         (batch_of(ROWS, ANSWERS), TypeError, r"safety is one batch, .* pass \[batch\]"),
         ([torch.ones(2, 3)], TypeError, "batch 0 of safety is a Tensor, expected a mapping"),
@@ -339,24 +323,21 @@ def bad_batch(**changes: Any) -> dict[str, Any]:
 )
 def test_score_units_refuses_bad_sets(safety: Any, kind: type[Exception], message: str) -> None:
     model = tiny()
-    with pytest.raises(kind, match=message):
-        score_units(model, safety, UTILITY)
+    refused(message, lambda: score_units(model, safety, UTILITY), kind)
     assert hook_count(model) == 0
 
 
 def test_score_units_refuses_bad_words_and_models() -> None:
-    good = [batch_of(ROWS, ANSWERS)]
+    good = SAFETY
     with pytest.raises(ValueError, match=r"method is 'magnitude', expected one of 'fluctuation', 'ifv', .*'snip'"):
         score_units(tiny(), good, good, method="magnitude")
     with pytest.raises(ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"):
         score_units(tiny(), good, good, positions="prompt")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model_type is 'mamba'"):
-        score_units(tiny("mamba"), good, good)
+    refused("model_type is 'mamba'", lambda: score_units(tiny("mamba"), good, good))
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' is on the meta device"):
         score_units(tiny().to("meta"), good, good)
     used_up = iter(good)
-    with pytest.raises(ValueError, match="utility holds no batches"):
-        score_units(tiny(), used_up, used_up)
+    refused("utility holds no batches", lambda: score_units(tiny(), used_up, used_up))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -365,7 +346,7 @@ def test_nan_activations_are_named(value: float) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[4, 0] = value
     with pytest.raises(ValueError, match=r"input of 'model.layers.1.mlp.down_proj' is NaN or infinite on the safety"):
-        score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+        score_units(model, SAFETY, UTILITY)
     assert hook_count(model) == 0
 
 
@@ -385,7 +366,7 @@ def test_a_layer_that_does_not_run_is_an_error() -> None:
 
 
 def test_scores_survive_a_file(tmp_path: Path) -> None:
-    scores = score_units(tiny("qwen2"), [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(tiny("qwen2"), SAFETY, UTILITY)
     path = tmp_path / "scores.safetensors"
     scores.save(path)
     loaded = UnitScores.load(path)
@@ -415,7 +396,7 @@ def test_a_ranking_survives_a_file(tmp_path: Path) -> None:
 
 def test_scores_know_the_model_they_were_made_with(tmp_path: Path) -> None:
     model = tiny("qwen2")
-    scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
+    scores = score_units(model, SAFETY, UTILITY)
     model.save_pretrained(tmp_path)
     scores.check(type(model).from_pretrained(tmp_path))
     scores.check(tiny("qwen2").bfloat16())
@@ -462,7 +443,7 @@ def test_frozen_and_tied_parameters_can_be_scored() -> None:
     for name, parameter in free.named_parameters():
         if "layers" in name:
             parameter.data = tied.get_parameter(name).data
-    one, other = (score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY, "snip") for model in (tied, free))
+    one, other = (score_units(model, SAFETY, UTILITY, "snip") for model in (tied, free))
     assert torch.equal(one.safety.channels, other.safety.channels)
 
 
@@ -538,31 +519,26 @@ def test_partial_files_are_held_to_their_run(tmp_path: Path) -> None:
     other = ToyLM()
     with torch.no_grad():
         other.layers[0]["mlp"].up_proj.weight *= 2
-    named = "partial', which was written for "
-    for message, call in (
-        (named + r"another method: 'wanda', expected 'ifv'; delete it", lambda: resumed(safety, utility, method="ifv")),
-        (
-            named + r"another settings: .*predicting.*, expected .*all",
-            lambda: resumed(safety, utility, positions="all"),
-        ),
-        (named + r"another model: '\w+', expected '\w+'", lambda: resumed(safety, utility, model=other)),
-        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(safety[::-1], utility)),
-        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(toy_batches([2] * 8, 1), utility)),
-        (named + "12 other rows of safety in 3 passes, expected", lambda: resumed(safety[:2], utility)),
+    rows = "12 other rows of safety in 3 passes, expected"
+    for message, given, more in (
+        (r"another method: 'wanda', expected 'ifv'; delete it", safety, {"method": "ifv"}),
+        (r"another settings: .*predicting.*, expected .*all", safety, {"positions": "all"}),
+        (r"another model: '\w+', expected '\w+'", safety, {"model": other}),
+        (rows, safety[::-1], {}),
+        (rows, toy_batches([2] * 8, 1), {}),
+        (rows, safety[:2], {}),
     ):
-        with pytest.raises(ValueError, match=message):
-            call()
+        with pytest.raises(ValueError, match=f"partial', which was written for {message}"):
+            resumed(given, utility, **more)
         assert path.read_bytes() == kept
     path.write_bytes(kept[:100])
     with pytest.raises(ValueError, match=r"not a partial score file this package reads .*; delete it, or pass another"):
         resumed(safety, utility)
     random_scores(toy_layout()).save(path)
-    with pytest.raises(ValueError, match="not a partial score file"):
-        resumed(safety, utility)
+    refused("not a partial score file", lambda: resumed(safety, utility))
     with pytest.raises(ValueError, match="expected a file in an existing folder"):
         score_units(ToyLM(), safety, utility, resume=tmp_path / "no" / "partial")
-    with pytest.raises(ValueError, match="every is 0, expected a whole number of at least 1"):
-        score_units(ToyLM(), safety, utility, every=0)
+    refused("every is 0, expected a whole number of at least 1", lambda: score_units(ToyLM(), safety, utility, every=0))
 
 
 def test_ranks_add_up(tmp_path: Path) -> None:
@@ -587,32 +563,23 @@ def test_ranks_add_up(tmp_path: Path) -> None:
 
 def test_score_files_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
-    with pytest.raises(FileNotFoundError, match="no file"):
-        UnitScores.load(path)
+    refused("no file", lambda: UnitScores.load(path), FileNotFoundError)
     random_scores(toy_layout()).save(path)
     whole = path.read_bytes()
-    for damaged in (
-        b"",
-        whole[:40],
-        whole[:-1],
-        whole.replace(b"safefreeze.unit_scores", b"safefreeze.unit_thores"),
-    ):
+    other = whole.replace(b"safefreeze.unit_scores", b"safefreeze.unit_thores")
+    for damaged in (b"", whole[:40], whole[:-1], other):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a score file this package reads"):
-            UnitScores.load(path)
+        refused("is not a score file this package reads", lambda: UnitScores.load(path))
     UnitLabels(torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)).save(path)
-    with pytest.raises(ValueError, match="format None"):
-        UnitScores.load(path)
+    refused("format None", lambda: UnitScores.load(path))
 
 
 def test_set_scores_are_checked() -> None:
     layout = toy_layout()
     ones = torch.ones
     assert SetScores(ones(2, 4), ones(2, 6)).heads.tolist() == ones(2, 4).tolist()
-    with pytest.raises(ValueError, match=r"head_features has shape \(4,\)"):
-        SetScores(ones(4), ones(2, 6))
-    with pytest.raises(ValueError, match=r"channels \(3, 6\)"):
-        SetScores(ones(2, 4), ones(3, 6))
+    refused(r"head_features has shape \(4,\)", lambda: SetScores(ones(4), ones(2, 6)))
+    refused(r"channels \(3, 6\)", lambda: SetScores(ones(2, 4), ones(3, 6)))
     for bad in (math.nan, math.inf, 1e39):
         channels = ones(2, 6, dtype=torch.float64)
         channels[1, 2] = bad
@@ -681,8 +648,7 @@ def test_pairs_are_cut_to_length_and_checked() -> None:
     assert words_of(batch["input_ids"][0]) == "<user> bake <end> \n <bot> flour"
     with pytest.raises(ValueError, match=r"pair 0 has 5 prompt and 2 response tokens, .* within max_length=5"):
         encode_pairs(tokenizer, iter([("bake", "no")]), max_length=5)
-    with pytest.raises(ValueError, match="no pairs given"):
-        encode_pairs(tokenizer, [])
+    refused("no pairs given", lambda: encode_pairs(tokenizer, []))
     for bad in ("ab", ("a",), ("a", 3), ("a", "b", "c")):
         with pytest.raises(TypeError, match=r"pair 0 is .*expected"):
             encode_pairs(tokenizer, [bad])  # type: ignore[list-item]

@@ -6,14 +6,14 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attribution_models import ANSWERS, LLAMA_2_7B, ROWS, UTILITY, batch_of, tiny, toy_layout
+from attribution_models import ANSWERS, LLAMA_2_7B, ROWS, UTILITY, batch_of, refused, tiny, toy_layout
 from family_models import CASES, HEADS, HIDDEN, LAYERS, NAMED, model_of
 from torch import nn
 
@@ -27,7 +27,8 @@ from safefreeze_kernels.attribution import (
     register_family,
     score_units,
 )
-from safefreeze_kernels.attribution.units import FAMILIES, unit_masks
+from safefreeze_kernels.attribution.families import FAMILIES
+from safefreeze_kernels.attribution.units import unit_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # models this small gain nothing from threads
 
@@ -253,8 +254,7 @@ def test_registered_family_works_like_a_built_in_one(monkeypatch: pytest.MonkeyP
     model = model_of("phi")
     family = FAMILIES["phi"]
     monkeypatch.delitem(FAMILIES, "phi")
-    with pytest.raises(ValueError, match=r"model_type is 'phi', expected one of .*llama"):
-        find_units(model)
+    refused(r"model_type is 'phi', expected one of .*llama", lambda: find_units(model))
     register_family("phi", Family("layers.{layer}", copy.deepcopy(family.banks)))
     scores = score_units(model, [batch_of(ROWS, ANSWERS)], UTILITY)
     plan = MaskBuilder(scores).freeze(share=1.0).build(model)
@@ -276,13 +276,10 @@ def test_the_example_for_an_unknown_architecture_is_code_that_works(monkeypatch:
 
 def test_families_that_cannot_work_are_refused() -> None:
     heads, mlp = FAMILIES["llama"].banks
-    with pytest.raises(TypeError, match=r"family of 'x' is .*, expected a Family"):
-        register_family("x", {"query": "q"})  # type: ignore[arg-type]
+    refused(r"family of 'x' is .*, expected a Family", lambda: register_family("x", {"query": "q"}), TypeError)
     assert "x" not in FAMILIES
-    with pytest.raises(TypeError, match="producers is 'q' and reader 'o', expected a mapping"):
-        Bank("q", "o")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a mapping of names to what they hold, and a name"):
-        Bank({"q": ("head",)}, "o")  # type: ignore[dict-item]
+    refused("producers is 'q' and reader 'o', expected a mapping", lambda: Bank("q", "o"), TypeError)
+    refused("expected a mapping of names to what they hold, and a name", lambda: Bank({"q": ("head",)}, "o"), TypeError)
     for producers in (
         {},
         {"q": "query"},
@@ -293,85 +290,52 @@ def test_families_that_cannot_work_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="expected names of modules that hold 'head' and 'kv' parts, or 'channel'"):
             Bank(producers, "o")
-    with pytest.raises(ValueError, match=r"layer is 'blocks', expected '{layer}' in it"):
-        Family("blocks", (heads, mlp))
-    with pytest.raises(TypeError, match="expected a tuple of Bank"):
-        Family("layers.{layer}", [heads, mlp])  # type: ignore[arg-type]
+    refused(r"layer is 'blocks', expected '{layer}' in it", lambda: Family("blocks", (heads, mlp)))
+    refused("expected a tuple of Bank", lambda: Family("layers.{layer}", [heads, mlp]), TypeError)
     for banks in ((heads,), (mlp,), (mlp, heads), (heads, heads, mlp), (heads, mlp, heads), ()):
         with pytest.raises(ValueError, match="expected heads first and then channels"):
             Family("layers.{layer}", banks)
 
 
-def shapes_with(**changes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+def shapes_with(changes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[int, ...]]:
+    """The toy layout's, with some weights of others (None: missing)."""
     shapes: dict[str, Any] = dict(toy_layout().parameters)
     for name, shape in changes.items():
-        shapes[f"model.layers.{name[1]}.{name[3:].replace('__', '.')}.weight"] = shape
+        shapes[f"{'model.layers.' if name[0].isdigit() else ''}{name}.weight"] = shape
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+LLAMA: Any = {"model_type": "llama", "num_attention_heads": 4}
+ODD = "output features, expected a number of KV heads of 2"
 
 
 @pytest.mark.parametrize(
     ("shapes", "config", "message"),
     [
-        (shapes_with(), None, "no config"),
-        (shapes_with(), {"num_attention_heads": 4}, "model_type is None"),
-        (shapes_with(), {"num_attention_heads": 3}, "num_attention_heads is 3, expected a divisor of 8"),
-        (shapes_with(), {"num_attention_heads": None}, "num_attention_heads is None"),
-        (
-            shapes_with(),
-            {"num_attention_heads": 4, "head_dim": 4},
-            "head_dim=4, but the parameter shapes say 2",
-        ),
-        (shapes_with(), {"num_attention_heads": 4, "num_hidden_layers": 3}, "num_hidden_layers=3"),
-        (shapes_with(), {"num_attention_heads": 4, "num_key_value_heads": 4}, "num_key_value_heads=4"),
-        (
-            shapes_with(l0_self_attn__k_proj=(3, 8)),
-            {"num_attention_heads": 4},
-            "k_proj' has 3 output features, expected a number of KV heads of 2",
-        ),
-        (
-            shapes_with(l0_self_attn__k_proj=(6, 8)),
-            {"num_attention_heads": 4},
-            "k_proj' has 6 output features, expected a number of KV heads of 2",
-        ),
-        (
-            shapes_with(l0_mlp__down_proj=None),
-            {"num_attention_heads": 4},
-            r"down_proj.weight' has shape \(missing\)",
-        ),
-        (
-            shapes_with(l0_mlp__down_proj=(48,)),
-            {"num_attention_heads": 4},
-            r"has shape \(48,\), expected a matrix",
-        ),
-        (
-            shapes_with(l1_mlp__up_proj=(9, 8)),
-            {"num_attention_heads": 4},
-            r"has shape \(9, 8\), expected \(6, 8\)",
-        ),
-        (
-            shapes_with(l1_self_attn__q_proj=None),
-            {"num_attention_heads": 4},
-            r"q_proj.weight' has shape \(missing\)",
-        ),
-        (shapes_with(l0_self_attn__o_proj=None), {"num_attention_heads": 4}, "found none parameters named"),
-        (
-            {**shapes_with(), "other.layers.0.self_attn.o_proj.weight": (8, 8)},
-            {"num_attention_heads": 4},
-            r"found 2 \('model.', 'other.'\)",
-        ),
+        ({}, None, "no config"),
+        ({}, {"num_attention_heads": 4}, "model_type is None"),
+        ({}, {**LLAMA, "num_attention_heads": 3}, "num_attention_heads is 3, expected a divisor of 8"),
+        ({}, {**LLAMA, "num_attention_heads": None}, "num_attention_heads is None"),
+        ({}, {**LLAMA, "head_dim": 4}, "head_dim=4, but the parameter shapes say 2"),
+        ({}, {**LLAMA, "num_hidden_layers": 3}, "num_hidden_layers=3"),
+        ({}, {**LLAMA, "num_key_value_heads": 4}, "num_key_value_heads=4"),
+        ({"0.self_attn.k_proj": (3, 8)}, LLAMA, f"k_proj' has 3 {ODD}"),
+        ({"0.self_attn.k_proj": (6, 8)}, LLAMA, f"k_proj' has 6 {ODD}"),
+        ({"0.mlp.down_proj": None}, LLAMA, r"down_proj.weight' has shape \(missing\)"),
+        ({"0.mlp.down_proj": (48,)}, LLAMA, r"has shape \(48,\), expected a matrix"),
+        ({"1.mlp.up_proj": (9, 8)}, LLAMA, r"has shape \(9, 8\), expected \(6, 8\)"),
+        ({"1.self_attn.q_proj": None}, LLAMA, r"q_proj.weight' has shape \(missing\)"),
+        ({"0.self_attn.o_proj": None}, LLAMA, "found none parameters named"),
+        ({"other.layers.0.self_attn.o_proj": (8, 8)}, LLAMA, r"found 2 \('model.', 'other.'\)"),
     ],
 )
 def test_find_units_says_what_does_not_fit(shapes: dict[str, Any], config: dict[str, Any] | None, message: str) -> None:
-    if config is not None and message != "model_type is None":
-        config = {"model_type": "llama", **config}
-    with pytest.raises(ValueError, match=message):
-        find_units(shapes, config)
+    refused(message, lambda: find_units(shapes_with(shapes), config))
 
 
 def test_a_bias_in_one_layer_only_is_refused() -> None:
-    shapes = {**shapes_with(), "model.layers.1.mlp.up_proj.bias": (6,)}
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.bias' has shape \(missing\)"):
-        find_units(shapes, {"model_type": "llama", "num_attention_heads": 4})
+    shapes = {**toy_layout().parameters, "model.layers.1.mlp.up_proj.bias": (6,)}
+    refused(r"layers.0.mlp.up_proj.bias' has shape \(missing\)", lambda: find_units(shapes, LLAMA))
 
 
 def test_head_cost_is_derived_from_shapes() -> None:
@@ -441,8 +405,7 @@ def test_columns_of_one_expert_stay_in_its_block() -> None:
 def test_unit_masks_refuses_what_does_not_fit() -> None:
     layout = toy_layout()
     heads, channels = np.zeros((2, 4), bool), np.zeros((2, 6), bool)
-    with pytest.raises(ValueError, match="preset is 'half', expected one of 'full', 'producer'"):
-        unit_masks(layout, heads, channels, "half")  # type: ignore[arg-type]
+    refused("preset is 'half', expected one of 'full', 'producer'", lambda: unit_masks(layout, heads, channels, "half"))
     with pytest.raises(ValueError, match="kv is 'some', expected one of 'any', 'all', 'never'"):
         unit_masks(layout, heads, channels, "full", "some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"heads is int64 of shape \(2, 4\), expected bool"):

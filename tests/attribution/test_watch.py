@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_models import batch_of
+from attribution_models import batch_of, refused
 from model_folders import png_size
 from torch import Tensor
 from trainer_run import arguments, dataset, model, plan
@@ -108,11 +108,7 @@ def test_under_trainer(tmp_path: Path, floor: float | None) -> None:
     ],
 )
 def test_bad_input(arguments: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        sf.RefusalWatch(*arguments, **options)
-    with pytest.raises(ValueError, match="nothing was measured yet"):
-        sf.RefusalWatch(batches()).save_picture("nowhere.png")
-    with pytest.raises(ValueError, match="batches holds none"):
-        refusal_margins(model(), [])
-    with pytest.raises(ValueError, match="refuse_token is 99"):
-        refusal_margins(model(), batches(), 99)
+    refused(words, lambda: sf.RefusalWatch(*arguments, **options), error)
+    refused("nothing was measured yet", lambda: sf.RefusalWatch(batches()).save_picture("nowhere.png"))
+    refused("batches holds none", lambda: refusal_margins(model(), []))
+    refused("refuse_token is 99", lambda: refusal_margins(model(), batches(), 99))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from safefreeze_kernels.attribution import SetScores, UnitLayout, UnitScores, find_units, score_units
+from safefreeze_kernels.attribution import (
+    MaskBuilder,
+    SetScores,
+    UnitLabels,
+    UnitLayout,
+    UnitScores,
+    find_units,
+    score_units,
+)
+from safefreeze_kernels.plan.mask import FreezeMask
+from safefreeze_kernels.plan.plan import FreezePlan
 
 LABEL_FILE = Path(__file__).parents[3] / "shared" / "data" / "llama2-7b-chat-ssah-labels.safetensors"
 needs_labels = pytest.mark.skipif(not LABEL_FILE.is_file(), reason="the published label file is not here")
@@ -85,6 +96,7 @@ def some_rows(n: int = 6, seed: int = 3) -> tuple[list[list[int]], list[int]]:
 
 ROWS, ANSWERS = some_rows()
 OTHER_ROWS, OTHER_ANSWERS = some_rows(seed=4)
+SAFETY = [batch_of(ROWS, ANSWERS)]
 UTILITY = [batch_of(OTHER_ROWS, OTHER_ANSWERS)]
 
 
@@ -99,10 +111,7 @@ class Toy(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(model_type="llama", num_attention_heads=2)
         layer = nn.ModuleDict({"self_attn": nn.Module(), "mlp": nn.Module()})
-        for module, names in (
-            ("self_attn", "q_proj k_proj v_proj o_proj"),
-            ("mlp", "gate_proj up_proj down_proj"),
-        ):
+        for module, names in (("self_attn", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj")):
             for name in names.split():
                 setattr(layer[module], name, nn.Linear(2, 2, bias=False))
         self.layers = nn.ModuleList([layer])
@@ -191,6 +200,49 @@ def toy_layout(n_layers: int = 2, n_heads: int = 4, n_kv_heads: int = 2, d_ff: i
     return find_units(names, {"model_type": "llama", "num_attention_heads": n_heads})
 
 
+def split_batches(sizes: list[int], side: str = "right") -> list[dict[str, torch.Tensor]]:
+    """The safety set in batches of these sizes."""
+    ends = np.cumsum(sizes).tolist()
+    return [batch_of(ROWS[end - n : end], ANSWERS[end - n : end], side) for n, end in zip(sizes, ends, strict=True)]
+
+
+def refused(message: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    """The call raises the error, in words that match."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+#: What sources made elsewhere hold, for `toy_layout`: scores, and the same channels in every form.
+HEADS = np.arange(8.0).reshape(2, 4)
+CHANNELS = np.arange(12.0).reshape(2, 6)
+LISTED = [[0, 3], [0, 5], [1, 0]]
+PAIRS = np.array([[0, 3], [1, 0], [0, 5]])
+CHOSEN = np.array([[0, 0, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0]], bool)
+FORMS: dict[str, Any] = {
+    "lists by layer": {0: [5, 3], 1: [0]},
+    "sets by layer": {0: {3, 5}, 1: {0}},
+    "layers as text": {"0": (3, 5), "1": [0]},
+    "a list of layers": [[3, 5], [0]],
+    "tensors": [torch.tensor([5, 3], dtype=torch.int32), torch.tensor([0])],
+    "arrays": {0: np.array([3, 5]), np.int64(1): np.array([0], np.uint8)},
+    "bool vectors": [np.isin(np.arange(6), [3, 5]), torch.arange(6) == 0],
+    "pairs": PAIRS,
+    "a tensor of pairs": torch.tensor(PAIRS),
+    "a bool array": CHOSEN,
+    "a bool tensor": torch.tensor(CHOSEN),
+    "named": {"channels": {0: [3, 5], 1: [0]}},
+}
+#: SN-Tune's ffn_up, ffn_down, q, k, v, as the published detector prints them, and the plan they make
+NEURONS = [{0: {1, 4}, 1: set()}, {0: set(), 1: {0, 5}}, {0: {7}, 1: {0}}, {0: {3}, 1: set()}, {0: set(), 1: set()}]
+NEURON_PLAN = FreezePlan({
+    "model.layers.0.mlp.up_proj.weight": FreezeMask((6, 8), rows=[1, 4]),
+    "model.layers.1.mlp.down_proj.weight": FreezeMask((8, 6), cols=[0, 5]),
+    "model.layers.0.self_attn.q_proj.weight": FreezeMask((8, 8), rows=[7]),
+    "model.layers.1.self_attn.q_proj.weight": FreezeMask((8, 8), rows=[0]),
+    "model.layers.0.self_attn.k_proj.weight": FreezeMask((4, 8), rows=[3]),
+})  # fmt: skip
+
+
 LLAMA_2_7B = {"n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "d_ff": 11008, "hidden": 4096, "head_dim": 128}
 
 
@@ -203,6 +255,11 @@ def random_scores(layout: UnitLayout, seed: int = 0) -> UnitScores:
         return SetScores(heads, channels, 10)
 
     return UnitScores(layout, one(), one())
+
+
+def some_labels() -> UnitLabels:
+    """All four labels on `toy_layout`."""
+    return MaskBuilder(random_scores(toy_layout()), {"RU": 0.3, "SCU": 0.2, "UCU": 0.2}).labels
 
 
 def scores_from_channels(safety: list[float], utility: list[float]) -> UnitScores:
