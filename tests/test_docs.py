@@ -133,12 +133,15 @@ def test_commands_exist() -> None:
 
 
 def test_links_and_files_exist() -> None:
+    package = ROOT / "safefreeze_kernels"
+    places = [path for path in (*package.iterdir(), *ROOT.iterdir()) if path.is_dir()]
+    folders = "|".join(path.name for path in places if path.name != "build")
     for page in PAGES:
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-        for name in re.findall(r"`(examples/[\w.]+)`", text):
-            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(rf"`((?:{folders})/[\w./]*)`", text):
+            assert (ROOT / name).exists() or (package / name).exists(), f"{page.name}: {name}"
 
 
 def test_every_public_name_is_in_the_reference() -> None:
