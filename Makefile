@@ -10,6 +10,8 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -le 8 ] || n=8; echo
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Packages are installed without byte code: it is written at the first import of what is used, not anew at every start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test torture sanitize races bench study sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
