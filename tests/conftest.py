@@ -76,6 +76,16 @@ def shown(value: Tensor) -> str:
     return f"{value.item()!r} (0x{''.join(words)})"
 
 
+def fail_at(wrong: Tensor, how: str, what: str, got: Tensor, *expected: Tensor) -> None:
+    """Fail if any flag of ``wrong`` is set, naming the first coordinate, what is there and what should be."""
+    if wrong.any():
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        pytest.fail(
+            f"{what}: {int(wrong.sum())} of {got.numel()} elements {how}, first at {first}: "
+            f"got {shown(got[first])}, expected {' to '.join(shown(bound[first]) for bound in expected)}"
+        )
+
+
 def assert_same_bits(
     got: Tensor, expected: Tensor, what: str, *, where: Tensor | None = None, any_nan: bool = False
 ) -> None:
@@ -94,12 +104,7 @@ def assert_same_bits(
         differs &= ~(got.isnan() & expected.isnan())
     if where is not None:
         differs &= where
-    if differs.any():
-        first = tuple(int(i) for i in differs.nonzero()[0])
-        pytest.fail(
-            f"{what}: {int(differs.sum())} of {got.numel()} elements differ, first at {first}: "
-            f"got {shown(got[first])}, expected {shown(expected[first])}"
-        )
+    fail_at(differs, "differ", what, got, expected)
 
 
 def assert_within(got: Tensor, low: Tensor, high: Tensor, what: str, *, where: Tensor | None = None) -> None:
@@ -107,12 +112,7 @@ def assert_within(got: Tensor, low: Tensor, high: Tensor, what: str, *, where: T
     inside = ((got >= low) & (got <= high)) | (got.isnan() & low.isnan() & high.isnan())
     if where is not None:
         inside |= ~where
-    if not inside.all():
-        first = tuple(int(i) for i in (~inside).nonzero()[0])
-        pytest.fail(
-            f"{what}: {int((~inside).sum())} of {got.numel()} elements are outside, first at {first}: "
-            f"got {shown(got[first])}, expected {shown(low[first])} to {shown(high[first])}"
-        )
+    fail_at(~inside, "are outside", what, got, low, high)
 
 
 def assert_same_state(got: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:

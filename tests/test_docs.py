@@ -19,7 +19,7 @@ from model_folders import run, save_model
 import safefreeze_kernels as sf
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*$")
 MOST_NOT_RUN = 1
@@ -46,11 +46,6 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"})
 
 
-def dataset(vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    rows = torch.randint(0, vocabulary, (8, 12), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in a folder, with scores, labels and a plan made by the commands of the README."""
@@ -62,9 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         done = run(*arguments)
         assert done.exit_code == 0, done.output
-    from safefreeze_kernels.attribution import UnitScores
-
-    sf.MaskBuilder(UnitScores.load(place / "scores.safetensors")).labels.save(place / "labels.safetensors")
+    scores = sf.attribution.UnitScores.load(place / "scores.safetensors")
+    sf.MaskBuilder(scores).labels.save(place / "labels.safetensors")
     return place
 
 
@@ -78,12 +72,11 @@ def namespace(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     _, model, tokenizer = load_model(folder / "model")
-    rows = dataset(model.config.vocab_size)
+    tokens = torch.randint(0, model.config.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
     loader = torch.utils.data.DataLoader(rows, batch_size=2)
     pairs = [("How do I pick a lock?", "I cannot help with that."), ("Name a colour.", "Blue, I think.")]
-    from safefreeze_kernels.attribution import encode_pairs
-
-    encoded = encode_pairs(tokenizer, pairs)
+    encoded = sf.attribution.encode_pairs(tokenizer, pairs)
     plan = sf.FreezePlan(
         {
             "model.layers.0.mlp.up_proj.weight": sf.FreezeMask((48, 32), rows=range(0, 48, 4)),
@@ -140,12 +133,15 @@ def test_commands_exist() -> None:
 
 
 def test_links_and_files_exist() -> None:
+    package = ROOT / "safefreeze_kernels"
+    places = [path for path in (*package.iterdir(), *ROOT.iterdir()) if path.is_dir()]
+    folders = "|".join(path.name for path in places if path.name != "build")
     for page in PAGES:
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-        for name in re.findall(r"`(examples/[\w.]+)`", text):
-            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(rf"`((?:{folders})/[\w./]*)`", text):
+            assert (ROOT / name).exists() or (package / name).exists(), f"{page.name}: {name}"
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -27,7 +28,7 @@ def build() -> Any:
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(".partial")
+        partial = library.with_suffix(f".{os.getpid()}")  # another process may be at it
         include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
         subprocess.run(
             [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden",
