@@ -505,7 +505,7 @@ def _few(items: Iterable[Any]) -> str:
 
 def _load(operation: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{operation}: no file {os.fspath(path)!r}")
     if path.suffix != ".safetensors":
         raise ValueError(

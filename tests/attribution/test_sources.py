@@ -67,6 +67,7 @@ def test_files_are_checked(tmp_path: Path) -> None:
     foreign = r"labels.csv' ends in '.csv', expected .safetensors; examples/foreign_formats.py reads .pt, .npy"
     refused(r"holds safety.* expected tensors attention_heads and mlp_channels", lambda: read_labels(scores))
     refused(f"read_labels: .*{foreign}", lambda: read_labels(table))
+    refused("ends in '', expected .safetensors; examples/foreign_formats.py", lambda: read_labels(tmp_path))
     refused(f"units_from: .*{foreign}", lambda: units_from(LAYOUT, channels=table))
     refused(f"scores_from: .*{foreign}", lambda: scores_from(LAYOUT, channels=str(table)))
     none = tmp_path / "none.safetensors"
