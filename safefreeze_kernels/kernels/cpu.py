@@ -89,14 +89,14 @@ class CpuBackend:
         *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
         multiplier: Tensor | None = None,
     ) -> None:  # fmt: skip
-        if skip is not None and skip.item() != 0:
-            return
-        scalars = host_scalars(scalars, multiplier)
         if operands.native is None:
             table = operands.table()
             codes = _codes(operands.params), _codes(operands.exp_avgs)
             # the addresses are of what stands behind them in this tuple
             operands.native = table.ctypes.data, _address(codes[0]), _address(codes[1]), table, codes
+        if skip is not None and skip.item() != 0:
+            return
+        scalars = host_scalars(scalars, multiplier)
         grads_at, _, _keep = _tables(operands.grads)
         tensors_at, param_dtype_at, state_dtype_at, *_ = operands.native
         _C.adamw(

@@ -289,6 +289,13 @@ def _scalars(row, multiplier):
     )
 
 
+@triton.jit
+def _data(addresses, tensor, start, count, DTYPE: tl.constexpr):
+    """Address of a tile's first element, and how many elements it has: none where the tensor is missing."""
+    data = tl.load(addresses + tensor)
+    return data + start * _size(DTYPE), tl.where(data != 0, count, 0)
+
+
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "partial"])
 def norm_kernel(
     tiles, parts, addresses, partial,
@@ -298,9 +305,7 @@ def norm_kernel(
     """One double per tile."""
     start, packed, tensor, part, count, at = _tile(tiles)
     cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
-    data = tl.load(addresses + tensor)
-    data_at = data + start * _size(DTYPE)
-    count = tl.where(data != 0, count, 0)
+    data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
         obstacles = obstacles | (start & 7)
@@ -340,9 +345,8 @@ def scale_kernel(
     start, packed, tensor, part, count, at = _tile(tiles)
     cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
     multiplier = tl.load(factor)
-    data = tl.load(addresses + tensor)
-    data_at = data + start * _size(DTYPE)
-    count = tl.where((data != 0) & ((multiplier >= 1) == 0), count, 0)  # a multiplier of NaN is not 1 or more
+    data_at, count = _data(addresses, tensor, start, count, DTYPE)
+    count = tl.where((multiplier >= 1) == 0, count, 0)  # a multiplier of NaN is not 1 or more
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
         obstacles = obstacles | shared | (start & 7)
@@ -369,9 +373,7 @@ def zero_kernel(
 ):  # fmt: skip
     start, packed, tensor, part, count, at = _tile(tiles)
     cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
-    data = tl.load(addresses + tensor)
-    data_at = data + start * _size(DTYPE)
-    count = tl.where(data != 0, count, 0)
+    data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols | bits
     for WIDE in tl.static_range(2):
         share = _share(obstacles == 0, count, WIDE)
