@@ -140,15 +140,12 @@ def _located(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         file = _packaged_file()
         return file.name.split(".")[0], _found(file.parent, gguf_file=file.name)
     folder = Path(source)
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"load_model: {os.fspath(source)!r} is a file, expected a local Hugging Face model folder (config, weights "
-            f"and tokenizer), or {PACKAGED!r}"
-        )
     if not (folder / "config.json").is_file():
+        given = repr(os.fspath(source))
+        found = f"{given} is a file" if folder.is_file() else f"model folder {given} has no config.json"
         raise FileNotFoundError(
-            f"load_model: model folder {os.fspath(source)!r} has no config.json, expected a local Hugging Face "
-            f"model folder (config, weights and tokenizer), or {PACKAGED!r}"
+            f"load_model: {found}, expected a local Hugging Face model folder (config, weights and tokenizer), or "
+            f"{PACKAGED!r}"
         )
     return folder.resolve().name, _found(folder)
 

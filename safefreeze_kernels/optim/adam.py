@@ -31,7 +31,7 @@ from ..kernels.operands import (
 from ..kernels.parts import compile_live
 from ..kernels.reference import from_remainder
 from ..model.packed import PackedGradient, refuse_step
-from ..model.sharding import PlanAgreement, held, is_sharded, local, local_gradient, piece_number, spread, take
+from ..model.sharding import PlanAgreement, held, is_sharded, local, local_gradient, shard_number, spread, take
 from ..plan.binding import bare_name, bind
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
@@ -480,7 +480,7 @@ class MaskedAdam(Optimizer):
                     names=[names[i] for i in members],
                     group_of=np.array([group_of[i] for i in members], np.int64),
                     states=[self.state[params[i]] for i in members],
-                    numbers=[i + len(params) * piece_number(params[i]) for i in members],
+                    numbers=[i + len(params) * shard_number(params[i]) for i in members],
                     amsgrad=amsgrad,
                     l2=l2,
                     stochastic=self._rounding == "stochastic",
