@@ -138,12 +138,9 @@ class _ZeroesFrozen(Attached):
     def _at_backward(self, grad: Tensor) -> None:
         if not self._asked:
             self._asked = True
+            queue: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
             # Twice: what DDP and FSDP ask for in this backward, which finishes the gradients, comes between.
-            self._queue(lambda: self._queue(self._zero))
-
-    @staticmethod
-    def _queue(function: Callable[[], None]) -> None:
-        Variable._execution_engine.queue_callback(function)
+            queue(lambda: queue(self._zero))
 
     def _zero(self) -> None:
         self._asked = False
