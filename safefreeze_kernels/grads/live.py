@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -99,17 +98,13 @@ class LiveGradients:
 
     def summary(self) -> str:
         """A table: weights by what is done with them, and why."""
-        done = [layer for layer in self.layers if not layer.left_alone]
-        live = sum(layer.live for layer in done) / len(done) if done else 1.0
+        done = [layer.live for layer in self.layers if not layer.left_alone]
+        left_alone = Counter(layer.left_alone for layer in self.layers if layer.left_alone)
         found = (
-            f"{len(done)} of {len(self.layers)} weights have live gradients only ({self.storage}); {live:.1%} of them"
+            f"{len(done)} of {len(self.layers)} weights have live gradients only ({self.storage}); "
+            f"{sum(done) / len(done) if done else 1.0:.1%} of them on average; it pays up to {self.most_live:.0%}"
         )
-        lines = [f"{found} on average; it pays up to {self.most_live:.0%}"]
-        lines += [
-            f"{count} left alone: {reason}"
-            for reason, count in Counter(layer.left_alone for layer in self.layers if layer.left_alone).items()
-        ]
-        return "\n".join(lines)
+        return "\n".join([found, *(f"{count} left alone: {reason}" for reason, count in left_alone.items())])
 
     def __enter__(self) -> LiveGradients:
         if not self._may_enter:
@@ -120,9 +115,7 @@ class LiveGradients:
         self._may_enter = False
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,15 +167,7 @@ def live_gradients(
 def generation() -> int:
     """A number that has grown whenever live gradients of any model were switched on or off: what was read from
     `check_live_gradients` holds as long as it stays."""
-    return _generation
-
-
-def _changed() -> None:
-    global _generation
-    _generation += 1
-
-
-_generation = 0
+    return _LiveForward.changes
 
 
 def forwards() -> dict[int, _LiveForward]:
@@ -205,14 +190,17 @@ def check_live_gradients(
             "zero_grad() and run the backward pass again"
         )
     forward = found.get(id(param))
-    missing, storage = (mask, "dense") if forward is None else (forward.mask, forward.storage)
-    if missing != mask and ((missing | mask) != mask or storage == "packed"):
+    if forward is None or forward.mask == mask:
+        return
+    if (forward.mask | mask) != mask:
         raise ValueError(
             f"{operation}: {name!r} learns where live_gradients computes no gradient; remove that and call it with the "
             "new plan"
-            if (missing | mask) != mask
-            else f"{operation}: more of {name!r} is frozen than its packed gradient leaves out; remove live_gradients "
-            "and call it with the new plan"
+        )
+    if forward.storage == "packed":
+        raise ValueError(
+            f"{operation}: more of {name!r} is frozen than its packed gradient leaves out; remove live_gradients and "
+            "call it with the new plan"
         )
 
 
@@ -220,41 +208,32 @@ def suited(
     model: nn.Module, bound: Sequence[BoundMask], most_live: float = MOST_LIVE
 ) -> Iterator[tuple[BoundMask, nn.Module | None, str]]:
     """Each weight of a plan with the module that can have live gradients of it; or with None, and why not."""
-    homes = _homes(model)
-    for entry in bound:
-        yield entry, *_suitable(entry, homes, most_live)
-
-
-def _homes(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Parameter -> the modules that hold it, and under which name."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    homes: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None:
-                homes.setdefault(id(p), []).append((module, name))
-    return homes
+            homes[id(p)].append((module, name))
+    for entry in bound:
+        found = homes[id(entry.param)]
+        reason = _unsuited(entry, found, most_live)
+        yield entry, None if reason else found[0][0], reason
 
 
-def _suitable(
-    entry: BoundMask, homes: dict[int, list[tuple[nn.Module, str]]], most_live: float
-) -> tuple[nn.Module | None, str]:
-    """The module to change; or None, and why not."""
-    found = homes.get(id(entry.param), [])
-    if len(found) != 1:
-        return None, "several modules share the weight"
-    module, name = found[0]
-    if name != "weight" or (type(module) is not nn.Linear and type(module).__name__ not in _LINEAR):
-        return None, f"{type(module).__name__}.{name} is no linear layer's weight"
-    if entry.mask.bits is not None:
-        return None, "single elements are frozen"
-    replaced = vars(module).get("forward")
-    if replaced is not None and not (isinstance(replaced, _LiveForward) and replaced.removed):
-        return None, "its forward was replaced by something else"
-    if not entry.mask.frozen_count:
-        return None, "nothing is frozen"
-    if entry.mask.live_count > most_live * entry.mask.numel:
-        return None, f"more than {most_live:.0%} of it is live"
-    return module, ""
+def _unsuited(entry: BoundMask, homes: list[tuple[nn.Module, str]], most_live: float) -> str:
+    """Why a weight has no live gradients, or "". ``homes``: the modules it belongs to, and its name in each."""
+    if len(homes) != 1:
+        return "several modules share the weight"
+    ((module, name),) = homes
+    kind, mask, replaced = type(module), entry.mask, vars(module).get("forward")
+    is_linear = name == "weight" and (kind is nn.Linear or kind.__name__ in _LINEAR)
+    removed = isinstance(replaced, _LiveForward) and replaced.removed
+    reasons = {
+        f"{kind.__name__}.{name} is no linear layer's weight": not is_linear,
+        "single elements are frozen": mask.bits is not None,
+        "its forward was replaced by something else": replaced is not None and not removed,
+        "nothing is frozen": not mask.frozen_count,
+        f"more than {most_live:.0%} of it is live": mask.live_count > most_live * mask.numel,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 class _LiveForward(Attached):
@@ -264,6 +243,7 @@ class _LiveForward(Attached):
     """
 
     attribute = "forward"
+    changes: ClassVar[int] = 0  #: how often any was attached or removed
 
     def __init__(self, layer: nn.Module, entry: BoundMask, storage: Storage) -> None:
         self.mask, self.storage, self.removed = entry.mask, storage, False
@@ -280,7 +260,7 @@ class _LiveForward(Attached):
         self._ran = False  # so that the weight's gradient may lack something
         attach(layer, self)
         _forwards[layer] = self
-        _changed()
+        _LiveForward.changes += 1
 
     def remove(self) -> None:
         """Undo it; if something else wrapped this, what it wraps is an ordinary forward from now on."""
@@ -291,7 +271,7 @@ class _LiveForward(Attached):
             weight: Any = layer.weight
             if self._ran and weight.grad is not None and self.storage == "dense":  # a packed one tells of itself
                 _incomplete[weight.grad] = self.mask, writes(weight.grad)
-        _changed()
+        _LiveForward.changes += 1
 
     def __reduce__(self) -> Any:
         return getattr, (self._layer(), "forward")

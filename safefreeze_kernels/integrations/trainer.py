@@ -31,12 +31,14 @@ from ..proof.snapshot import Snapshot, snapshot
 
 __all__ = ["FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"]
 
+PlanOrFile = FreezePlan | str | os.PathLike[str]
+
 PLAN_FILE: Final = "freeze_plan.safetensors"
 PROOF_FILE: Final = "freeze_proof.json"
 
 
 def masked_adamw(
-    plan: FreezePlan | str | os.PathLike[str], args: TrainingArguments | None = None, **options: Any
+    plan: PlanOrFile, args: TrainingArguments | None = None, **options: Any
 ) -> tuple[type, dict[str, Any]]:
     """`MaskedAdamW` for ``Trainer(..., optimizer_cls_and_kwargs=masked_adamw(plan, lr=2e-5, weight_decay=0.1))``.
 
@@ -58,10 +60,7 @@ def masked_adamw(
 
 
 def build_masked_adamw(
-    model: torch.nn.Module,
-    plan: FreezePlan | str | os.PathLike[str],
-    args: TrainingArguments | None = None,
-    **options: Any,
+    model: torch.nn.Module, plan: PlanOrFile, args: TrainingArguments | None = None, **options: Any
 ) -> MaskedAdamW:
     """The optimizer that `masked_adamw` has Trainer make, for ``Trainer(..., optimizers=(optimizer, None))``: some
     trainers, TRL's DPOTrainer among them, take no other. Arguments as there.
@@ -73,17 +72,19 @@ def build_masked_adamw(
     plan, options = _loaded(plan), _with_defaults(args, options)
     plan.check(model)
     decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
-    groups: list[list[tuple[str, Tensor]]] = [[], []]
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad:
-            groups[name not in decaying].append((name, p))
-    _drop_second_names(groups)
-    optimizer = MaskedAdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], freeze=plan, **options)
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    decay = [(name, p) for name, p in named if name in decaying]
+    homes = {id(p) for _, p in decay}  # a tied weight that decays under one of its names does so
+    groups = [
+        {"params": decay},
+        {"params": [(name, p) for name, p in named if id(p) not in homes], "weight_decay": 0.0},
+    ]
+    optimizer = MaskedAdamW(groups, freeze=plan, **options)
     _ZeroesFrozen(model, optimizer)
     return optimizer
 
 
-def _loaded(plan: FreezePlan | str | os.PathLike[str]) -> FreezePlan:
+def _loaded(plan: PlanOrFile) -> FreezePlan:
     return plan if isinstance(plan, FreezePlan) else FreezePlan.load(plan)
 
 
@@ -105,16 +106,6 @@ class _Factory:
 
     def __call__(self, model: torch.nn.Module, **options: Any) -> MaskedAdamW:
         return build_masked_adamw(model, **options)
-
-
-def _drop_second_names(groups: list[list[tuple[str, Tensor]]]) -> None:
-    """A tied weight stays, with all its names, in the group of its first one."""
-    home: dict[int, int] = {}
-    for number, group in enumerate(groups):
-        for _, p in group:
-            home.setdefault(id(p), number)
-    for number, group in enumerate(groups):
-        group[:] = [(name, p) for name, p in group if home[id(p)] == number]
 
 
 class _ZeroesFrozen(Attached):
@@ -147,12 +138,9 @@ class _ZeroesFrozen(Attached):
     def _at_backward(self, grad: Tensor) -> None:
         if not self._asked:
             self._asked = True
+            queue: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
             # Twice: what DDP and FSDP ask for in this backward, which finishes the gradients, comes between.
-            self._queue(lambda: self._queue(self._zero))
-
-    @staticmethod
-    def _queue(function: Callable[[], None]) -> None:
-        Variable._execution_engine.queue_callback(function)
+            queue(lambda: queue(self._zero))
 
     def _zero(self) -> None:
         self._asked = False
@@ -170,11 +158,8 @@ _zeroes: weakref.WeakKeyDictionary[MaskedAdamW, _ZeroesFrozen] = weakref.WeakKey
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
+    elif isinstance(output, (Mapping, tuple, list)):
+        for value in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(value)
 
 
@@ -205,23 +190,16 @@ class FreezeCallback(TrainerCallback):
         FrozenDriftError: from training, before a save or at the end, naming the first frozen weight that moved.
     """
 
-    def __init__(
-        self, plan: FreezePlan | str | os.PathLike[str], *, proof: Snapshot | None = None, raw_norm: bool = False
-    ) -> None:
-        self.plan = _loaded(plan)
-        self.proof = proof
-        self._raw_norm = raw_norm
+    def __init__(self, plan: PlanOrFile, *, proof: Snapshot | None = None, raw_norm: bool = False) -> None:
+        self.plan, self.proof, self._raw_norm = _loaded(plan), proof, raw_norm
         self._zeroes: _ZeroesFrozen | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizers = list(_unwrapped(kwargs.get("optimizer")))
         self._check_frozen(kwargs["model"], optimizers)
         self.proof = self.proof or snapshot(kwargs["model"], self.plan)
-        self._zeroes = next(
-            (_zeroes[one] for one in optimizers if isinstance(one, MaskedAdamW) and one in _zeroes), None
-        )
+        made = (_zeroes.get(one) for one in optimizers if isinstance(one, MaskedAdamW))
+        self._zeroes = next((zeroes for zeroes in made if zeroes is not None), None)
         if self._raw_norm:
             if self._zeroes is None:
                 raise ValueError("FreezeCallback: raw_norm needs an optimizer made by masked_adamw; leave it out")
@@ -247,14 +225,10 @@ class FreezeCallback(TrainerCallback):
                 )
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self._verify_before_save(control, kwargs)
-
-    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        self._verify_before_save(control, kwargs)
-
-    def _verify_before_save(self, control: TrainerControl, kwargs: dict[str, Any]) -> None:
         if control.should_save and self.proof is not None:
             self.proof.verify(kwargs["model"])
+
+    on_epoch_end = on_step_end  # Trainer saves after either
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.proof is not None:
@@ -313,15 +287,7 @@ class RefusalCallback(TrainerCallback):
     def __init__(self, watch: RefusalWatch, picture: str | os.PathLike[str] | None = None) -> None:
         self.watch, self.picture = watch, picture
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._look(state, control, kwargs)
-
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._look(state, control, kwargs)
-
-    def _look(self, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]) -> None:
         due = self.watch.due(state.global_step)
         if not self.watch.look(kwargs["model"], state.global_step):
             control.should_training_stop = True
@@ -330,8 +296,8 @@ class RefusalCallback(TrainerCallback):
             found = {"refusal_margin": last.margin, "refusal_lowest": last.lowest, "refusal_share": last.refused}
             state.log_history.append({**found, "epoch": state.epoch, "step": last.step})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    on_train_begin = on_step_end
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.picture is not None and state.is_world_process_zero:
             self.watch.save_picture(self.picture)

@@ -64,10 +64,8 @@ def load_skeleton(source: str | os.PathLike[str]) -> torch.nn.Module:
         FileNotFoundError: no such file or folder, or a folder without a config.json.
         ValueError: the file is no config, or of no model that transformers knows.
     """
-    if os.fspath(source) != PACKAGED and Path(source).is_file():
-        options = _found(Path(source))
-    else:
-        _, options = _located(source)
+    is_config = os.fspath(source) != PACKAGED and Path(source).is_file()
+    options = _found(Path(source)) if is_config else _located(source)[1]
     if "gguf_file" not in options:
         _check_config(source)
     with _quiet_transformers(source) as transformers, torch.device("meta"):
@@ -85,22 +83,17 @@ def load_skeleton(source: str | os.PathLike[str]) -> torch.nn.Module:
 
 def _check_config(source: str | os.PathLike[str]) -> None:
     """Whether a file, or config.json of a folder, is a config at all: the library would guess from its name."""
-    given = Path(source)
-    file = given if given.is_file() else given / "config.json"
+    file = Path(source) if Path(source).is_file() else Path(source) / "config.json"
+    given, expected = f"load_skeleton: {os.fspath(source)!r}", "expected the config of a Hugging Face model"
     try:
         if file.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has {file.stat().st_size:,} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"load_skeleton: {os.fspath(file)!r} is no JSON ({error}), expected the config of a Hugging Face model"
-        ) from error
+        raise ValueError(f"{given} is no JSON ({error}), {expected}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         found = f"keys {', '.join(list(content)[:4])}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(
-            f"load_skeleton: {os.fspath(file)!r} holds {found} and no model_type, expected the config of a Hugging "
-            "Face model"
-        )
+        raise ValueError(f"{given} holds {found} and no model_type, {expected}")
 
 
 @contextmanager
@@ -140,15 +133,12 @@ def _located(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
         file = _packaged_file()
         return file.name.split(".")[0], _found(file.parent, gguf_file=file.name)
     folder = Path(source)
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"load_model: {os.fspath(source)!r} is a file, expected a local Hugging Face model folder (config, weights "
-            f"and tokenizer), or {PACKAGED!r}"
-        )
     if not (folder / "config.json").is_file():
+        given = repr(os.fspath(source))
+        found = f"{given} is a file" if folder.is_file() else f"model folder {given} has no config.json"
         raise FileNotFoundError(
-            f"load_model: model folder {os.fspath(source)!r} has no config.json, expected a local Hugging Face "
-            f"model folder (config, weights and tokenizer), or {PACKAGED!r}"
+            f"load_model: {found}, expected a local Hugging Face model folder (config, weights and tokenizer), or "
+            f"{PACKAGED!r}"
         )
     return folder.resolve().name, _found(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -45,27 +44,26 @@ def _is_ours(key: object, value: object) -> bool:
     return isinstance(value, Attached) and value.attribute in ("", key)
 
 
+def _bare(place: Any) -> Any:
+    """Attributes or forward hooks of a module, a dict of the same type, without ours."""
+    ours = [key for key, value in place.items() if key in (_GETSTATE, _REPLICATE) or _is_ours(key, value)]
+    return type(place)((key, value) for key, value in place.items() if key not in ours)
+
+
 def _bare_state(reference: weakref.ref[nn.Module]) -> Any:
     """What ``copy`` and ``pickle`` take of a module: what its class says, without ours."""
-    module = reference()
-    assert module is not None  # it is the one that asks
+    module: Any = reference()  # it is the one that asks
     of_class = getattr(type(module), _GETSTATE, None)  # before Python 3.11 there may be none
-    state = dict(vars(module)) if of_class is None else of_class(module)
-    bare = {
-        key: value for key, value in state.items() if key not in (_GETSTATE, _REPLICATE) and not _is_ours(key, value)
-    }
+    bare = _bare(dict(vars(module)) if of_class is None else of_class(module))
     if "_forward_hooks" in bare:
-        bare["_forward_hooks"] = OrderedDict(item for item in bare["_forward_hooks"].items() if not _is_ours(*item))
+        bare["_forward_hooks"] = _bare(bare["_forward_hooks"])
     return bare
 
 
 def _bare_replica(reference: weakref.ref[nn.Module]) -> Any:
     """What `torch.nn.DataParallel` makes of a module: without ours among its attributes. Hooks go along, as torch has
     it: the gradients of replicas are those of the module."""
-    module = reference()
-    assert module is not None
-    replica: Any = getattr(type(module), _REPLICATE)(module)
-    attributes = vars(replica)
-    for key in [key for key, value in attributes.items() if key in (_GETSTATE, _REPLICATE) or _is_ours(key, value)]:
-        del attributes[key]
+    module: Any = reference()  # it is the one that asks
+    replica = getattr(type(module), _REPLICATE)(module)
+    replica.__dict__ = _bare(vars(replica))
     return replica

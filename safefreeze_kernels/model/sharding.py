@@ -1,6 +1,6 @@
 """Parameters spread over ranks: `torch.distributed.tensor.DTensor`, as FSDP2, tensor parallelism and both make them.
 
-A rank holds one piece of such a tensor. Which piece is known here alone; everything above works on ordinary tensors.
+A rank holds one shard of such a tensor. Which one is known here alone; everything above works on ordinary tensors.
 """
 
 from __future__ import annotations
@@ -25,41 +25,43 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The piece this rank holds, over the same memory; an ordinary tensor is its own."""
-    if not is_sharded(tensor):
-        return tensor
-    piece: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+def local(tensor: Any) -> Tensor:
+    """The shard this rank holds, over the same memory; an ordinary tensor is its own."""
     # what a collective still fills is a subclass; to_local waits for it
-    return piece if type(piece) is Tensor else tensor.detach().to_local()  # type: ignore[attr-defined]
+    if is_sharded(tensor):
+        shard = tensor._local_tensor
+        tensor = shard if type(shard) is Tensor else tensor.detach().to_local()
+    return tensor  # type: ignore[no-any-return]
 
 
-def held(tensor: Tensor) -> list[np.ndarray] | None:
+def _cuts(tensor: Any) -> list[tuple[int, Any]]:
+    """The dimensions of the mesh along which ranks hold different things of a sharded tensor, with its placements."""
+    return [(dim, placement) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
+def held(tensor: Any) -> list[np.ndarray] | None:
     """Per dimension, which indices of the whole tensor this rank holds: int64, in the order of `local`. None: all.
 
     A tensor cut along one dimension by two dimensions of the mesh may be held in several runs (``_StridedShard``).
 
     Raises:
-        ValueError: the ranks hold terms of a sum (``Partial``), not pieces.
+        ValueError: the ranks hold terms of a sum (``Partial``), not shards.
     """
     if not is_sharded(tensor):
         return None
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    index = [np.arange(size) for size in tensor.shape]
+    mesh, index = tensor.device_mesh, [np.arange(size) for size in tensor.shape]
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank has no part in it
         return [i[:0] for i in index]
-    for n_ranks, rank, placement in zip(mesh.shape, coordinate, placements, strict=True):
-        if placement.is_replicate():
-            continue
+    for mesh_dim, placement in _cuts(tensor):
         if placement.is_partial():
             raise ValueError(
-                f"parameter of shape {tuple(tensor.shape)} has placements {placements}: its ranks hold terms of a sum, "
-                "expected pieces or copies; redistribute it"
+                f"parameter of shape {tuple(tensor.shape)} has placements {tensor.placements}: its ranks hold terms of "
+                "a sum, expected shards or copies; redistribute it"
             )
-        dim = placement.dim
-        runs = _chunks(index[dim], getattr(placement, "split_factor", 1))
-        index[dim] = np.concatenate([_chunks(run, n_ranks)[rank] for run in runs])
+        runs = _chunks(index[placement.dim], getattr(placement, "split_factor", 1))
+        chunks = [_chunks(run, mesh.size(mesh_dim))[coordinate[mesh_dim]] for run in runs]
+        index[placement.dim] = np.concatenate(chunks)
     return index
 
 
@@ -74,54 +76,53 @@ def _chunks(index: np.ndarray, n: int) -> list[np.ndarray]:
     return [index[i * size : (i + 1) * size] for i in range(n)]
 
 
-def piece_number(tensor: Tensor) -> int:
-    """A number for the piece this rank holds; copies of a piece have the same."""
+def shard_number(tensor: Any) -> int:
+    """A number for the shard this rank holds; copies of a shard have the same."""
     number = 0
-    if is_sharded(tensor):
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        for n_ranks, rank, placement in zip(mesh.shape, mesh.get_coordinate() or (), placements, strict=False):
-            if not placement.is_replicate():
-                number = number * n_ranks + rank
+    if is_sharded(tensor) and (coordinate := tensor.device_mesh.get_coordinate()):
+        for mesh_dim, _ in _cuts(tensor):
+            number = number * tensor.device_mesh.size(mesh_dim) + coordinate[mesh_dim]
     return number
 
 
-def spread(piece: Tensor, like: Tensor) -> Tensor:
-    """``piece`` as this rank's piece of a tensor placed as ``like`` is; an ordinary ``like``: ``piece`` itself."""
+def spread(shard: Tensor, like: Any) -> Tensor:
+    """``shard`` as this rank's shard of a tensor placed as ``like`` is; an ordinary ``like``: ``shard`` itself."""
     if not is_sharded(like):
-        return piece
+        return shard
     from torch.distributed.tensor import DTensor
 
     # Without shape and stride, sizes that do not divide evenly would be guessed from this rank's.
+    stride = torch.empty(like.shape, device="meta").stride()
     return DTensor.from_local(
-        piece, like.device_mesh, like.placements,  # type: ignore[attr-defined]
-        run_check=False, shape=like.shape, stride=torch.empty(like.shape, device="meta").stride(),
-    )  # fmt: skip
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+    )
 
 
-def take(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of ``tensor``, which has the shape of ``like`` and is whole or placed in any way, as ``like``
+def take(tensor: Any, like: Any) -> Tensor:
+    """This rank's shard of ``tensor``, which has the shape of ``like`` and is whole or placed in any way, as ``like``
     is placed; an ordinary ``like``: all of it."""
     if is_sharded(tensor):
-        if not is_sharded(like):
-            return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
-        if tensor.placements != like.placements:  # type: ignore[attr-defined]
-            tensor = tensor.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined]
-        return local(tensor)
+        return local(_placed_as(tensor, like)) if is_sharded(like) else tensor.full_tensor()
     for dim, index in enumerate(held(like) or []):
         if len(index) != tensor.shape[dim]:
             tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-    return tensor
+    return tensor  # type: ignore[no-any-return]
+
+
+def _placed_as(tensor: Any, like: Any) -> Any:
+    """One sharded tensor, placed as another is: itself if it is so already."""
+    same = tensor.placements == like.placements
+    return tensor if same else tensor.redistribute(like.device_mesh, like.placements)
 
 
 def local_gradient(param: Tensor) -> Tensor | None:
-    """This rank's piece of ``param.grad``. Terms of a sum are summed first, and ``param.grad`` becomes the sum."""
+    """This rank's shard of ``param.grad``. Terms of a sum are summed first, and ``param.grad`` becomes the sum."""
     grad = param.grad
     if grad is None or not is_sharded(param) or not is_sharded(grad):
         return grad
-    if grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-        param.grad = grad
-    return local(grad)
+    if (placed := _placed_as(grad, param)) is not grad:
+        param.grad = placed
+    return local(placed)
 
 
 class LocalGradients:
@@ -136,23 +137,19 @@ class LocalGradients:
             grad: Any = p.grad
             if grad is not None and spec is not None:
                 # the usual case, without a call; FSDP2 gives parameter and gradient one object
-                piece = getattr(grad, "_local_tensor", None)
-                same = piece is not None and (grad._spec is spec or grad._spec.placements == spec.placements)
-                grad = piece if same and type(piece) is Tensor else local_gradient(p)
+                shard = getattr(grad, "_local_tensor", None)
+                same = shard is not None and (grad._spec is spec or grad._spec.placements == spec.placements)
+                grad = shard if same and type(shard) is Tensor else local_gradient(p)
             found.append(grad)
         return found
 
 
-def reduce_groups(tensor: Tensor) -> tuple[Any, ...]:
-    """The process groups whose ranks hold different pieces of ``tensor``: a sum over elements is a sum over those."""
+def reduce_groups(tensor: Any) -> tuple[Any, ...]:
+    """The process groups whose ranks hold different shards of ``tensor``: a sum over elements is a sum over those."""
     if not is_sharded(tensor):
         return ()
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    return tuple(
-        mesh.get_group(dim)
-        for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
-        if not placement.is_replicate() and mesh.size(dim) > 1
-    )
+    mesh = tensor.device_mesh
+    return tuple(mesh.get_group(dim) for dim, _ in _cuts(tensor) if mesh.size(dim) > 1)
 
 
 class PlanAgreement:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..grads.checks import overlaps_itself
 from ..kernels.operands import STORAGE, WIDE
-from ..model.sharding import held, local, local_mask, piece_number
+from ..model.sharding import held, local, local_mask, shard_number
 from ..plan.binding import bare_name, bind
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
@@ -235,7 +235,7 @@ class GivenNames:
             masks = {id(it.param): it.mask for it in bind(plan, named, operation=what, require_grad=require_grad)}
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         return [
-            Member(p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * piece_number(p))
+            Member(p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * shard_number(p))
             for place, (p, name, group) in enumerate(zip(params, names, group_of, strict=True))
         ]
 

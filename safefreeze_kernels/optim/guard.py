@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..grads.checks import check_gradient
 from ..grads.clip import zero_listed_grads_
-from ..grads.reader import GradientReader
+from ..grads.reader import GradientReader, writes
 from ..kernels.backend import Backend, choose_backend
 from ..kernels.parts import compile_frozen
 from ..model.sharding import held, local, local_gradient, local_mask
@@ -23,6 +23,105 @@ from ..plan.binding import Model, bind, computed_from, named_tensors
 from ..plan.plan import FreezePlan
 from ..proof.drift import raise_on_drift
 from .checks import check_parameter, checked_plan
+
+
+class _FrozenWeights:
+    """What a plan freezes in a model, of sharded weights in the shards of this rank, with a packed copy of it.
+
+    Weights are found by name at every use: frameworks swap parameter objects, in the model and in the optimizer.
+    """
+
+    def __init__(self, plan: FreezePlan, model: Model, optimizer: Optimizer, backend: str) -> None:
+        self._model, self._backend_name = model, backend
+        bound = bind(plan, named_tensors(model), operation="guard")
+        known = _params_of(optimizer)
+        for entry in bound:
+            check_parameter(entry.param, "guard", entry.name)
+            if id(entry.param) not in known:
+                raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
+            if (grad := local_gradient(entry.param)) is not None:
+                check_gradient(local(entry.param), grad, entry.name, "guard")
+        params = [entry.param for entry in bound]
+        self._names = [entry.name for entry in bound]
+        self._masks = [entry.mask for entry in bound]
+        self._held = list(map(held, params))
+        self._looks = list(map(_look, params))
+        self._work = compile_frozen([local_mask(entry.mask, entry.param) for entry in bound])
+        self._gradients = GradientReader(params, self._names)
+        self.copy(params)
+
+    def find(self, optimizer: Optimizer | None = None) -> list[Tensor]:
+        """The parameters. Raises ValueError if the copy does not fit them, or ``optimizer`` has others."""
+        named = dict(named_tensors(self._model))
+        lost = next((name for name in self._names if name not in named), None)
+        if lost is not None:
+            remedy = computed_from(lost, named) or "; guard it under its new name"
+            raise ValueError(f"guard: {lost!r} is no longer a parameter of the model{remedy}")
+        params = [named[name] for name in self._names]
+        looks = list(map(_look, params))
+        if looks != self._looks:
+            for name, p, now, before in zip(self._names, params, looks, self._looks, strict=True):
+                check_parameter(p, "guard", name)
+                if now[:-1] != before[:-1]:
+                    raise ValueError(
+                        f"guard: {name!r} is {_described(now)}, expected {_described(before)} as before; guard it anew"
+                    )
+            self._looks = looks
+        known = set(map(id, params)) if optimizer is None else _params_of(optimizer)
+        stale = next((name for name, p in zip(self._names, params, strict=True) if id(p) not in known), None)
+        if stale is not None:
+            raise ValueError(
+                f"guard: the model's {stale!r} is not among the parameters that the optimizer holds, as it was: "
+                "model or optimizer was given another one (load_state_dict(..., assign=True), a replaced layer, a "
+                "removed group), so what is trained is not what is guarded; make the optimizer anew from the model "
+                "and guard that"
+            )
+        return params
+
+    def copy(self, params: list[Tensor]) -> None:
+        """Take the present values as the frozen ones."""
+        self.packed = self._gathered(params)
+        self._seen = _traces(params)
+
+    def check(self, params: list[Tensor]) -> None:
+        """Raise FrozenDriftError if frozen weights are not those of the copy, as far as writes leave traces."""
+        if _traces(params) != self._seen:
+            raise_on_drift(
+                "guard", self._names, self._masks, self.packed, self._gathered(params),
+                remedy="if they were loaded on purpose, call guard.refresh()", held=self._held,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def zero_gradients(self, params: list[Tensor]) -> None:
+        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, "guard")
+
+    @torch.no_grad()
+    def put_back(self, params: list[Tensor]) -> None:
+        """Write the copy into the weights, whoever moved them."""
+        shards = [local(p).detach() for p in params]
+        targets = [shard.contiguous() for shard in shards]
+        self._backend(shards).scatter_(self._work, targets, self.packed)
+        for shard, target in zip(shards, targets, strict=True):
+            if target.data_ptr() != shard.data_ptr():
+                shard.copy_(target)
+        torch.autograd.graph.increment_version(params)
+        self._seen = _traces(params)
+
+    @torch.no_grad()
+    def _gathered(self, params: list[Tensor]) -> list[Tensor]:
+        shards = [local(p).detach() for p in params]
+        sizes = zip(self._work.packed_sizes, shards, strict=True)
+        packed = [torch.empty(size, dtype=shard.dtype, device=shard.device) for size, shard in sizes]
+        self._backend(shards).gather(self._work, [shard.contiguous() for shard in shards], packed)
+        return packed
+
+    def _backend(self, shards: list[Tensor]) -> Backend:
+        devices = {shard.device for shard in shards} or {torch.device("cpu")}
+        if len(devices) > 1:
+            raise ValueError(
+                f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
+            )
+        return choose_backend(self._backend_name, devices.pop(), "guard", {shard.dtype for shard in shards})
 
 
 class Guard:
@@ -37,24 +136,9 @@ class Guard:
             )
         self.plan = checked_plan(plan, "guard")
         self.model = model if isinstance(model, (torch.nn.Module, Mapping)) else named_tensors(model)
-        self._backend_name = backend
-        bound = bind(self.plan, named_tensors(self.model), operation="guard")
-        known = _held_by(optimizer)
-        for entry in bound:
-            check_parameter(entry.param, "guard", entry.name)
-            if id(entry.param) not in known:
-                raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
-            if entry.param.grad is not None:
-                check_gradient(local(entry.param), local_gradient(entry.param), entry.name, "guard")  # type: ignore[arg-type]
-        self._names = [entry.name for entry in bound]
-        self._masks = [entry.mask for entry in bound]
-        self._held = [held(entry.param) for entry in bound]
-        self._looks = [_look(entry.param) for entry in bound]
-        self._work = compile_frozen([local_mask(entry.mask, entry.param) for entry in bound])
-        self._gradients = GradientReader([entry.param for entry in bound], self._names)
+        self._weights = _FrozenWeights(self.plan, self.model, optimizer, backend)
         self.stepping = 0  # steps under way: more than one if a class's step calls that of its base
         self._inside = False  # another method of the optimizer is under way
-        self.refresh()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -63,13 +147,7 @@ class Guard:
 
     def refresh(self) -> None:
         """Take the present values as the frozen ones, after weights were loaded on purpose."""
-        params = self._params()
-        self._copy = [
-            torch.empty(size, dtype=p.dtype, device=local(p).device)
-            for size, p in zip(self._work.packed_sizes, params, strict=True)
-        ]
-        self._gather(params, self._copy)
-        self._seen = _traces(params)
+        self._weights.copy(self._weights.find())
 
     def remove(self) -> None:
         """Stop guarding. The weights stay as they are and train from now on."""
@@ -79,78 +157,11 @@ class Guard:
     @property
     def nbytes(self) -> int:
         """Memory of the packed copy."""
-        return sum(t.numel() * t.element_size() for t in self._copy)
+        return sum(t.numel() * t.element_size() for t in self._weights.packed)
 
-    def _params(self, optimizer: Optimizer | None = None) -> list[Tensor]:
-        # By name, at every use: frameworks swap parameter objects, in the model and in the optimizer.
-        named = dict(named_tensors(self.model))
-        lost = [name for name in self._names if name not in named]
-        if lost:
-            raise ValueError(
-                f"guard: {lost[0]!r} is no longer a parameter of the model"
-                + (computed_from(lost[0], named) or "; guard it under its new name")
-            )
-        params = [named[name] for name in self._names]
-        looks = list(map(_look, params))
-        if looks != self._looks:
-            for name, p, now, before in zip(self._names, params, looks, self._looks, strict=True):
-                check_parameter(p, "guard", name)
-                if now[:-1] != before[:-1]:
-                    raise ValueError(
-                        f"guard: {name!r} is {_described(now)}, expected {_described(before)} as before; guard it anew"
-                    )
-            self._looks = looks
-        if optimizer is not None:
-            known = _held_by(optimizer)
-            stale = [name for name, p in zip(self._names, params, strict=True) if id(p) not in known]
-            if stale:
-                raise ValueError(
-                    f"guard: the model's {stale[0]!r} is not among the parameters that the optimizer holds, as it was: "
-                    "model or optimizer was given another one (load_state_dict(..., assign=True), a replaced layer, a "
-                    "removed group), so what is trained is not what is guarded; make the optimizer anew from the "
-                    "model and guard that"
-                )
-        return params
-
-    def _backend(self, params: list[Tensor]) -> Backend:
-        devices = {local(p).device for p in params}
-        if len(devices) > 1:
-            raise ValueError(
-                f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
-            )
-        return choose_backend(
-            self._backend_name, next(iter(devices), torch.device("cpu")), "guard", {p.dtype for p in params}
-        )
-
-    @torch.no_grad()
-    def _gather(self, params: list[Tensor], packed: list[Tensor]) -> None:
-        self._backend(params).gather(self._work, [local(p).detach().contiguous() for p in params], packed)
-
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        params = self._params(optimizer)
-        self._prepare(params)
-        self.stepping += 1
-
-        def watched(closure: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                loss = closure()
-                self._zero_grads(params)
-                return loss
-
-            return run
-
-        if callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": watched(kwargs["closure"])}
-        # args[0] is the optimizer itself
-        return (args[0], *(watched(arg) if callable(arg) else arg for arg in args[1:])), kwargs
-
-    @torch.no_grad()
-    def _zero_grads(self, params: list[Tensor]) -> None:
-        zero_listed_grads_(self._backend_name, self._work, self._gradients, params, "guard")
-
-    def _after(self, *_: Any) -> None:
-        self.put_back()
-        self.stepping = max(self.stepping - 1, 0)
+    def put_back(self) -> None:
+        """Write the frozen weights back, whoever moved them."""
+        self._weights.put_back(self._weights.find())
 
     @contextlib.contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
@@ -158,7 +169,7 @@ class Guard:
         if self.stepping or self._inside:
             yield
             return
-        self._prepare(self._params(optimizer))
+        self._prepared(optimizer)
         self._inside = True
         try:
             yield
@@ -166,51 +177,55 @@ class Guard:
             self._inside = False
             self.put_back()
 
-    def put_back(self) -> None:
-        """Write the frozen weights back, whoever moved them."""
-        self._put_back(self._params())
+    def _prepared(self, optimizer: Optimizer) -> list[Tensor]:
+        """The weights, with frozen gradients zeroed. Raises if someone else wrote to them since the last step."""
+        params = self._weights.find(optimizer)
+        if not self.stepping and not self._inside:
+            self._weights.check(params)
+        self._weights.zero_gradients(params)
+        return params
 
-    def _prepare(self, params: list[Tensor]) -> None:
-        """Raise if someone else wrote to frozen weights since the last step; zero their gradients."""
-        if not self.stepping and not self._inside and _traces(params) != self._seen:
-            now = [torch.empty_like(t) for t in self._copy]
-            self._gather(params, now)
-            raise_on_drift(
-                "guard", self._names, self._masks, self._copy, now,
-                remedy="if they were loaded on purpose, call guard.refresh()", held=self._held,
-            )  # fmt: skip
-        self._zero_grads(params)
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        params = self._prepared(optimizer)
+        self.stepping += 1
 
-    @torch.no_grad()
-    def _put_back(self, params: list[Tensor]) -> None:
-        pieces = [local(p).detach() for p in params]
-        targets = [piece.contiguous() for piece in pieces]
-        self._backend(params).scatter_(self._work, targets, self._copy)
-        for piece, target in zip(pieces, targets, strict=True):
-            if target.data_ptr() != piece.data_ptr():
-                piece.copy_(target)
-        torch.autograd.graph.increment_version(params)
-        self._seen = _traces(params)
+        def watched(argument: Any) -> Any:
+            """A closure leaves frozen gradients zeroed; what is none stays as it is."""
+
+            def closure() -> Any:
+                loss = argument()
+                self._weights.zero_gradients(params)
+                return loss
+
+            return closure if callable(argument) else argument
+
+        if "closure" in kwargs:
+            kwargs = {**kwargs, "closure": watched(kwargs["closure"])}
+        return (args[0], *map(watched, args[1:])), kwargs  # args[0] is the optimizer itself
+
+    def _after(self, *_: Any) -> None:
+        self.put_back()
+        self.stepping = max(self.stepping - 1, 0)
 
 
-def _held_by(optimizer: Optimizer) -> set[int]:
+def _params_of(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _look(p: Tensor) -> tuple[Any, ...]:
     """What the packed copy and its list were made for; and the strides, which may change."""
-    piece = local(p)
-    return p.shape, p.dtype, piece.shape, piece.device, piece.stride() if piece.layout == torch.strided else None
+    shard = local(p)
+    return p.shape, p.dtype, shard.shape, shard.device, shard.stride() if shard.layout == torch.strided else None
 
 
 def _described(look: tuple[Any, ...]) -> str:
-    shape, dtype, piece, device, _ = look
-    return f"{tuple(shape)} {dtype} on {device}" + (f" (this rank: {tuple(piece)})" if piece != shape else "")
+    shape, dtype, shard, device, _ = look
+    return f"{tuple(shape)} {dtype} on {device}" + (f" (this rank: {tuple(shard)})" if shard != shape else "")
 
 
 def _traces(params: list[Tensor]) -> list[tuple[int, int]]:
     """What changes when someone writes to a parameter, or gives it other memory."""
-    return [(p._version, local(p).data_ptr()) for p in params]
+    return [(writes(p), local(p).data_ptr()) for p in params]
 
 
 def guards_of(optimizer: Any) -> list[Guard]:
@@ -241,7 +256,7 @@ def _guarded(name: str, method: Any, own: Any) -> Callable[..., Any]:
         with around(self):
             found = own(*args, **kwargs) if own is not None else getattr(type(self), name)(self, *args, **kwargs)
         if isinstance(found, contextlib._GeneratorContextManager):  # it has not run yet
-            return _Entered(self, found)
+            return _entered(self, found)
         return found
 
     guarded.guarded = True  # type: ignore[attr-defined]
@@ -269,22 +284,17 @@ def _around(optimizer: Optimizer) -> Iterator[None]:
         yield
 
 
-class _Entered:
+@contextlib.contextmanager
+def _entered(optimizer: Optimizer, context: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
     """A context manager that a method of an optimizer made: frozen weights are put back when it is entered and left."""
-
-    def __init__(self, optimizer: Optimizer, context: contextlib.AbstractContextManager[Any]) -> None:
-        self._optimizer, self._context = optimizer, context
-
-    def __enter__(self) -> Any:
-        with _around(self._optimizer):
-            return self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        try:
-            return self._context.__exit__(*error)
-        finally:  # not looking for drift first: whatever was written, what was swapped in must go out
-            for one in guards_of(self._optimizer):
-                one.put_back()
+    try:
+        with contextlib.ExitStack() as stack:
+            with _around(optimizer):
+                value = stack.enter_context(context)
+            yield value
+    finally:  # not looking for drift first: whatever was written, what was swapped in must go out
+        for one in guards_of(optimizer):
+            one.put_back()
 
 
 def guard(optimizer: Optimizer, plan: FreezePlan, model: Model, *, backend: str = "auto") -> Guard:

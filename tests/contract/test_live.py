@@ -7,8 +7,7 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 import pytest
@@ -65,8 +64,56 @@ def batch(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def plan_of(mask: str) -> sf.FreezePlan:
-    return sf.FreezePlan({"layer.weight": MASKS[mask]})
+def plan_of(mask: str | sf.FreezeMask) -> sf.FreezePlan:
+    return sf.FreezePlan({"layer.weight": MASKS[mask] if isinstance(mask, str) else mask})
+
+
+def copies(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def assert_same_weights(net: nn.Module, expected: nn.Module | dict[str, Tensor]) -> None:
+    right = expected if isinstance(expected, dict) else dict(expected.named_parameters())
+    for name, p in net.named_parameters():
+        assert_same_bits(p.detach(), right[name].detach(), name)
+
+
+def frozen_gradient(net: Any, mask: str = "rows") -> Tensor:
+    """The elements of ``layer.weight``'s gradient that should not be there."""
+    grad = net.layer.weight.grad
+    return (grad.to_dense() if isinstance(grad, PackedGradient) else grad)[MASKS[mask].dense()]
+
+
+def train(net: nn.Module, model: nn.Module, plan: sf.FreezePlan, seeds: int, max_norm: float | None = None) -> None:
+    """``net`` trains in ``model``, which is itself or wraps it."""
+    optimizer = adamw(net, plan)
+    for seed in range(seeds):
+        model(batch(seed=seed)).backward()
+        if max_norm is not None:
+            sf.clip_grad_norm_(net, max_norm, plan)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adamw(net: nn.Module, plan: sf.FreezePlan, **options: Any) -> sf.MaskedAdamW:
+    return sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan, **options)
+
+
+def live_net(mask: str = "rows", **options: Any) -> tuple[Any, sf.FreezePlan, Any]:
+    """A model with live gradients, the plan, and their handle."""
+    net, plan = Net(), plan_of(mask)
+    return net, plan, sf.live_gradients(net, plan, **options)
+
+
+FEW: Final = plan_of(sf.FreezeMask(SHAPE, rows=[0]))
+
+
+def twins(mask: str, net: nn.Module | None = None, **options: Any) -> tuple[Any, Any, sf.FreezePlan]:
+    """A model and an equal one that has live gradients."""
+    expected = net or Net()
+    found, plan = copy.deepcopy(expected), plan_of(mask)
+    sf.live_gradients(found, plan, **options)
+    return expected, found, plan
 
 
 def assert_live_alike(found: nn.Module, expected: nn.Module, plan: sf.FreezePlan, tolerance: float = 1e-6) -> None:
@@ -107,9 +154,7 @@ def test_gradients_are_plain_autograds_where_live(mask: str, kind: str, bias: bo
 @STORAGE
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 def test_gradients_of_complex_layers_are_conjugated_as_autograd_does(kind: str, storage: Any) -> None:
-    expected = Net(kind).to(torch.complex64)
-    found, plan = copy.deepcopy(expected), plan_of("both")
-    sf.live_gradients(found, plan, storage=storage)
+    expected, found, plan = twins("both", Net(kind).to(torch.complex64), storage=storage)
     x = torch.complex(batch(), batch(seed=1))
     for net in (expected, found):
         net(x).abs().backward()
@@ -136,9 +181,7 @@ def test_gradcheck(mask: str, transposed: bool) -> None:
 
 @STORAGE
 def test_accumulation_and_a_module_called_twice(storage: Any) -> None:
-    expected = Net()
-    found, plan = copy.deepcopy(expected), plan_of("rows")
-    sf.live_gradients(found, plan, storage=storage)
+    expected, found, plan = twins("rows", storage=storage)
     for net in (expected, found):
         for seed in range(3):
             net(batch(seed=seed)).backward()
@@ -150,9 +193,7 @@ def test_accumulation_and_a_module_called_twice(storage: Any) -> None:
 @STORAGE
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_activations(reentrant: bool, storage: Any) -> None:
-    expected = Net()
-    found, plan = copy.deepcopy(expected), plan_of("columns")
-    sf.live_gradients(found, plan, storage=storage)
+    expected, found, plan = twins("columns", storage=storage)
     for net in (expected, found):
         checkpoint(net, batch().requires_grad_(), use_reentrant=reentrant).backward()
     assert_live_alike(found, expected, plan)
@@ -160,9 +201,7 @@ def test_checkpointed_activations(reentrant: bool, storage: Any) -> None:
 
 @STORAGE
 def test_autocast(storage: Any) -> None:
-    expected = Net()
-    found, plan = copy.deepcopy(expected), plan_of("both")
-    sf.live_gradients(found, plan, storage=storage, most_live=0.9)
+    expected, found, plan = twins("both", storage=storage, most_live=0.9)
     for net in (expected, found):
         with torch.autocast("cpu", torch.bfloat16):
             loss = net(batch())
@@ -173,9 +212,7 @@ def test_autocast(storage: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend: str) -> None:
-    expected = Net()
-    found, plan = copy.deepcopy(expected), plan_of("rows")
-    sf.live_gradients(found, plan)
+    expected, found, plan = twins("rows")
     torch._dynamo.reset()
     torch.compile(found, backend=backend, fullgraph=True)(batch()).backward()
     expected(batch()).backward()
@@ -184,8 +221,7 @@ def test_compiled(backend: str) -> None:
 
 def test_saved_activations_are_the_live_columns() -> None:
     saved: list[int] = []
-    net = Net()
-    sf.live_gradients(net, plan_of("columns"))
+    net, *_ = live_net("columns")
     x = torch.randn(6, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         net.layer(x)
@@ -204,7 +240,7 @@ def test_it_is_undone(storage: Any) -> None:
     assert "forward" not in vars(net.layer)
     handle.remove()  # once more does nothing
     net(batch()).backward()
-    assert (net.layer.weight.grad[MASKS["rows"].dense()] != 0).any()
+    assert (frozen_gradient(net) != 0).any()
     sf.live_gradients(net, plan).remove()
 
 
@@ -225,8 +261,7 @@ def test_the_generation_tells_of_every_change(storage: Any) -> None:
 
 def test_a_handle_is_entered_once() -> None:
     """A second ``with`` did nothing, or ended the first one's, without a word."""
-    net, plan = Net(), plan_of("rows")
-    handle = sf.live_gradients(net, plan)
+    _, _, handle = live_net()
     with handle, pytest.raises(RuntimeError, match=r"entered or removed before.*call live_gradients again"):
         handle.__enter__()
     with pytest.raises(RuntimeError, match="entered or removed before"):
@@ -234,16 +269,14 @@ def test_a_handle_is_entered_once() -> None:
 
 
 def test_the_input_may_be_given_by_its_name() -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"))
+    net, *_ = live_net()
     net.layer(input=torch.ones(8)).sum().backward()
     assert_same_bits(net.layer.weight.grad, (~MASKS["rows"].dense()).float(), "gradient")
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     """Rows added later would have had no gradient."""
-    net = Net()
-    handle = sf.live_gradients(net, plan_of("rows"))
+    net, _, handle = live_net()
     net.layer.weight = nn.Parameter(torch.ones(15, 8))
     net.layer.bias = None
     with pytest.raises(ValueError, match=r"'layer\.weight' has shape \(15, 8\), expected \(12, 8\) as before"):
@@ -259,55 +292,46 @@ def test_what_is_left_alone_says_why() -> None:
     net.tied.weight = net.other.weight
     elements = torch.zeros(12, 12, dtype=torch.bool)
     elements[:, :6] = torch.eye(12, dtype=torch.bool)[:, :6]
-    plan = sf.FreezePlan(
-        {
-            "layer.weight": sf.FreezeMask(SHAPE, rows=[0]),
-            "layer.bias": sf.FreezeMask((12,), rows=range(9)),
-            "last.weight": sf.FreezeMask((12, 12), elements=elements),
-            "tied.weight": MASKS["rows"],
-            "first.weight": sf.FreezeMask((8, 5), rows=range(6)),
-        }
-    )
-    handle = sf.live_gradients(net, plan)
-    reasons = {layer.name: layer.left_alone for layer in handle.layers}
-    assert reasons["first.weight"] == "" and "more than 75% of it is live" in reasons["layer.weight"]
-    assert "Linear.bias is no linear layer's weight" in reasons["layer.bias"]
-    assert "single elements" in reasons["last.weight"] and "several modules share" in reasons["tied.weight"]
+    cases = {
+        "layer.weight": (sf.FreezeMask(SHAPE, rows=[0]), "more than 75% of it is live"),
+        "layer.bias": (sf.FreezeMask((12,), rows=range(9)), "Linear.bias is no linear layer's weight"),
+        "last.weight": (sf.FreezeMask((12, 12), elements=elements), "single elements"),
+        "tied.weight": (MASKS["rows"], "several modules share"),
+        "first.weight": (sf.FreezeMask((8, 5), rows=range(6)), ""),
+    }
+    handle = sf.live_gradients(net, sf.FreezePlan({name: mask for name, (mask, _) in cases.items()}))
+    for layer in handle.layers:
+        _, words = cases[layer.name]
+        assert words in layer.left_alone and bool(words) == bool(layer.left_alone), layer
     text = handle.summary()
-    assert (
-        text.startswith("1 of 5 weights have live gradients only (dense); 25.0% of them on average; it pays up to 75%")
-        and text.count("left alone") == 4
-    )
+    begin = "1 of 5 weights have live gradients only (dense); 25.0% of them on average; it pays up to 75%"
+    assert text.startswith(begin) and text.count("left alone") == 4
     assert sum(layer.live for layer in handle.layers) == 4.25
 
 
 def test_a_thawed_weight_needs_its_gradient() -> None:
-    net, plan = Net(), plan_of("rows")
-    handle = sf.live_gradients(net, plan)
-    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+    net, plan, handle = live_net()
+    optimizer = adamw(net, plan)
     net(batch()).backward()
     optimizer.step()
-    start = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer.set_freeze(sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0, 2])}))
+    start = copies(net)
+    optimizer.set_freeze(plan_of(sf.FreezeMask(SHAPE, rows=[0, 2])))
     with pytest.raises(ValueError, match=r"'layer\.weight' learns where live_gradients computes no gradient"):
         optimizer.step()
-    for name, p in net.named_parameters():
-        assert_same_bits(p.detach(), start[name], name)
+    assert_same_weights(net, start)
     handle.remove()
     with pytest.raises(ValueError, match=r"grad of 'layer\.weight' was computed under live_gradients, without"):
         optimizer.step()
     optimizer.zero_grad()
     net(batch()).backward()
     optimizer.step()
-    more = sf.FreezePlan({"layer.weight": MASKS["all"]})
     sf.live_gradients(net, plan)
-    optimizer.set_freeze(more)  # freezing more than that is fine
+    optimizer.set_freeze(plan_of("all"))  # freezing more than that is fine
     optimizer.step()
 
 
 def test_a_second_derivative_is_refused() -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"))
+    net, *_ = live_net()
     x = batch().requires_grad_()
     (grad,) = torch.autograd.grad(net(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -361,10 +385,7 @@ def test_a_copy_is_an_ordinary_model(way: str, storage: Any) -> None:
     with sf.live_gradients(net, plan, storage=storage):
         found = COPIES[way](net)
         assert vars(found.layer).keys() == vars(expected.layer).keys()
-        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
-        net(batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(net, net, plan, 1)
         moved = net.layer.weight.detach().clone()
         for during in (True, False):
             losses = [model(batch()) for model in (found, expected)]
@@ -376,15 +397,10 @@ def test_a_copy_is_an_ordinary_model(way: str, storage: Any) -> None:
                 assert_same_bits(p.grad, q[1].grad, name)
             for model in (found, expected):
                 model.zero_grad()
-            if during:
-                # it trains by a plan of its own, and may have live gradients of its own
-                few = sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0])})
-                for model in (found, expected):
-                    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=1e-2, freeze=few)
-                    with sf.live_gradients(model, few, storage=storage, most_live=1.0):
-                        model(batch()).backward()
-                        optimizer.step()
-                        optimizer.zero_grad()
+                if during:
+                    # it trains by a plan of its own, and may have live gradients of its own
+                    with sf.live_gradients(model, FEW, storage=storage, most_live=1.0):
+                        train(model, model, FEW, 1)
         net(batch()).backward()
         assert isinstance(net.layer.weight.grad, PackedGradient) == (storage == "packed")
     assert_same_bits(net.layer.weight.detach(), moved, "the original")
@@ -392,26 +408,23 @@ def test_a_copy_is_an_ordinary_model(way: str, storage: Any) -> None:
 
 @STORAGE
 def test_a_pickle_needs_nothing_of_ours(storage: Any) -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"), storage=storage)
+    net, *_ = live_net(storage=storage)
     net(batch()).backward()
     assert b"safefreeze" not in pickle.dumps(net)
 
 
 def test_a_model_may_hold_its_handle() -> None:
-    net: Any = Net()
-    net.handle = sf.live_gradients(net, plan_of("rows"))
+    net, _, net.handle = live_net()
     found = copy.deepcopy(net)
     found.handle.remove()
     with pytest.raises(RuntimeError, match="or is a copy"):
         found.handle.__enter__()
     net(batch()).backward()
-    assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+    assert not frozen_gradient(net).any()
 
 
 def test_neither_a_model_nor_its_copy_is_kept() -> None:
-    net: Any = Net()
-    handle = sf.live_gradients(net, plan_of("rows"))
+    net, _, handle = live_net()
     gc.disable()
     try:
         gone = [weakref.ref(copy.deepcopy(net).layer.weight), weakref.ref(net.layer.weight)]
@@ -422,38 +435,30 @@ def test_neither_a_model_nor_its_copy_is_kept() -> None:
     handle.remove()
 
 
-def wrapped(layer: Any) -> None:
-    """As accelerate's hooks do it."""
-    layer._old_forward = layer.forward
-    layer.forward = lambda *args: layer._old_forward(*args)
-
-
-def unwrapped(layer: Any) -> None:
-    layer.forward = layer._old_forward
-    del layer._old_forward
-
-
 def test_a_forward_that_something_else_wrapped() -> None:
     """What it wraps must not go on leaving gradients out once live gradients were removed, nor come into a copy."""
-    net, expected, plan = Net(), Net(), plan_of("rows")
-    handle = sf.live_gradients(net, plan)
-    wrapped(net.layer)
+    expected = Net()
+    net, plan, handle = live_net()
+    layer = net.layer
+    layer._old_forward = layer.forward  # as accelerate's hooks do it
+    layer.forward = lambda *args: layer._old_forward(*args)
     net(batch()).backward()
-    assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+    assert not frozen_gradient(net).any()
     found = copy.deepcopy(net)
     assert found.layer._old_forward.__self__ is found.layer
     handle.remove()
     net.zero_grad()
     for model in (net, expected):
         model(batch()).backward()
-    assert_same_bits(net.layer.weight.grad, expected.layer.weight.grad, "while it is wrapped")
-    unwrapped(net.layer)
+    assert_same_bits(layer.weight.grad, expected.layer.weight.grad, "while it is wrapped")
+    layer.forward = layer._old_forward
+    del layer._old_forward
     with sf.live_gradients(net, plan) as again:
         assert not again.layers[0].left_alone
         net.zero_grad()
         net(batch()).backward()
-        assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
-    assert "forward" not in vars(net.layer)
+        assert not frozen_gradient(net).any()
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -463,7 +468,7 @@ def test_a_compiled_model_notices_that_they_are_gone(backend: str) -> None:
     compiled = torch.compile(net, backend=backend)
     with sf.live_gradients(net, plan):
         compiled(batch()).backward()
-        assert not net.layer.weight.grad[MASKS["rows"].dense()].any()
+        assert not frozen_gradient(net).any()
         found = copy.deepcopy(compiled)
     for model in (compiled, found, expected):
         model.zero_grad()
@@ -472,22 +477,16 @@ def test_a_compiled_model_notices_that_they_are_gone(backend: str) -> None:
         torch.testing.assert_close(model.layer.weight.grad, expected.layer.weight.grad)
 
 
-@contextmanager
-def conversion(way: str) -> Iterator[None]:
-    switch = getattr(torch.__future__, f"set_{way}_module_params_on_conversion", lambda on: None)
-    switch(True)
-    try:
-        yield
-    finally:
-        switch(False)
-
-
 def swap_parameters(net: nn.Module, way: str) -> None:
     if way == "assign":
         net.load_state_dict({name: p.to(torch.bfloat16) for name, p in net.state_dict().items()}, assign=True)
-    else:
-        with conversion(way):
-            net.to(torch.bfloat16)
+        return
+    switch = getattr(torch.__future__, f"set_{way}_module_params_on_conversion", lambda on: None)
+    switch(True)
+    try:
+        net.to(torch.bfloat16)
+    finally:
+        switch(False)
 
 
 SWAPS: Final = pytest.mark.parametrize("way", ["data", "swap", "overwrite", "assign"])
@@ -497,23 +496,21 @@ SWAPS: Final = pytest.mark.parametrize("way", ["data", "swap", "overwrite", "ass
 @SWAPS
 def test_swapped_parameters_have_live_gradients_too(way: str, storage: Any) -> None:
     """The optimizer was not told that their gradients lack parts, and they could not be asked for a second time."""
-    net, plan = Net(), plan_of("rows")
-    handle = sf.live_gradients(net, plan, storage=storage)
+    net, plan, handle = live_net(storage=storage)
     swap_parameters(net, way)
     net(batch(torch.bfloat16)).backward()
     grad: Any = net.layer.weight.grad
     assert grad.dtype == torch.bfloat16 and isinstance(grad, PackedGradient) == (storage == "packed")
-    assert not (grad if storage == "dense" else grad.to_dense())[MASKS["rows"].dense()].any()
-    few = sf.FreezePlan({"layer.weight": sf.FreezeMask(SHAPE, rows=[0])})
+    assert not frozen_gradient(net).any()
     with pytest.raises(ValueError, match="learns where live_gradients computes no gradient"):
-        sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=few).step()
+        adamw(net, FEW).step()
     with pytest.raises(ValueError, match="has live gradients already"):
         sf.live_gradients(net, plan)
     handle.remove()
     net.zero_grad()
     net(batch(torch.bfloat16)).backward()
-    assert type(net.layer.weight.grad) is Tensor and net.layer.weight.grad[MASKS["rows"].dense()].any()
-    sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=few).step()
+    assert type(net.layer.weight.grad) is Tensor and frozen_gradient(net).any()
+    adamw(net, FEW).step()
 
 
 @STORAGE
@@ -539,21 +536,19 @@ def test_lent_tensors_have_ordinary_gradients(storage: Any) -> None:
 @pytest.mark.parametrize("way", ["data", "swap", "overwrite"])
 def test_a_packed_gradient_is_converted_with_its_weight(way: str) -> None:
     """What it held kept its dtype when torch set ``data``: the gradient said bfloat16, and the optimizer float32."""
-    net, plan = Net(), plan_of("rows")
-    sf.live_gradients(net, plan, storage="packed")
+    net, plan, _ = live_net(storage="packed")
     net(batch()).backward()
     right = net.layer.weight.grad.packed.to(torch.bfloat16)
     swap_parameters(net, way)
     grad = net.layer.weight.grad
     assert isinstance(grad, PackedGradient) and grad.dtype == torch.bfloat16
     assert_same_bits(grad.packed, right, "packed")
-    sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan).step()
+    adamw(net, plan).step()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_of_packed_gradients(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net, *_ = live_net(storage="packed")
     net(batch()).backward()
     grad = net.layer.weight.grad
     right = grad.packed.clone()
@@ -573,6 +568,15 @@ def packed_and_dense(mask: str, dtype: torch.dtype = torch.float32) -> tuple[lis
     return nets, plan
 
 
+def shard(net: Net) -> None:
+    """FSDP2, layer by layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in (net.first, net.layer, net.last, net):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     "options",
@@ -586,7 +590,7 @@ def test_training_with_packed_gradients_is_the_same(mask: str, options: dict[str
     dtype = options.pop("dtype", torch.float32)
     nets, plan = packed_and_dense(mask, dtype)
     start = nets[0].layer.weight.detach().clone()
-    optimizers = [sf.MaskedAdamW(n.named_parameters(), lr=1e-2, freeze=plan, **options) for n in nets]
+    optimizers = [adamw(n, plan, **options) for n in nets]
     for step in range(6):
         norms = []
         for net, optimizer in zip(nets, optimizers, strict=True):
@@ -610,18 +614,12 @@ def test_training_with_packed_gradients_is_the_same(mask: str, options: dict[str
 def test_unclipped_steps_are_the_same_bits() -> None:
     nets, plan = packed_and_dense("both")
     for net in nets:
-        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
-        for seed in range(4):
-            net(batch(seed=seed)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
-        assert_same_bits(p.detach(), q.detach(), name)
+        train(net, net, plan, 4)
+    assert_same_weights(*nets)
 
 
 def test_a_packed_gradient_takes_the_live_share() -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("both"), storage="packed", most_live=0.9)
+    net, *_ = live_net("both", storage="packed", most_live=0.9)
     net(batch()).backward()
     grad = net.layer.weight.grad
     assert grad.shape == SHAPE and grad.packed.shape == MASKS["both"].packed_shape
@@ -634,26 +632,24 @@ def test_a_packed_gradient_takes_the_live_share() -> None:
 def test_storage_may_change_between_steps() -> None:
     """What is there is read: packed, dense, packed again; the optimizer and clipping notice."""
     nets, plan = [Net(), Net()], plan_of("rows")
-    optimizers = [sf.MaskedAdamW(n.named_parameters(), lr=1e-2, freeze=plan) for n in nets]
+    optimizers = [adamw(net, plan) for net in nets]
     for step in range(6):
         storage: Any = "packed" if step % 2 else "dense"
         with sf.live_gradients(nets[0], plan, storage=storage), sf.live_gradients(nets[1], plan):
-            losses = [net(batch(seed=step)) for net in nets]
-            for net, optimizer, loss in zip(nets, optimizers, losses, strict=True):
-                loss.backward()
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                net(batch(seed=step)).backward()
                 assert (type(net.layer.weight.grad) is PackedGradient) == (net is nets[0] and storage == "packed")
                 sf.clip_grad_norm_(net, 1e6, plan)
                 optimizer.step()
                 optimizer.zero_grad()
-    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
-        assert_same_bits(p.detach(), q.detach(), name)
+    assert_same_weights(*nets)
 
 
 def test_torchs_own_clipping_and_scaler_take_packed_gradients() -> None:
     nets, plan = packed_and_dense("rows")
     norms = []
     for net in nets:
-        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+        optimizer = adamw(net, plan)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(net(batch())).backward()
         scaler.unscale_(optimizer)
@@ -666,9 +662,7 @@ def test_torchs_own_clipping_and_scaler_take_packed_gradients() -> None:
 
 
 def test_a_compiled_model_runs_packed_layers_outside_the_graph() -> None:
-    expected = Net()
-    found, plan = copy.deepcopy(expected), plan_of("rows")
-    sf.live_gradients(found, plan, storage="packed")
+    expected, found, plan = twins("rows", storage="packed")
     torch._dynamo.reset()
     torch.compile(found, backend="aot_eager")(batch()).backward()
     expected(batch()).backward()
@@ -705,8 +699,7 @@ NEEDS_ORDINARY: Final[dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", NEEDS_ORDINARY)
 def test_what_needs_an_ordinary_gradient_is_refused(what: str) -> None:
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net, *_ = live_net(storage="packed")
     net(batch()).backward()
     before = net.layer.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"storage='dense'"):
@@ -716,34 +709,27 @@ def test_what_needs_an_ordinary_gradient_is_refused(what: str) -> None:
 
 def test_packed_by_another_plan() -> None:
     """More, less or something else frozen than was packed."""
-    net = Net()
-    sf.live_gradients(net, plan_of("rows"), storage="packed")
+    net, *_ = live_net(storage="packed")
     net(batch()).backward()
-    for other in (sf.FreezeMask(SHAPE, rows=[0, 2]), MASKS["all"], MASKS["columns"]):
-        plan = sf.FreezePlan({"layer.weight": other})
-        start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    start = copies(net)
+    for other in (sf.FreezeMask(SHAPE, rows=[0, 2]), "all", "columns"):
         with pytest.raises(ValueError, match=r"'layer\.weight'.*(with the new plan)"):
-            sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan).step()
-        if other is not MASKS["all"]:
-            continue
-        with pytest.raises(ValueError, match=r"packed by another plan: 32 of 96 elements are held, expected 0"):
-            sf.clip_grad_norm_(net, 1.0, plan)
-        for name, p in net.named_parameters():
-            assert_same_bits(p.detach(), start[name], name)
+            adamw(net, plan_of(other)).step()
+    with pytest.raises(ValueError, match=r"packed by another plan: 32 of 96 elements are held, expected 0"):
+        sf.clip_grad_norm_(net, 1.0, plan_of("all"))
+    assert_same_weights(net, start)
 
 
 def packed_on_ranks(rank: int, way: str) -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     net, plan = Net(), plan_of("rows")
     if way == "FSDP2":
-        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        shard(net)
     try:
         sf.live_gradients(net, plan, storage="packed")
         if way == "FSDP2 afterwards":
-            fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+            shard(net)
         model = DistributedDataParallel(net) if way == "DDP" else net  # backward needs it to stay
         model(batch()).backward()
     except (ValueError, RuntimeError) as error:
@@ -758,38 +744,22 @@ def test_packed_gradients_are_for_one_device(way: str) -> None:
 
 
 def on_ranks(rank: int, way: str) -> dict[str, Tensor]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    net, plan = Net(), plan_of("rows")
+    net = Net()
     if way == "FSDP2":
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in (net.first, net.layer, net.last):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    handle = sf.live_gradients(net, plan)
-    assert not handle.layers[0].left_alone
-    model = DistributedDataParallel(net) if way == "DDP" else net
-    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
-    for seed in range(3):
-        model(batch(seed=seed)).backward()
-        sf.clip_grad_norm_(net, 0.1, plan)
-        optimizer.step()
-        optimizer.zero_grad()
+        shard(net)
+    plan = plan_of("rows")
+    assert not sf.live_gradients(net, plan).layers[0].left_alone
+    train(net, DistributedDataParallel(net) if way == "DDP" else net, plan, 3, max_norm=0.1)
     return {n: (p.full_tensor() if way == "FSDP2" else p).detach() for n, p in net.named_parameters()}
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
 def test_on_several_ranks(way: str) -> None:
     net, plan = Net(), plan_of("rows")
-    start = copy.deepcopy(net.state_dict())
-    optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
-    for seed in range(3):
-        net(batch(seed=seed)).backward()
-        sf.clip_grad_norm_(net, 0.1, plan)
-        optimizer.step()
-        optimizer.zero_grad()
+    start = copies(net)
+    train(net, net, plan, 3, max_norm=0.1)
     for found in run_ranks(2, on_ranks, way):
         for name, p in net.named_parameters():
             torch.testing.assert_close(found[name], p.detach(), rtol=0, atol=3e-2 * 2**-8)

@@ -50,17 +50,30 @@ def optimizer_of(net: torch.nn.Module, **options: Any) -> sf.MaskedAdamW:
     return sf.MaskedAdamW(net.named_parameters(), **{**OPTIONS, "freeze": plan(), **options})
 
 
-def plain(steps: list[Tensor], dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The plain loop that others are compared with."""
-    net = model()
-    optimizer = optimizer_of(net)
+def train(
+    net: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: list[Tensor],
+    *,
+    clip: bool = True,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+    clips_inside: sf.MaskedAdamW | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     for batch in steps:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             loss = loss_of(net, batch)
-        loss.backward()
-        sf.clip_grad_norm_(net, 0.1, plan())
+        backward(loss)
+        if clip:
+            sf.clip_grad_norm_(net, 0.1, plan(), optimizer=clips_inside)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def plain(steps: list[Tensor], dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The plain loop that others are compared with."""
+    net = model()
+    train(net, optimizer_of(net), steps, dtype=dtype)
     return net
 
 
@@ -93,14 +106,9 @@ def test_accelerate_is_the_plain_loop(precision: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     net = model()
     net, optimizer, loader = accelerator.prepare(net, optimizer_of(net), DataLoader(torch.cat(batches()), batch_size=2))
-    for batch in loader:
-        accelerator.backward(loss_of(net, batch))
-        sf.clip_grad_norm_(net, 0.1, plan())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_same_weights(
-        accelerator.unwrap_model(net), plain(batches(), torch.bfloat16 if precision == "bf16" else None)
-    )
+    train(net, optimizer, loader, backward=accelerator.backward)
+    expected = plain(batches(), torch.bfloat16 if precision == "bf16" else None)
+    assert_same_weights(accelerator.unwrap_model(net), expected)
 
 
 def test_accelerate_clips_by_the_raw_norm_and_ours_does_not() -> None:
@@ -148,11 +156,7 @@ def test_accelerate_saves_and_resumes(tmp_path: Path) -> None:
         net, optimizer = accelerator.prepare(net, optimizer_of(net))
         if load:
             accelerator.load_state(str(tmp_path))
-        for batch in steps:
-            accelerator.backward(loss_of(net, batch))
-            sf.clip_grad_norm_(net, 0.1, plan(), optimizer=optimizer.optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
+        train(net, optimizer, steps, backward=accelerator.backward, clips_inside=optimizer.optimizer)
         if save:
             accelerator.save_state(str(tmp_path))
         return net, optimizer.optimizer
@@ -279,11 +283,7 @@ def test_grad_scaler_is_the_plain_loop() -> None:
 def test_grad_scaler_fused_is_the_plain_step() -> None:
     net, expected = model(), model()
     scaled(True, batches(), net)
-    optimizer = optimizer_of(expected)
-    for batch in batches():
-        loss_of(expected, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(expected, optimizer_of(expected), batches(), clip=False)
     assert_same_weights(net, expected)
 
 
@@ -321,13 +321,8 @@ def recomputing(net: torch.nn.Module) -> torch.nn.Module:
 def test_wrapped_models_take_plans_of_the_bare_one(wrap: Callable[[Any], torch.nn.Module]) -> None:
     net = wrap(model())
     assert UP not in dict(net.named_parameters())
-    optimizer = optimizer_of(net)
     proof = sf.snapshot(net, plan())
-    for batch in batches()[:3]:
-        loss_of(net, batch).backward()
-        sf.clip_grad_norm_(net, 0.1, plan())
-        optimizer.step()
-        optimizer.zero_grad()
+    train(net, optimizer_of(net), batches()[:3])
     proof.verify(net)
     expected = plain(batches()[:3])
     for (name, p), q in zip(net.named_parameters(), expected.parameters(), strict=True):
@@ -340,9 +335,7 @@ def test_averaged_models_and_ema() -> None:
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     optimizer = optimizer_of(net)
     for batch in batches()[:3]:
-        loss_of(net, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(net, optimizer, [batch], clip=False)
         average.update_parameters(net)
     # an average of equal values is that value, to a rounding; the trained model is exact
     frozen = plan()[UP].dense()
@@ -378,12 +371,8 @@ def test_modules_trained_whole_freeze_beside_lora() -> None:
     optimizer = sf.MaskedAdamW(((n, p) for n, p in net.named_parameters() if p.requires_grad), freeze=freeze, **OPTIONS)
     proof = sf.snapshot(net, freeze)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    for batch in batches()[:3]:
-        loss_of(net, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(net, optimizer, batches()[:3], clip=False)
     proof.verify(net)
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in net.named_parameters() if p.requires_grad}
-    merged = net.merge_and_unload()
-    proof.verify(merged)
+    proof.verify(net.merge_and_unload())

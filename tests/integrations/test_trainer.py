@@ -44,8 +44,7 @@ def by_hand(batches: list[list[dict[str, Tensor]]], steps: int, max_norm: float 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (steps - step) / steps))
     norms = []
     for rows in batches:
-        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        net(**batch).loss.backward()
+        net(**batch_of(rows)).loss.backward()
         norms.append(float(sf.clip_grad_norm_(net, max_norm, plan())))
         optimizer.step()
         schedule.step()
@@ -79,19 +78,33 @@ def assert_close(found: torch.nn.Module, expected: torch.nn.Module) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=8 * 1e-2 * 2**-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def copies(net: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def logged(run: Trainer, excess: float = 1.05) -> list[float]:
+    """The norms that a run logged; it logged raw ones with them, which are larger by a factor."""
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * excess for entry in entries)
+    assert {entry["frozen_share"] for entry in entries} == {round(plan().frozen_fraction, 6)}
+    return [entry["grad_norm"] for entry in entries]
+
+
+def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
 def test_a_copy_of_the_model_zeroes_nothing() -> None:
     """As a reference model is made, after the optimizer: its backward zeroed the original's gradients, and it could not
     be pickled."""
-    net = model()
+    net, batch = model(), batch_of(dataset())
     optimizer = build_masked_adamw(net, plan(), **LR)
-    batch = {key: torch.stack([row[key] for row in dataset()]) for key in dataset()[0]}
     found = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     assert not found._forward_hooks and vars(found).keys() == vars(model()).keys()
     assert b"safefreeze" not in pickle.dumps(net)
     net(**batch).loss.backward()
     name, mask = next(iter(plan().items()))
-    frozen = mask.dense()
-    weight = net.get_parameter(name)
+    frozen, weight = mask.dense(), net.get_parameter(name)
     assert not weight.grad[frozen].any()
     weight.grad.fill_(1.0)
     found(**batch).loss.backward()
@@ -127,10 +140,7 @@ def test_training_is_a_plain_loop_with_live_clipping(tmp_path: Path) -> None:
     proof.verify(run.model)
     expected, norms = by_hand(run.batches, 8)
     assert_close(run.model, expected)
-    logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert [entry["grad_norm"] for entry in logged] == pytest.approx(norms, rel=1e-4)
-    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
-    assert {entry["frozen_share"] for entry in logged} == {round(plan().frozen_fraction, 6)}
+    assert logged(run) == pytest.approx(norms, rel=1e-4)
 
 
 def test_groups_names_and_decay_are_trainers(tmp_path: Path) -> None:
@@ -165,9 +175,7 @@ def test_accumulation_sees_every_batch(tmp_path: Path) -> None:
     pairs = [a + b for a, b in zip(run.batches[::2], run.batches[1::2], strict=True)]
     expected, norms = by_hand(pairs, 4)
     assert_close(run.model, expected)
-    logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert [entry["grad_norm"] for entry in logged] == pytest.approx(norms, rel=1e-4)
-    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
+    assert logged(run) == pytest.approx(norms, rel=1e-4)
 
 
 class Poison(trainer_run.TrainerCallback):  # type: ignore[misc]
@@ -195,20 +203,17 @@ def test_a_nan_in_a_frozen_gradient_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"bf16": True}, {"max_grad_norm": 0.0}, {"gradient_checkpointing": True}])
 def test_other_settings_of_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
     run = recording(tmp_path, max_steps=3, **options)
-    start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    start = copies(run.model)
     run.train()
     sf.snapshot(start, plan()).verify(run.model)
     assert all(not torch.equal(p, start[name]) for name, p in run.model.named_parameters())
-    logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.05 for entry in logged)
     expected = by_hand(run.batches[:1], 3)[1][0]
-    assert logged[0]["grad_norm"] == pytest.approx(expected, rel=0.03 if "bf16" in options else 1e-4)
+    assert logged(run)[0] == pytest.approx(expected, rel=0.03 if "bf16" in options else 1e-4)
 
 
 def test_a_backward_pass_that_failed_is_forgotten() -> None:
-    net = model()
+    net, batch = model(), batch_of(dataset()[:2])
     optimizer = build_masked_adamw(net, plan(), **LR)
-    batch = {key: torch.stack([row[key] for row in dataset()[:2]]) for key in ("input_ids", "labels")}
 
     def fail(grad: Tensor) -> Tensor:
         raise RuntimeError("out of memory, say")
@@ -240,15 +245,11 @@ def gradients_on_ranks(rank: int, way: str) -> tuple[float, float, dict[str, Ten
 
     net = model()
     if way == "FSDP2":
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in net.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
+        for layer in (*net.model.layers, net):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     optimizer = build_masked_adamw(net, plan(), **LR)
     run = DistributedDataParallel(net) if way == "DDP" else net
-    rows = dataset()[4 * rank : 4 * rank + 4]
-    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    run(**batch).loss.backward()
+    run(**batch_of(dataset()[4 * rank : 4 * rank + 4])).loss.backward()
     del optimizer
     live, raw = sf.clip_grad_norm_(net, 1e9, plan(), return_raw=True)
     whole = {n: p.grad.full_tensor() if way == "FSDP2" else p.grad for n, p in net.named_parameters()}
@@ -258,8 +259,7 @@ def gradients_on_ranks(rank: int, way: str) -> tuple[float, float, dict[str, Ten
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
 def test_frozen_gradients_are_zero_after_ranks_have_averaged(way: str) -> None:
     net = model()
-    batch = {key: torch.stack([row[key] for row in dataset()[:8]]) for key in ("input_ids", "labels")}
-    net(**batch).loss.backward()
+    net(**batch_of(dataset()[:8])).loss.backward()
     for live, raw, grads in run_ranks(2, gradients_on_ranks, way):
         assert live == raw
         for name, p in net.named_parameters():
@@ -359,14 +359,11 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     frozen.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"up_proj\.weight' has requires_grad=False"):
         run(plan(), frozen)
-    other = sf.FreezePlan({"model.norm.weight": sf.FreezeMask((32,), rows=[0])})
     with pytest.raises(ValueError, match="another plan"):
-        run(plan(), model(), callbacks=[FreezeCallback(other)])
+        run(plan(), model(), callbacks=[FreezeCallback(OTHER)])
     net = model()
-    guarded = torch.optim.SGD(net.parameters(), lr=1e-3)
-    sf.guard(guarded, plan(), net)
     with pytest.raises(ValueError, match="raw_norm needs an optimizer made by masked_adamw"):
-        with_optimizer(tmp_path, net, guarded, raw_norm=True).train()
+        with_optimizer(tmp_path, net, guarded_sgd(net, plan()), raw_norm=True).train()
 
 
 def with_optimizer(folder: Path, net: Any, optimizer: torch.optim.Optimizer | None, **options: Any) -> Trainer:
@@ -378,24 +375,6 @@ def with_optimizer(folder: Path, net: Any, optimizer: torch.optim.Optimizer | No
 
 
 OTHER = sf.FreezePlan({"model.norm.weight": sf.FreezeMask((32,), rows=[0])})
-NO_FREEZE: dict[str, Any] = {
-    "Trainer's own": lambda net: None,
-    "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=1e-2),
-    "MaskedAdam without a plan": lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2),
-    "a guard that was removed": lambda net: guarded_sgd(net, plan(), remove=True),
-}
-ANOTHER_PLAN: dict[str, Any] = {
-    "MaskedAdam": lambda net: sf.MaskedAdam(net.named_parameters(), freeze=OTHER),
-    "guard": lambda net: guarded_sgd(net, OTHER),
-}
-FREEZE: dict[str, Any] = {
-    "MaskedAdam": lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2, freeze=plan()),
-    "guard": lambda net: guarded_sgd(net, plan()),
-    "two guards": lambda net: guarded_sgd(
-        net, *(sf.FreezePlan({name: mask for name, mask in plan().items() if ("embed" in name) == it}) for it in (0, 1))
-    ),
-    "one of two guards": lambda net: guarded_sgd(net, plan(), OTHER),
-}
 
 
 def guarded_sgd(net: Any, *plans: sf.FreezePlan, remove: bool = False) -> torch.optim.Optimizer:
@@ -407,23 +386,40 @@ def guarded_sgd(net: Any, *plans: sf.FreezePlan, remove: bool = False) -> torch.
     return optimizer
 
 
-@pytest.mark.parametrize("how", [*NO_FREEZE, *ANOTHER_PLAN])
-def test_a_callback_beside_an_optimizer_that_does_not_freeze(how: str, tmp_path: Path) -> None:
-    """It was found by the proof, at the last step of a run that had to be thrown away."""
-    net = model()
-    run = with_optimizer(tmp_path, net, {**NO_FREEZE, **ANOTHER_PLAN}[how](net))
-    words = "freezes by another plan" if how in ANOTHER_PLAN else "does not freeze.*masked_adamw.*guard"
-    with pytest.raises(ValueError, match=f"FreezeCallback: .*{words}"):
-        run.train()
-    assert run.state.global_step == 0
+DOES_NOT, OTHERWISE = "does not freeze.*masked_adamw.*guard", "freezes by another plan"
+BESIDE: dict[str, tuple[Any, str]] = {
+    "Trainer's own": (lambda net: None, DOES_NOT),
+    "SGD": (lambda net: torch.optim.SGD(net.parameters(), lr=1e-2), DOES_NOT),
+    "MaskedAdam without a plan": (lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2), DOES_NOT),
+    "a guard that was removed": (lambda net: guarded_sgd(net, plan(), remove=True), DOES_NOT),
+    "MaskedAdam by another plan": (lambda net: sf.MaskedAdam(net.named_parameters(), freeze=OTHER), OTHERWISE),
+    "guard by another plan": (lambda net: guarded_sgd(net, OTHER), OTHERWISE),
+    "MaskedAdam": (lambda net: sf.MaskedAdam(net.named_parameters(), lr=1e-2, freeze=plan()), ""),
+    "guard": (lambda net: guarded_sgd(net, plan()), ""),
+    "two guards": (
+        lambda net: guarded_sgd(
+            net, *(sf.FreezePlan({n: mask for n, mask in plan().items() if ("embed" in n) == it}) for it in (0, 1))
+        ),
+        "",
+    ),
+    "one of two guards": (lambda net: guarded_sgd(net, plan(), OTHER), ""),
+}
 
 
-@pytest.mark.parametrize("how", FREEZE)
-def test_a_callback_beside_an_optimizer_that_freezes(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", BESIDE)
+def test_a_callback_beside_an_optimizer_of_someone_else(how: str, tmp_path: Path) -> None:
+    """One that does not freeze was found by the proof, at the last step of a run that had to be thrown away."""
+    make, refused = BESIDE[how]
     net = model()
     proof = sf.snapshot(net, plan())
-    with_optimizer(tmp_path, net, FREEZE[how](net)).train()
-    proof.verify(net)
+    run = with_optimizer(tmp_path, net, make(net))
+    if refused:
+        with pytest.raises(ValueError, match=f"FreezeCallback: .*{refused}"):
+            run.train()
+        assert run.state.global_step == 0
+    else:
+        run.train()
+        proof.verify(net)
 
 
 def test_a_callback_may_prove_what_does_not_train_anyway(tmp_path: Path) -> None:
@@ -439,12 +435,8 @@ def test_a_callback_may_prove_what_does_not_train_anyway(tmp_path: Path) -> None
 def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
     """``optimizers=`` takes ours too; without `masked_adamw`, Trainer clips by the raw norm."""
     net = model()
-    optimizer = sf.MaskedAdamW(groups_of(net), freeze=plan(), **LR)
-    run = Trainer(
-        model=net, args=arguments(tmp_path, max_steps=3), train_dataset=dataset(), optimizers=(optimizer, None),
-        callbacks=[FreezeCallback(plan())],
-    )  # fmt: skip
     proof = sf.snapshot(net, plan())
+    run = with_optimizer(tmp_path, net, sf.MaskedAdamW(groups_of(net), freeze=plan(), **LR))
     run.train()
     proof.verify(run.model)
 
@@ -488,10 +480,9 @@ def test_trl(kind: str, tmp_path: Path) -> None:
         model=net, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer(),
         callbacks=[FreezeCallback(plan(), raw_norm=True)], **ours,
     )  # fmt: skip
-    begin = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    begin = copies(run.model)
     run.train()
     sf.snapshot(begin, plan()).verify(run.model)
     assert any(not torch.equal(p, begin[name]) for name, p in run.model.named_parameters())
     assert (tmp_path / "checkpoint-3" / "freeze_proof.json").exists()
-    logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert all(entry["raw_grad_norm"] > entry["grad_norm"] * 1.01 for entry in logged)
+    assert logged(run, 1.01)

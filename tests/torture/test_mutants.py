@@ -131,7 +131,7 @@ MUTANTS: Final = (
     Mutant(
         "guard does not put frozen values back",
         "optim/guard.py",
-        "self._backend(params).scatter_(self._work, targets, self._copy)",
+        "self._backend(shards).scatter_(self._work, targets, self.packed)",
         "pass",
         (CONTRACT,),
     ),
