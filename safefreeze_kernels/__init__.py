@@ -44,12 +44,14 @@ _HOMES: Final = {
     "profile_step": ".measure.step",
 }
 
+_MODULES: Final = {"attribution": ".attribution", "audit": ".proof.audit", "integrations": ".integrations"}
+
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in ("attribution", "integrations"):
-        return importlib.import_module(f".{name}", __name__)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name], __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name], __name__), name)

@@ -476,15 +476,14 @@ def verify(
         from ..plan.files import write_atomically
         from ..plan.plan import FreezePlan
         from ..proof import audit
-        from ..proof import statement as attestation
 
         if report is not None:
             _check_writable(report)
         read, names, others = FreezePlan.load(plan), _pairs(tied), untied or []
         if _is_text(base):
-            statement = attestation.Statement.load(base)
+            statement = audit.Statement.load(base)
             with _byte_bar("verify", audit.total_bytes(tuned)) as progress:
-                found = attestation.check(tuned, read, statement, tied=names, untied=others, progress=progress)
+                found = audit.check(tuned, read, statement, tied=names, untied=others, progress=progress)
         else:
             with _byte_bar("verify", audit.total_bytes(base, tuned)) as progress:
                 found = audit.compare(base, tuned, read, tied=names, untied=others, progress=progress)
@@ -513,12 +512,11 @@ def attest(
     with _foreseen():
         from ..plan.plan import FreezePlan
         from ..proof import audit
-        from ..proof import statement as attestation
 
         _check_writable(output)
         read, names = FreezePlan.load(plan), _pairs(tied)
         with _byte_bar("attest", audit.total_bytes(base, tuned)) as progress:
-            found = attestation.attest(base, tuned, read, output, tied=names, untied=untied or [], progress=progress)
+            found = audit.attest(base, tuned, read, output, tied=names, untied=untied or [], progress=progress)
         _console().print(
             f"{found.frozen_elements:,} frozen elements are as they were.\nStatement in {output}", **_PLAIN
         )

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import safefreeze_kernels as sf
-from safefreeze_kernels.proof import audit, checkpoint
-from safefreeze_kernels.proof.audit import compare
-from safefreeze_kernels.proof.statement import Statement, attest, check
+from safefreeze_kernels import audit
+from safefreeze_kernels.proof import checkpoint, comparison
+from safefreeze_kernels.proof.audit import FrozenBytesChangedError, Statement, attest, check, compare
 
 SHAPES: Final = {
     "a.rows": (40, 12),
@@ -167,17 +167,18 @@ def test_single_frozen_elements_and_blocks(tmp_path: Path, monkeypatch: pytest.M
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_extension_counts_as_numpy_does(seed: int) -> None:
-    if audit._compared is audit._difference:
+    if comparison._C is None:
         pytest.skip("no extension here")
     draw = np.random.default_rng(seed)
-    width, value, _ = list(checkpoint.DTYPES.values())[draw.integers(0, len(checkpoint.DTYPES))]
+    dtype = list(checkpoint.DTYPES)[draw.integers(0, len(checkpoint.DTYPES))]
+    width = checkpoint.DTYPES[dtype][0]
     n_rows, n_cols = draw.integers(1, 9), draw.integers(1, 2100 if draw.random() < 0.2 else 40)
     before = draw.integers(0, 256, (n_rows, n_cols * width), np.uint8)
     after = np.where(
         draw.random(before.shape) < draw.choice([0.0, 0.02, 0.6]), draw.integers(0, 256, before.shape), before
     )
     after = np.ascontiguousarray(after, np.uint8)
-    if value == 0 and draw.random() < 0.7:  # weights as they are, and a small change of some
+    if dtype == "F32" and draw.random() < 0.7:  # weights as they are, and a small change of some
         weights = draw.standard_normal((n_rows, n_cols)).astype(np.float32)
         changed = weights + np.float32(0.01) * (draw.random(weights.shape) < draw.choice([0.02, 0.6, 1.0]))
         before, after = weights.view(np.uint8), changed.astype(np.float32).view(np.uint8)
@@ -185,18 +186,18 @@ def test_the_extension_counts_as_numpy_does(seed: int) -> None:
     bits = np.packbits(draw.random(n_rows * n_cols) < 0.3, bitorder="little")
     bits = np.concatenate([bits, np.zeros(8, np.uint8)])
     flags = rows, cols if draw.random() < 0.5 else None, bits if draw.random() < 0.5 else None
-    *expected, largest_, total_, squares_ = audit._difference(before, after, value, *flags)
-    best = audit._C.isa()
+    *expected, largest_, total_, squares_ = comparison.compare_in_numpy(dtype, before, after, flags)
+    best = comparison._C.isa()
     try:
-        for isa in audit._C.runnable_isas():
-            audit._C.choose_isa(isa)
-            *counts, largest, total, squares = audit._compared(before, after, value, *flags)
+        for isa in comparison._C.runnable_isas():
+            comparison._C.choose_isa(isa)
+            *counts, largest, total, squares = comparison.compare_in_cpp(dtype, before, after, flags)
             assert counts == expected and largest == largest_, isa
             # float32 sums of 16 terms or fewer, none negative; squares that float32 loses are below 1e-25 together
             assert total == pytest.approx(total_, rel=2**-20), isa
             assert squares == pytest.approx(squares_, rel=2**-20, abs=1e-25), isa
     finally:
-        audit._C.choose_isa(best)
+        comparison._C.choose_isa(best)
 
 
 def test_live_changes_that_are_no_numbers(tmp_path: Path) -> None:
@@ -441,7 +442,7 @@ def test_a_weight_is_compared_under_each_of_its_names(tmp_path: Path, what: str)
         assert compared | report.uncompared.keys() == {*before, *after} and not compared & report.uncompared.keys()
         assert json.loads(json.dumps(report.to_json()))["uncompared"] == report.uncompared
         if not report.ok:
-            with pytest.raises(audit.FrozenBytesChangedError, match="nothing was attested"):
+            with pytest.raises(FrozenBytesChangedError, match="nothing was attested"):
                 attest(base, tuned, plan, tied=tied)
             continue
         statement = attest(base, tuned, plan, tied=tied)
@@ -708,7 +709,7 @@ def test_it_needs_no_torch_and_little_memory(tmp_path: Path) -> None:
     base, tuned = save(tmp_path / "a", wide), save(tmp_path / "b", {"w": torch.where(mask.dense(), 0.0, 1.0)})
     code = (
         "import sys\n"
-        "from safefreeze_kernels.proof import audit, statement; from safefreeze_kernels.plan.plan import FreezePlan\n"
+        "from safefreeze_kernels import FreezePlan, audit\n"
         "report = audit.compare(*sys.argv[1:3], FreezePlan.load(sys.argv[3]))\n"
         "assert report.ok and report.tensors[0].live_changed == 2048 * 4096\n"
         "assert 'torch' not in sys.modules\n"
