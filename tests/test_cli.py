@@ -16,7 +16,6 @@ from attribution_models import LABEL_FILE, needs_labels, random_scores, tiny, to
 from model_folders import fails, png_size, run, save_model
 
 import safefreeze_kernels as sf
-from safefreeze_kernels import cli
 from safefreeze_kernels.attribution import (
     LABELS,
     METHODS,
@@ -29,6 +28,7 @@ from safefreeze_kernels.attribution import (
 )
 from safefreeze_kernels.attribution.pictures import complete_plan, draw_units, frozen_units
 from safefreeze_kernels.calibration import load_pairs, read_pairs
+from safefreeze_kernels.cli import plans
 from safefreeze_kernels.integrations.transformers import load_model, load_skeleton
 
 transformers = pytest.importorskip("transformers")
@@ -165,22 +165,22 @@ def test_score_compares_halves_of_the_sets(
     assert result.exit_code == 0, result.output
     overlaps = []
     for seed in (0, 1):
-        halves = list(cli._halved(pairs, seed))
+        halves = list(plans.halved(pairs, seed))
         for both, whole in zip(zip(*halves, strict=True), pairs, strict=True):
             assert sorted([*both[0], *both[1]]) == sorted(whole) and abs(len(both[0]) - len(both[1])) <= 1
             assert all(half == [pair for pair in whole if pair in half] for half in both), "order within is kept"
         made = [sf.score_units(network, *(batches(tokenizer, part) for part in half)) for half in halves]
         overlaps.append(stability([sf.MaskBuilder(scores).freeze(cu=0.06) for scores in made]).mean)
     assert cells(result.stdout, "SCU + 6% CU")[0][0] == f"{np.mean(overlaps):.3f}"
-    assert list(cli._halved(pairs, 0)) != list(cli._halved(pairs, 1))
+    assert list(plans.halved(pairs, 0)) != list(plans.halved(pairs, 1))
 
 
 def test_low_stability_is_warned_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     one, two = (random_scores(toy_layout(d_ff=400), seed) for seed in (0, 1))
-    cli._print_stability(cli._console(), [[one, one]])
+    plans.show_stability([[one, one]])
     alike = capsys.readouterr().out
-    cli._print_stability(cli._console(), [[one, two]])
+    plans.show_stability([[one, two]])
     unlike = capsys.readouterr().out
     assert "agree little" not in alike and cells(alike, "SCU")[0] == ["1.000", cells(alike, "SCU")[0][1], "1.000"]
     assert unlike.count("agree little") == 3, "once for each selection"
