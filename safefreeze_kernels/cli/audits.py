@@ -49,13 +49,13 @@ def verify(
 
         check_writable(report)
         frozen, names, others = FreezePlan.load(plan), _pairs(tied), untied or []
-        if _is_text(base):
-            statement = audit.Statement.load(base)
-            with byte_bar("verify", audit.total_bytes(tuned)) as progress:
-                found = audit.check(tuned, frozen, statement, tied=names, untied=others, progress=progress)
-        else:
-            with byte_bar("verify", audit.total_bytes(base, tuned)) as progress:
+        statement = audit.Statement.load(base) if _is_text(base) else None
+        read = (base, tuned) if statement is None else (tuned,)
+        with byte_bar("verify", audit.total_bytes(*read)) as progress:
+            if statement is None:
                 found = audit.compare(base, tuned, frozen, tied=names, untied=others, progress=progress)
+            else:
+                found = audit.check(tuned, frozen, statement, tied=names, untied=others, progress=progress)
         say(str(found))
         if report is not None:
             import json

@@ -10,7 +10,7 @@ from typer import Option
 
 from .files import check_writable, load_on_device, read_plan
 from .options import Device, Dtype, Picture
-from .terminal import fail, foreseen, say, show
+from .terminal import fail, foreseen, say
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,7 @@ def bench(
         except (FrozenDriftError, torch.OutOfMemoryError) as error:
             fail(error)
         what = f"{share:.1%} of the rows of each block matrix, drawn at random" if plan is None else plan.name
-        say(f"{name}, batch {batch_size} x {length} random tokens; frozen: {what}\n")
-        show(profile.table())
+        say(f"{name}, batch {batch_size} x {length} random tokens; frozen: {what}\n", profile.table())
         if json is not None:
             profile.to_json(json)
             say(f"Written to {json}")
@@ -135,7 +134,7 @@ def plan_memory(
             master="remainder" if masters else None, storage="packed" if packed else "dense",
             activation_bytes=round(activations * 1e9), capacity=None if capacity is None else round(capacity * 1e9),
         )  # fmt: skip
-        show(predicted.table())
+        say(predicted.table())
         if not activations:
             say("activations are not counted")
         if predicted.fits is not None:

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from .files import check_writable, load_on_device, read
 from .options import Device, Dtype, Model, Picture, listed, number
-from .terminal import foreseen, say, show
+from .terminal import foreseen, say
 
 if TYPE_CHECKING:
     from ..attribution import MaskBuilder, UnitLayout, UnitScores, UnitSelection
@@ -65,8 +65,7 @@ def score(
 
         scores = scored(sets, output.with_name(f"{output.name}.partial") if resume else None)
         scores.save(output)
-        say(f"{name}, {scores.layout}")
-        show(score_table(scores, f"{method} scores"))
+        say(f"{name}, {scores.layout}", score_table(scores, f"{method} scores"))
         if halves:
             show_stability([[scored(half) for half in halved(sets, seed)] for seed in range(seeds)])
         # a score of the method's own ranks units; labels are made from those of the two sets
@@ -103,7 +102,7 @@ def show_stability(halvings: Sequence[Sequence[UnitScores]]) -> None:
         for name, select in selections.items()
     }
     times = f", {len(halvings)} divisions" if len(halvings) > 1 else ""
-    show(stability_table(reports, f"units selected from one half of the sets and from the other{times}"))
+    say(stability_table(reports, f"units selected from one half of the sets and from the other{times}"))
     for name, found in reports.items():
         for warning in sorted({report.warning for report in found if report.warning}):
             say(f"{name}: {warning}", style="yellow")
@@ -170,7 +169,7 @@ def build(
         # what is not frozen is part of the picture too, and a plan does not name it
         plan = FreezePlan(plan, {**plan.metadata, "unit_layout": layout.to_json()})
         plan.save(output)
-        show(
+        say(
             label_table(builder.labels, layout, selection, f"frozen units of {layout}"),
             module_table(complete_plan(plan, layout), f"frozen parameters: preset {preset}, KV heads {kv}"),
         )
@@ -249,7 +248,7 @@ def inspect(
         elif isinstance(found, UnitScores):
             image = _show_scores(found, file.name)
         else:
-            show(label_table(found, layout, title=f"unit labels {file.name}, {len(found.heads)} layers"))
+            say(label_table(found, layout, title=f"unit labels {file.name}, {len(found.heads)} layers"))
             image = partial(draw_units, found, file.name)
         if picture is not None:
             write_atomically(picture, image())
@@ -267,7 +266,7 @@ def _show_plan(plan: FreezePlan, name: str, layout: UnitLayout | None, layers: b
         layout = UnitLayout.from_json(known)
     whole = plan if layout is None else complete_plan(plan, layout)
     among, of = f"{layout or 'the parameters the plan names'}", "block parameters" if layout else "parameters it names"
-    show(facts_table(facts, f"freeze plan {name}"), module_table(whole, f"frozen parameters of {among}"))
+    say(facts_table(facts, f"freeze plan {name}"), module_table(whole, f"frozen parameters of {among}"))
     if layers:
         # the first line tells a fingerprint, which is not that of the plan where empty masks were added
         say(whole.summary().partition("\n")[2])
@@ -285,7 +284,7 @@ def _show_scores(scores: UnitScores, name: str) -> Callable[[], bytes]:
         **{word: f"{part.n_positions:,} positions, {part.fingerprint[:12]}" for word, part in sets.items()},
     }  # fmt: skip
     labels = MaskBuilder(scores).labels
-    show(
+    say(
         facts_table(facts, f"unit scores {name}"),
         score_table(scores, "scores"),
         label_table(labels, scores.layout, title="labels by the paper's recipe"),

@@ -9,19 +9,12 @@ from typing import NoReturn
 import typer
 
 
-def say(text: str, style: str | None = None) -> None:
-    """Print text as it is, wrapped to the terminal."""
+def say(*shown: object, style: str | None = None) -> None:
+    """Print text as it is, wrapped to the terminal, and tables."""
     from rich.console import Console
 
-    Console().print(text, style=style, highlight=False, markup=False)
-
-
-def show(*tables: object) -> None:
-    """Print tables, or text with markup."""
-    from rich.console import Console
-
-    for table in tables:
-        Console().print(table, highlight=False)
+    for one in shown:
+        Console().print(one, style=style, highlight=False, markup=not isinstance(one, str))
 
 
 @contextmanager
