@@ -44,7 +44,7 @@ _HOMES: Final = {
     "profile_step": ".measure.step",
 }
 
-_MODULES: Final = {"attribution": ".attribution", "audit": ".proof", "integrations": ".integrations"}
+_MODULES: Final = {"attribution": ".attribution", "audit": ".proof.audit", "integrations": ".integrations"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,6 @@ from attribution_models import LABEL_FILE, needs_labels, random_scores, tiny, to
 from model_folders import fails, png_size, run, save_model
 
 import safefreeze_kernels as sf
-from safefreeze_kernels import cli
 from safefreeze_kernels.attribution import (
     LABELS,
     METHODS,
@@ -26,15 +25,18 @@ from safefreeze_kernels.attribution import (
     encode_pairs,
     find_units,
     stability,
-)
+)  # fmt: skip
 from safefreeze_kernels.attribution.pictures import complete_plan, draw_units, frozen_units
 from safefreeze_kernels.calibration import load_pairs, read_pairs
+from safefreeze_kernels.cli import plans
 from safefreeze_kernels.integrations.transformers import load_model, load_skeleton
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+Loaded = tuple[torch.nn.Module, Any]  # a model and its tokenizer
+Scored = tuple[Path, str]  # a score file, and what the command printed that wrote it
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LLAMA_2_7B_CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
@@ -48,12 +50,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(model_folder: Path) -> tuple[torch.nn.Module, Any]:
+def model(model_folder: Path) -> Loaded:
     return load_model(model_folder)[1:]
 
 
 @pytest.fixture(scope="module")
-def scored(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def scored(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     """A score file written by the command, and what the command printed."""
     path = tmp_path_factory.mktemp("scored") / "scores.safetensors"
     return path, succeeds("score", model_folder, "--output", path)
@@ -73,6 +75,19 @@ def cells(text: str, first: str) -> list[list[str]]:
     return [row[1:] for row in stripped if len(row) > 1 and row[0] == first]
 
 
+def built(scores: Path, folder: Path, *options: object) -> tuple[Path, str]:
+    """The plan that the command builds from scores, and what it printed."""
+    path = folder / "plan.safetensors"
+    return path, succeeds("build", scores, "-o", path, *options)
+
+
+def labels_of(scores: Path, path: Path) -> UnitLabels:
+    """The labels that follow from a score file, saved."""
+    labels = sf.MaskBuilder(UnitScores.load(scores)).labels
+    labels.save(path)
+    return labels
+
+
 def batches(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[dict[str, torch.Tensor]]:
     return encode_pairs(tokenizer, pairs, batch_size=8)
 
@@ -85,12 +100,10 @@ def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
 # ---------------------------------------------------------------------------------------------------------- score
 
 
-def test_from_text_to_plan_to_training(scored: tuple[Path, str], model_folder: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.safetensors"
-    succeeds("build", scored[0], "--cu", 0.06, "--output", plan)
-    text = succeeds(
-        "demo", "--model", model_folder, "--plan", plan, "--output", tmp_path / "out", "--steps", 2, "--repeats", 1
-    )
+def test_from_text_to_plan_to_training(scored: Scored, model_folder: Path, tmp_path: Path) -> None:
+    plan, _ = built(scored[0], tmp_path, "--cu", 0.06)
+    run_it = "demo", "--model", model_folder, "--plan", plan, "--steps", 2, "--repeats", 1
+    text = succeeds(*run_it, "--output", tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert "Frozen bytes are equal" in text and numbers["frozen_values_changed"] == 0 < numbers["live_values_changed"]
     made = sf.FreezePlan.load(plan)
@@ -98,7 +111,7 @@ def test_from_text_to_plan_to_training(scored: tuple[Path, str], model_folder: P
     assert numbers["frozen_values"] == sum(mask.frozen_count for mask in made.values())
 
 
-def test_score_writes_what_score_units_returns(scored: tuple[Path, str], model: tuple[torch.nn.Module, Any]) -> None:
+def test_score_writes_what_score_units_returns(scored: Scored, model: Loaded) -> None:
     network, tokenizer = model
     path, text = scored
     mine = UnitScores.load(path)
@@ -113,9 +126,7 @@ def test_score_writes_what_score_units_returns(scored: tuple[Path, str], model: 
     assert cells(text, "heads")[0][:4] == ["safety", *(f"{v:.3g}" for v in (heads.min(), heads.median(), heads.max()))]
 
 
-def test_score_takes_own_sets_and_options(
-    model_folder: Path, model: tuple[torch.nn.Module, Any], tmp_path: Path
-) -> None:
+def test_score_takes_own_sets_and_options(model_folder: Path, model: Loaded, tmp_path: Path) -> None:
     network, tokenizer = model
     pairs = {name: load_pairs(name)[:5] for name in ("safety", "utility")}
     files = {name: write_pairs(tmp_path / name, some) for name, some in pairs.items()}
@@ -133,9 +144,7 @@ def test_score_takes_own_sets_and_options(
     assert mine.safety.n_positions == expected.safety.n_positions
 
 
-def test_score_goes_on_from_a_partial_file(
-    scored: tuple[Path, str], model_folder: Path, model: tuple[torch.nn.Module, Any], tmp_path: Path
-) -> None:
+def test_score_goes_on_from_a_partial_file(scored: Scored, model_folder: Path, model: Loaded, tmp_path: Path) -> None:
     network, tokenizer = model
     out = tmp_path / "scores.safetensors"
     partial = tmp_path / "scores.safetensors.partial"
@@ -154,9 +163,7 @@ def test_score_goes_on_from_a_partial_file(
     assert torch.equal(whole.safety.channels, resumed.safety.channels)
 
 
-def test_score_compares_halves_of_the_sets(
-    model_folder: Path, model: tuple[torch.nn.Module, Any], tmp_path: Path
-) -> None:
+def test_score_compares_halves_of_the_sets(model_folder: Path, model: Loaded, tmp_path: Path) -> None:
     network, tokenizer = model
     pairs = [load_pairs(name)[:7] for name in ("safety", "utility")]
     files = [write_pairs(tmp_path / str(number), some) for number, some in enumerate(pairs)]
@@ -165,22 +172,22 @@ def test_score_compares_halves_of_the_sets(
     assert result.exit_code == 0, result.output
     overlaps = []
     for seed in (0, 1):
-        halves = list(cli._halved(pairs, seed))
+        halves = list(plans.halved(pairs, seed))
         for both, whole in zip(zip(*halves, strict=True), pairs, strict=True):
             assert sorted([*both[0], *both[1]]) == sorted(whole) and abs(len(both[0]) - len(both[1])) <= 1
             assert all(half == [pair for pair in whole if pair in half] for half in both), "order within is kept"
         made = [sf.score_units(network, *(batches(tokenizer, part) for part in half)) for half in halves]
         overlaps.append(stability([sf.MaskBuilder(scores).freeze(cu=0.06) for scores in made]).mean)
     assert cells(result.stdout, "SCU + 6% CU")[0][0] == f"{np.mean(overlaps):.3f}"
-    assert list(cli._halved(pairs, 0)) != list(cli._halved(pairs, 1))
+    assert list(plans.halved(pairs, 0)) != list(plans.halved(pairs, 1))
 
 
 def test_low_stability_is_warned_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     one, two = (random_scores(toy_layout(d_ff=400), seed) for seed in (0, 1))
-    cli._print_stability(cli._console(), [[one, one]])
+    plans.show_stability([[one, one]])
     alike = capsys.readouterr().out
-    cli._print_stability(cli._console(), [[one, two]])
+    plans.show_stability([[one, two]])
     unlike = capsys.readouterr().out
     assert "agree little" not in alike and cells(alike, "SCU")[0] == ["1.000", cells(alike, "SCU")[0][1], "1.000"]
     assert unlike.count("agree little") == 3, "once for each selection"
@@ -206,12 +213,10 @@ def test_low_stability_is_warned_of(capsys: pytest.CaptureFixture[str], monkeypa
     ],
 )  # fmt: skip
 def test_build_makes_and_tells_the_plan(
-    scored: tuple[Path, str], model_folder: Path, tmp_path: Path, options: str, of_builder: Any, of_plan: dict[str, Any]
+    scored: Scored, model_folder: Path, tmp_path: Path, options: str, of_builder: Any, of_plan: dict[str, Any]
 ) -> None:
-    path = tmp_path / "plan.safetensors"
-    text = succeeds("build", scored[0], "-o", path, *options.split())
-    plan = sf.FreezePlan.load(path)
-    scores = UnitScores.load(scored[0])
+    path, text = built(scored[0], tmp_path, *options.split())
+    plan, scores = sf.FreezePlan.load(path), UnitScores.load(scored[0])
     builder = sf.MaskBuilder(scores)
     selection = of_builder(builder)
     assert plan == selection.build(**of_plan)
@@ -237,9 +242,8 @@ def test_build_makes_and_tells_the_plan(
     assert cells(text, "all")[1] == [f"{total:,}", f"{count:,}", f"{100 * count / total:.2f}"]
 
 
-def test_build_takes_recipe_and_ratios(scored: tuple[Path, str], tmp_path: Path) -> None:
-    path = tmp_path / "plan.safetensors"
-    succeeds("build", scored[0], "-o", path, "--recipe", "ssah-prototype", "--ratios", "SCU=0.2, RU=0.3")
+def test_build_takes_recipe_and_ratios(scored: Scored, tmp_path: Path) -> None:
+    path, _ = built(scored[0], tmp_path, "--recipe", "ssah-prototype", "--ratios", "SCU=0.2, RU=0.3")
     builder = sf.MaskBuilder(UnitScores.load(scored[0]), {"SCU": 0.2, "RU": 0.3}, "ssah-prototype")
     assert sf.FreezePlan.load(path) == builder.freeze().build()
 
@@ -263,9 +267,8 @@ def test_build_from_published_labels_and_a_config_alone(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- inspect
 
 
-def test_inspect_tells_a_plan(scored: tuple[Path, str], tmp_path: Path) -> None:
-    path, picture = tmp_path / "plan.safetensors", tmp_path / "plan.png"
-    succeeds("build", scored[0], "--cu", 0.2, "-o", path)
+def test_inspect_tells_a_plan(scored: Scored, tmp_path: Path) -> None:
+    (path, _), picture = built(scored[0], tmp_path, "--cu", 0.2), tmp_path / "plan.png"
     text = succeeds("inspect", path, "--layers", "--picture", picture)
     plan, layout = sf.FreezePlan.load(path), UnitScores.load(scored[0]).layout
     whole = complete_plan(plan, layout)
@@ -289,7 +292,7 @@ def test_inspect_tells_a_plan_written_by_hand(tmp_path: Path) -> None:
     assert "the parameters the plan names" in text and min(png_size(picture)) > 300
 
 
-def test_inspect_tells_scores(scored: tuple[Path, str], tmp_path: Path) -> None:
+def test_inspect_tells_scores(scored: Scored, tmp_path: Path) -> None:
     picture = tmp_path / "scores.png"
     text = succeeds("inspect", scored[0], "--picture", picture)
     scores = UnitScores.load(scored[0])
@@ -300,9 +303,8 @@ def test_inspect_tells_scores(scored: tuple[Path, str], tmp_path: Path) -> None:
     assert min(png_size(picture)) > 700
 
 
-def test_inspect_tells_labels(scored: tuple[Path, str], model_folder: Path, tmp_path: Path) -> None:
-    labels = sf.MaskBuilder(UnitScores.load(scored[0])).labels
-    labels.save(tmp_path / "labels.safetensors")
+def test_inspect_tells_labels(scored: Scored, model_folder: Path, tmp_path: Path) -> None:
+    labels = labels_of(scored[0], tmp_path / "labels.safetensors")
     for more, columns in (((), 3), (("--model", model_folder), 4)):
         text = succeeds("inspect", tmp_path / "labels.safetensors", *more)
         assert "unit labels" in text
@@ -360,9 +362,7 @@ def test_a_plan_for_less_than_a_unit_freezes_no_unit() -> None:
 # ----------------------------------------------------------------------------------------------- models and pairs
 
 
-def test_a_skeleton_has_the_names_and_shapes_of_the_model(
-    model_folder: Path, model: tuple[torch.nn.Module, Any]
-) -> None:
+def test_a_skeleton_has_the_names_and_shapes_of_the_model(model_folder: Path, model: Loaded) -> None:
     expected = {name: param.shape for name, param in model[0].named_parameters()}
     for source in (model_folder, model_folder / "config.json"):
         skeleton = load_skeleton(source)
@@ -377,10 +377,10 @@ SMALL_CONFIG = {
 
 
 @pytest.mark.parametrize("name", ["my.json", "config-of-mine", "bert.json", "config.json.bak"])
-def test_a_config_has_any_name(scored: tuple[Path, str], model_folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_config_has_any_name(scored: Scored, model_folder: Path, tmp_path: Path, name: str) -> None:
     config, plan, labels = tmp_path / name, tmp_path / "plan", tmp_path / "labels.safetensors"
     config.write_bytes((model_folder / "config.json").read_bytes())
-    sf.MaskBuilder(UnitScores.load(scored[0])).labels.save(labels)
+    labels_of(scored[0], labels)
     succeeds("build", labels, "--model", config, "-o", plan)
     assert sf.FreezePlan.load(plan) == sf.MaskBuilder(UnitScores.load(scored[0])).freeze().build()
     assert "frozen parameters of llama" in succeeds("inspect", plan, "--model", config)
@@ -451,12 +451,12 @@ def test_other_files_are_no_pairs(model_folder: Path, tmp_path: Path, content: b
 
 
 @pytest.fixture
-def files(scored: tuple[Path, str], model_folder: Path, tmp_path: Path) -> dict[str, Path]:
+def files(scored: Scored, model_folder: Path, tmp_path: Path) -> dict[str, Path]:
     """A file of every kind, for commands that want another."""
     made = {"scores": scored[0], "model": model_folder, "out": tmp_path / "out.safetensors"}
     for name in ("labels", "plan", "text", "other"):
         made[name] = tmp_path / f"{name}.safetensors"
-    sf.MaskBuilder(UnitScores.load(scored[0])).labels.save(made["labels"])
+    labels_of(scored[0], made["labels"])
     sf.FreezePlan({"head.weight": sf.FreezeMask((4, 6), rows=[1])}).save(made["plan"])
     made["text"].write_text("nothing")
     UnitLabels(torch.ones(2, 4, dtype=torch.uint8), torch.ones(2, 6, dtype=torch.uint8)).save(made["other"])
@@ -524,9 +524,8 @@ def test_a_foreseen_error_is_one_line(
     assert not files["out"].exists()
 
 
-def test_a_plan_of_another_model_is_told(scored: tuple[Path, str], tmp_path: Path) -> None:
-    plan = tmp_path / "plan.safetensors"
-    succeeds("build", scored[0], "-o", plan)
+def test_a_plan_of_another_model_is_told(scored: Scored, tmp_path: Path) -> None:
+    plan, _ = built(scored[0], tmp_path)
     config = transformers.LlamaConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4)
     config.save_pretrained(tmp_path)
     fails(run("inspect", plan, "--model", tmp_path), "expected plans for the same model")
@@ -536,11 +535,12 @@ def test_a_plan_of_another_model_is_told(scored: tuple[Path, str], tmp_path: Pat
 
 
 def test_help_lists_the_words_there_are() -> None:
-    text = " ".join(run("score", "--help").output.replace("│", "").split())
-    assert ", ".join(METHODS) in text and "predicting, response, all" in text and "{words}" not in text
-    text = " ".join(run("build", "--help").output.replace("│", "").split())
-    for words in ("RU, SCU, UCU, CU", "paper, ssah-prototype", "any, all, never", "full, producer"):
-        assert words in text
+    for command, lists in (
+        ("score", (", ".join(METHODS), "predicting, response, all")),
+        ("build", ("RU, SCU, UCU, CU", "paper, ssah-prototype", "any, all, never", "full, producer")),
+    ):
+        text = " ".join(run(command, "--help").output.replace("│", "").split())
+        assert "{words}" not in text and not [words for words in lists if words not in text]
     for command in ("score", "build", "inspect"):
         assert f" {command} " in run("--help").output
 

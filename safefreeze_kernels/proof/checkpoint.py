@@ -68,84 +68,79 @@ def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
     return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def located(path: PathLike, operation: str, word: str) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint; and, if it is sharded, tensor -> name of its file."""
-    given = Path(path)
+def located(path: PathLike, what: str) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a checkpoint; and, if it is sharded, tensor -> name of its file.
+
+    ``what`` begins every error: the operation, and its word for the checkpoint.
+    """
+    given, shown = Path(path), f"{what} is {os.fspath(path)!r}"
     if given.is_file():
         return [given], None
     whole, index = given / "model.safetensors", given / "model.safetensors.index.json"
-    if whole.is_file() and index.is_file():
-        raise ValueError(
-            f"{operation}: {word} {os.fspath(path)!r} holds {whole.name} and {index.name}, of which loaders take one "
-            "or the other; remove what is not the model"
-        )
     if whole.is_file():
+        if index.is_file():
+            raise ValueError(
+                f"{shown}, which holds {whole.name} and {index.name}, of which loaders take one or the other; remove "
+                "what is not the model"
+            )
         return [whole], None
     if not index.is_file():
-        raise FileNotFoundError(
-            f"{operation}: {word} is {os.fspath(path)!r}, expected a .safetensors file, or a folder with {whole.name} "
-            f"or {index.name}"
-        )
+        raise FileNotFoundError(f"{shown}, expected a .safetensors file, or a folder with {whole.name} or {index.name}")
+    shown = f"{what}: {os.fspath(index)!r}"
     try:
         if index.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {index.stat().st_size:,} bytes")
         homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(homes.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} cannot be read ({error!r})") from error
+        raise ValueError(f"{shown} cannot be read ({error!r})") from error
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ValueError(f"{operation}: {word}: {os.fspath(index)!r} names files outside its folder")
-    files = [given / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{operation}: {word}: {os.fspath(index)!r} names {file.name!r}, which is not there"
-            )
-    return files, homes
+        raise ValueError(f"{shown} names files outside its folder")
+    for name in names:
+        if not (given / name).is_file():
+            raise FileNotFoundError(f"{shown} names {name!r}, which is not there")
+    return [given / name for name in names], homes
 
 
-def opened(path: PathLike, operation: str, word: str) -> Checkpoint:
-    """A checkpoint's files and tensors. safetensors checks the headers: sizes, offsets, overlaps."""
-    from safetensors import SafetensorError, safe_open
-
-    files, homes = located(path, operation, word)
+def opened(path: PathLike, what: str) -> Checkpoint:
+    """A checkpoint's files and tensors. ``what`` begins every error."""
+    files, homes = located(path, what)
     found: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(os.fspath(file), framework="np"):
-                pass
-            with file.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{operation}: {word}: {os.fspath(file)!r} is truncated or no safetensors file ({error})"
-            ) from error
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        for name, stored in _tensors(file, what):
             if name in found:
-                raise ValueError(
-                    f"{operation}: {word}: {name!r} is in two files, {found[name].file.name} and {file.name}"
-                )
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{operation}: {word}: {name!r} has dtype {entry['dtype']}, which is not known here")
-            found[name] = Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-    if homes is not None and homes != {name: stored.file.name for name, stored in found.items()}:
-        other = {name: stored.file.name for name, stored in found.items()}
-        name = min(name for name in {*homes, *other} if homes.get(name) != other.get(name))
-        raise ValueError(
-            f"{operation}: {word}: the index places {name!r} in {homes.get(name)!r}, it is in {other.get(name)!r}; "
-            "save the model anew"
-        )
+                raise ValueError(f"{what}: {name!r} is in two files, {found[name].file.name} and {file.name}")
+            found[name] = stored
+    held = {name: stored.file.name for name, stored in found.items()}
+    if homes is not None and homes != held:
+        name = min(name for name in {*homes, *held} if homes.get(name) != held.get(name))
+        where = f"the index places {name!r} in {homes.get(name)!r}, it is in {held.get(name)!r}"
+        raise ValueError(f"{what}: {where}; save the model anew")
     return Checkpoint(files, found, _stamps(files))
+
+
+def _tensors(file: Path, what: str) -> Iterator[tuple[str, Stored]]:
+    """What a file holds. safetensors checks its header: sizes, offsets, overlaps."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(file), framework="np"), file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {os.fspath(file)!r} is truncated or no safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{what}: {name!r} has dtype {entry['dtype']}, which is not known here")
+        yield name, Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
 class Window(NamedTuple):
-    """Elements of a matrix that lie next to each other: whole rows, or a piece of one row.
+    """Elements of a matrix that lie next to each other: whole rows, or some of one row.
 
     ``first`` is the first of them, counted row by row.
     """

@@ -23,7 +23,6 @@ class Snapshot:
         bound = _found(model, plan, "snapshot")
         self._names = [min(entry.plan_names) for entry in bound]
         self._masks = [local_mask(entry.mask, entry.param) for entry in bound]
-        self._dtypes = [entry.param.dtype for entry in bound]
         self._bytes = [_frozen_bytes(entry) for entry in bound]
         # every name of the plan, tied ones too -> its place in the lists
         self._place = {name: i for i, entry in enumerate(bound) for name in entry.plan_names}
@@ -37,10 +36,10 @@ class Snapshot:
     def digest(self) -> str:
         """SHA-256 (hex) over names, dtypes and frozen bytes."""
         digest = hashlib.sha256()
-        order = sorted(range(len(self._names)), key=self._names.__getitem__)
-        for i in order:
-            digest.update(f"{self._names[i]}\0{self._dtypes[i]}\0{self._masks[i].fingerprint}\0".encode())
-            digest.update(self._bytes[i].view(torch.uint8).numpy().tobytes())
+        entries = zip(self._names, self._masks, self._bytes, strict=True)
+        for name, mask, frozen in sorted(entries, key=lambda entry: entry[0]):
+            digest.update(f"{name}\0{frozen.dtype}\0{mask.fingerprint}\0".encode())
+            digest.update(frozen.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def verify(self, model: Model) -> None:
@@ -51,19 +50,20 @@ class Snapshot:
             ValueError: the plan does not fit ``model``.
         """
         for entry in _found(model, self.plan, "verify"):
-            i = self._place[entry.plan_names[0]]
-            if entry.param.dtype != self._dtypes[i]:
+            place = self._place[entry.plan_names[0]]
+            then = self._bytes[place]
+            if entry.param.dtype != then.dtype:
                 raise FrozenDriftError(
-                    f"verify: {entry.name!r} is {entry.param.dtype}, it was {self._dtypes[i]} at the snapshot; "
-                    "bytes cannot be compared across dtypes"
+                    f"verify: {entry.name!r} is {entry.param.dtype}, it was {then.dtype} at the snapshot; bytes cannot "
+                    "be compared across dtypes"
                 )
-            if local_mask(entry.mask, entry.param) != self._masks[i]:
+            if local_mask(entry.mask, entry.param) != self._masks[place]:
                 raise ValueError(
                     f"verify: this rank holds another part of {entry.name!r} than at the snapshot; take the snapshot "
                     "after the model was sharded"
                 )
             now = _frozen_bytes(entry)
-            raise_on_drift("verify", [entry.name], [entry.mask], [self._bytes[i]], [now], held=[held(entry.param)])
+            raise_on_drift("verify", [entry.name], [entry.mask], [then], [now], held=[held(entry.param)])
 
     def __repr__(self) -> str:
         return f"Snapshot({len(self._names)} tensors, {self.nbytes:,} frozen bytes)"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safefreeze_kernels import FreezeMask, FreezePlan, FrozenDriftError, snapshot
+from safefreeze_kernels.proof.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +63,13 @@ def matrix_place(mask: FreezeMask, place: int) -> str:
     return f"row {row}:" if len(mask.shape) < 2 else f"row {row}, column {col}:"
 
 
+def drift(proof: Snapshot, model: Any, words: str | None = None) -> str:
+    """The message of the drift that a proof must find."""
+    with pytest.raises(FrozenDriftError, match=words) as caught:
+        proof.verify(model)
+    return str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------ what is found
 
 
@@ -81,9 +89,7 @@ def test_every_frozen_bit_counts_and_no_live_one(kind: str, dtype: torch.dtype) 
         flip(tensors["w"], place, bit)
         after = tensors["w"].reshape(-1)[place]
         if frozen[place]:
-            with pytest.raises(FrozenDriftError) as caught:
-                proof.verify(tensors)
-            message = str(caught.value)
+            message = drift(proof, tensors)
             assert "'w'" in message, message
             assert matrix_place(mask, place) in message, f"element {place}: {message}"
             assert f"1 of {mask.frozen_count} frozen elements" in message, message
@@ -101,9 +107,7 @@ def test_the_message_can_be_read(dtype: torch.dtype) -> None:
     proof = snapshot(tensors, FreezePlan({"model.up.weight": FreezeMask((4, 6), rows=[1], cols=[3])}))
     tensors["model.up.weight"][2, 3] = 0.75
     tensors["model.up.weight"][3, 3] = -2.0
-    with pytest.raises(FrozenDriftError) as caught:
-        proof.verify(tensors)
-    message = str(caught.value)
+    message = drift(proof, tensors)
     for words in ("verify", "'model.up.weight'", "row 2, column 3", "was 0.5 ", "is 0.75 ", "2 of 9 frozen elements"):
         assert words in message, f"{message!r} does not say {words!r}"
 
@@ -112,11 +116,9 @@ def test_several_tensors_that_moved_are_reported_by_the_first() -> None:
     tensors = {name: torch.zeros(3, 3) for name in "abc"}
     proof = snapshot(tensors, FreezePlan({name: FreezeMask((3, 3), rows=[2]) for name in "abc"}))
     tensors["c"][2, 0] = 1.0
-    with pytest.raises(FrozenDriftError, match="'c' moved at row 2, column 0"):
-        proof.verify(tensors)
+    drift(proof, tensors, "'c' moved at row 2, column 0")
     tensors["b"][2, 1] = 1.0
-    with pytest.raises(FrozenDriftError, match="'b' moved at row 2, column 1"):
-        proof.verify(tensors)
+    drift(proof, tensors, "'b' moved at row 2, column 1")
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,7 @@ def test_values_compare_by_their_bytes(then: float, now: float, same: bool) -> N
     if same:
         proof.verify(tensors)
     else:
-        with pytest.raises(FrozenDriftError, match="row 1, column 1"):
-            proof.verify(tensors)
+        drift(proof, tensors, "row 1, column 1")
 
 
 @settings(max_examples=60)
@@ -165,9 +166,7 @@ def test_random_masks_and_random_flips(data: st.DataObject) -> None:
     if not moved:
         proof.verify(tensors)
         return
-    with pytest.raises(FrozenDriftError) as caught:
-        proof.verify(tensors)
-    message = str(caught.value)
+    message = drift(proof, tensors)
     assert any(matrix_place(mask, place) in message for place in moved), f"moved {moved}: {message}"
     assert f"{len(moved)} of {mask.frozen_count} frozen elements" in message
 
@@ -182,8 +181,7 @@ def test_large_tensors(dtype: torch.dtype) -> None:
     frozen = mask.dense().reshape(-1).nonzero().flatten()
     for place in [*frozen[:: len(frozen) // 9].tolist(), int(frozen[-1])]:
         flip(tensors["w"], place)
-        with pytest.raises(FrozenDriftError, match=matrix_place(mask, place)):
-            proof.verify(tensors)
+        drift(proof, tensors, matrix_place(mask, place))
         flip(tensors["w"], place)
     proof.verify(tensors)
 
@@ -228,8 +226,7 @@ def test_modules_mappings_state_dicts_and_pairs_can_be_compared(then: str, now: 
     proof.verify(FORMS[now](model))
     with torch.no_grad():
         model.embed.weight[3, 0] += 1.0
-    with pytest.raises(FrozenDriftError, match=r"'embed\.weight' moved at row 3, column 0"):
-        proof.verify(FORMS[now](model))
+    drift(proof, FORMS[now](model), r"'embed\.weight' moved at row 3, column 0")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -249,11 +246,9 @@ def test_a_tied_weight_named_twice_is_found_untied(form: str) -> None:
     proof.verify(untied)
     for name in ("embed.weight", "head.weight"):
         moved = {**untied, name: untied[name] + 1.0}
-        with pytest.raises(FrozenDriftError, match=rf"'{re.escape(name)}' moved at row 2, column 0"):
-            proof.verify(moved)
+        drift(proof, moved, rf"'{re.escape(name)}' moved at row 2, column 0")
     untied["up.bias"][0] += 1.0
-    with pytest.raises(FrozenDriftError, match=r"'up\.bias' moved at row 0:"):
-        proof.verify(untied)
+    drift(proof, untied, r"'up\.bias' moved at row 0:")
 
 
 def test_frozen_and_strided_tensors_are_read_as_they_are() -> None:
@@ -267,8 +262,7 @@ def test_frozen_and_strided_tensors_are_read_as_they_are() -> None:
         proof.verify({"w": strided.contiguous()})
         moved = strided.contiguous()
         moved[5, 3] += 1.0
-        with pytest.raises(FrozenDriftError, match="row 5, column 3"):
-            proof.verify({"w": moved})
+        drift(proof, {"w": moved}, "row 5, column 3")
 
 
 def test_a_snapshot_is_a_copy() -> None:
@@ -278,8 +272,7 @@ def test_a_snapshot_is_a_copy() -> None:
         digest = proof.digest
         tensors["w"].add_(1)
         assert proof.digest == digest
-        with pytest.raises(FrozenDriftError):
-            proof.verify(tensors)
+        drift(proof, tensors)
 
 
 def test_a_snapshot_changes_nothing() -> None:
@@ -293,14 +286,10 @@ def test_a_snapshot_changes_nothing() -> None:
 def test_another_dtype_is_drift() -> None:
     model = Net()
     proof = snapshot(model, NET_PLAN)
-    with pytest.raises(
-        FrozenDriftError, match=r"verify: '(embed|up)\.weight' is torch\.bfloat16, it was torch\.float32"
-    ):
-        proof.verify(model.bfloat16())
+    drift(proof, model.bfloat16(), r"verify: '(embed|up)\.weight' is torch\.bfloat16, it was torch\.float32")
     same_width = {name: tensor.clone() for name, tensor in Net().state_dict().items()}
     same_width["up.weight"] = same_width["up.weight"].view(torch.int32)
-    with pytest.raises(FrozenDriftError, match=r"'up\.weight' is torch\.int32, it was torch\.float32"):
-        proof.verify(same_width)
+    drift(proof, same_width, r"'up\.weight' is torch\.int32, it was torch\.float32")
 
 
 def test_a_model_that_does_not_fit() -> None:
