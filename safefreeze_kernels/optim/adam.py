@@ -435,19 +435,21 @@ _check_capture: Final[Callable[[Optimizer], None]] = (
 class MaskedAdamW(MaskedAdam):
     """`torch.optim.AdamW` whose step leaves frozen weights untouched, byte for byte.
 
-    As `MaskedAdam`, with decoupled weight decay (``weight_decay=1e-2`` by default, as in torch). To freeze the first
-    layer of a small model:
+    As `MaskedAdam`, with decoupled weight decay (``weight_decay=1e-2`` by default, as in torch).
 
-    >>> import torch, safefreeze_kernels as sf
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> first = {name: p for name, p in model.named_parameters() if name.startswith("0.")}
-    >>> plan = sf.FreezePlan({name: sf.FreezeMask(p.shape, rows=range(len(p))) for name, p in first.items()})
-    >>> optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, weight_decay=0.1, freeze=plan)
-    >>> before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    >>> model(torch.ones(3, 4)).square().mean().backward()
-    >>> optimizer.step()
-    >>> [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    ['2.weight', '2.bias']
+    Examples:
+        To freeze the first layer of a small model:
+
+        >>> import torch, safefreeze_kernels as sf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> first = {name: p for name, p in model.named_parameters() if name.startswith("0.")}
+        >>> plan = sf.FreezePlan({name: sf.FreezeMask(p.shape, rows=range(len(p))) for name, p in first.items()})
+        >>> optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1, weight_decay=0.1, freeze=plan)
+        >>> before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        >>> model(torch.ones(3, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+        ['2.weight', '2.bias']
     """
 
     def __init__(
