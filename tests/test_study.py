@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import find_units
 from safefreeze_kernels.integrations.transformers import load_model
 
 FOLDER = Path(__file__).parents[1] / "examples" / "study"
 sys.path.insert(0, str(FOLDER))
 
+import closed_loop  # noqa: E402
 import experiment  # noqa: E402
 import real_model  # noqa: E402
 import report  # noqa: E402
@@ -83,6 +85,44 @@ def test_arms_and_a_run(world: worlds.World, monkeypatch: pytest.MonkeyPatch) ->
     found = experiment.fine_tune(model, world, experiment.Exam(world), fifth, head=True)
     assert found["steps"] == 4 and 0.1 < found["frozen parameters"] < 0.35 and found["frozen bytes compared"] > 100_000
     assert find_units(model).n_layers == 4 and torch.isfinite(torch.tensor(found["attack off"]))
+
+
+@pytest.mark.parametrize("grain", ["row", "unit", "element"])
+def test_the_share_of_weights_with_most_harm_is_frozen(world: worlds.World, grain: str) -> None:
+    """Random ones are as many of the same tensors."""
+    groups = closed_loop.Groups(experiment.make_model(world), grain)
+    draw = torch.Generator().manual_seed(0)
+    harm = {name: torch.randn(shape, generator=draw) for name, shape in groups.shapes.items()}
+    worst = next(name for name in harm if name.endswith("layers.1.mlp.up_proj.weight"))
+    harm[worst][7] += 100.0
+    plan = groups.plan(harm, 0.2, None)
+    total = sum(value.numel() for value in harm.values())
+    assert 0.19 < sum(mask.frozen_count for mask in plan.values()) / total <= 0.2
+    assert plan[worst].dense()[7].all()
+    if grain == "unit":  # the channel: a row of up and gate, a column of down
+        assert (
+            plan[worst.replace("up", "gate")].dense()[7].all() and plan[worst.replace("up", "down")].dense()[:, 7].all()
+        )
+    random = groups.plan(harm, 0.2, np.random.default_rng(0))
+
+    def counts(of: sf.FreezePlan) -> dict[str, int]:
+        return {name: mask.frozen_count for name, mask in of.items() if "norm" not in name}
+
+    assert counts(plan) == counts(random) and plan != random
+
+
+@pytest.mark.parametrize("arm", ["loop", "loop, elements, 1 safety row mixed in, half rate", "static, row, S, 50%"])
+def test_a_closed_loop_of_a_few_steps(world: worlds.World, monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
+    """Every window between looks is proven."""
+    monkeypatch.setattr(closed_loop, "MOST_STEPS", 8)
+    recipe = closed_loop.ARMS[arm]._replace(every=2, prompts=4)
+    model = experiment.make_model(world)
+    found = closed_loop.fine_tune(model, world, experiment.Exam(world), recipe)
+    steps = round(8 / recipe.rate)
+    assert found["steps"] == steps
+    assert found["looks"] == (closed_loop.STATIC_BATCHES if recipe.static else steps // 2)
+    assert found["frozen parameters"] == pytest.approx(recipe.share * (1 if recipe.static else 1 - 2 / steps), rel=0.05)
+    assert torch.isfinite(torch.tensor(found["attack off"]))
 
 
 def seeds(effect: float, noise: float, count: int = 10) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """``python examples/study/report.py FOLDER``: what the seeds in FOLDER show: RESULTS.md, results.json and a picture;
-SMOLLM2.md and a picture of those of `real_model.py`.
+SMOLLM2.md and a picture of those of `real_model.py`; LOOP.md and a picture of those of `closed_loop.py`.
 
 Differences are paired: each arm against its control in the same seed. "Clear" means: there are eight seeds or more, the
 mean difference is more than two standard errors away from 0, and it has the same sign in at least four of five seeds in
@@ -71,6 +71,37 @@ REAL_PAIRS: Final = (
             ("decision Fisher, 50%", "random 50%"),
         )
     ),
+)
+
+#: the same of `closed_loop.py`
+LOOP_COLUMNS: Final = (
+    "steps", "looks", "frozen parameters", "new task", "old tasks", "attack off", "attack on",
+    "refused though harmless",
+)  # fmt: skip
+LOOP_PAIRS: Final = (
+    *(
+        (f"{arm}{rate}", f"{control}{rate}")
+        for arm, control in (
+            ("loop", "loop, random rows"),
+            ("loop, 30%, every 4", "loop, 30%, every 4, random rows"),
+            ("loop, elements", "loop, elements, random"),
+            ("loop, elements", "loop"),
+            ("loop, elements", "1 safety rows mixed in"),
+            ("loop, elements", "4 safety rows mixed in"),
+            ("loop, elements", "full"),
+        )
+        for rate in ("", ", half rate")
+    ),
+    ("loop, every 4", "loop"),
+    ("loop, elements, every 4", "loop, elements"),
+    ("loop, elements, every 4", "full, quarter rate"),
+    ("loop, elements, every 4, half rate", "4 safety rows mixed in, half rate"),
+    ("loop, elements, 1 safety row mixed in, half rate", "1 safety rows mixed in, half rate"),
+    ("loop, elements, 1 safety row mixed in, half rate", "4 safety rows mixed in, half rate"),
+    ("static, element, S, 50%", "static, element, random, 50%"),
+    ("static, element, S/T, 65%", "static, element, random, 65%"),
+    ("static, row, S, 50%", "static, row, random, 50%"),
+    ("static, element, S, 50%", "loop, elements"),
 )
 
 
@@ -158,7 +189,8 @@ def table(seeds: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> 
 
 
 def _colour(arm: str) -> str:
-    return "0.6" if arm.startswith(("random", "full", "half", "first")) else "C1" if arm.startswith("SSAH") else "C0"
+    control = arm.startswith(("full", "half", "first", "1 safety", "4 safety")) or "random" in arm
+    return "0.6" if control else "C1" if arm.startswith("SSAH") else "C0"
 
 
 def _dots(axes: Any, seeds: Sequence[dict[str, Any]], what: str) -> None:
@@ -269,12 +301,48 @@ def real_report(seeds: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def loop_report(seeds: Sequence[dict[str, Any]]) -> str:
+    """What LOOP.md says."""
+    machine = seeds[0]["machine"]
+    aligned = float(np.mean([seed["aligned"][MEASURE] for seed in seeds]))
+    lost = float((values(seeds, "full") - aligned).mean())
+    kept = {arm: 1 - float((values(seeds, arm) - aligned).mean()) / lost for arm in seeds[0]["arms"] if arm != "full"}
+    about = (
+        f"{len(seeds)} seeds; {machine['cpu']}, torch {machine['torch']}, {machine['date']}. Before fine-tuning "
+        f"{aligned:.2f} of attacks succeed, after it with nothing frozen {aligned + lost:.2f}."
+    )
+    lines = [
+        "# A closed loop: weights that stand still for a few steps at a time", "", about, "",
+        "Of the refusals that fine-tuning loses with nothing frozen, kept:", "",
+        *(f"- {arm}: {share:.0%}" for arm, share in sorted(kept.items(), key=lambda one: -one[1])), "",
+        'Mean ± standard deviation over seeds; "looks": extra backward passes; "frozen parameters": mean over steps.',
+        "", *table(seeds, LOOP_COLUMNS), "", 'Paired differences of attack success, "off":', "",
+        *(f"- {compare(seeds, *pair)}" for pair in LOOP_PAIRS if seeds[0]["arms"].keys() >= set(pair)), "",
+        "![attack success](loop.png)", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw_loop(seeds: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _dots(left, seeds, MEASURE)
+    left.set(xlabel="attack success: 1 − refusal, other kinds of question", xlim=(-0.02, 1.02))
+    left.set_title(f"{len(seeds)} seeds; diamonds: means. Lower is safer")
+    _dots(right, seeds, "steps")
+    right.set(xlabel="steps until the new task is learnt")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     seeds, real = loaded(folder, "seed-*.json"), loaded(folder, "smollm2-seed-*.json")
-    if not seeds and not real:
+    loop = loaded(folder, "loop-seed-*.json")
+    if not seeds and not real and not loop:
         raise SystemExit(f"{folder} holds no seed-*.json; run study.py first")
     if seeds:
         sum_up(seeds, folder)
@@ -282,6 +350,12 @@ def main() -> None:
         (folder / "SMOLLM2.md").write_text(real_report(real))
         draw_real(real, folder / "smollm2.png")
         print(f"{len(real)} seeds of SmolLM2 in {folder / 'SMOLLM2.md'}")
+    if loop:
+        common = [arm for arm in loop[0]["arms"] if all(arm in seed["arms"] for seed in loop)]
+        loop = [{**seed, "arms": {arm: seed["arms"][arm] for arm in common}} for seed in loop]
+        (folder / "LOOP.md").write_text(loop_report(loop))
+        draw_loop(loop, folder / "loop.png")
+        print(f"{len(loop)} seeds of the closed loop in {folder / 'LOOP.md'}")
 
 
 if __name__ == "__main__":
