@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from experiment import ENOUGH, LEARNING_RATE, LOOK_EVERY, MOST_STEPS, Exam, make_model, refused, teach
+from experiment import ENOUGH, LEARNING_RATE, LOOK_EVERY, MOST_STEPS, Exam, aligned_model, learn, make_model, refused
 from study import cpu_name, seeds_of
 from torch import Tensor, nn
 from world import REFUSAL, Row, World
@@ -298,10 +298,7 @@ def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dic
         optimizer.param_groups[0]["lr"] = lr * min(1.0, steps / 5)
         model.train()
         batch = world.batch(order.sample(rows, 32) + safety.rows(recipe.mixed))
-        model(**batch, use_cache=False).loss.backward()
-        sf.clip_grad_norm_(model, 1.0, optimizer=optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
+        learn(model, optimizer, batch)
         held = optimizer.plan or {}
         frozen.append(sum(mask.frozen_count for mask in held.values()) / total)
         model.eval()
@@ -320,13 +317,13 @@ def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dic
 
 
 def aligned(world: World, folder: Path | None) -> nn.Module:
-    """The model that refuses, taught as in `experiment.run_seed`, or loaded where ``folder`` has it."""
-    model, path = make_model(world), folder and folder / f"aligned-{world.seed}.pt"
+    """The model that refuses; it is kept in ``folder``, and loaded where that has it."""
+    path = folder and folder / f"aligned-{world.seed}.pt"
     if path and path.exists():
+        model = make_model(world)
         model.load_state_dict(torch.load(path))
         return model.eval()
-    teach(model, world, world.lessons(12_000, aligned=False, seed=world.seed + 1), 1000, 4e-3, world.seed)
-    teach(model, world, world.lessons(6_000, aligned=True, seed=world.seed + 2), 450, 1.5e-3, world.seed)
+    model = aligned_model(world, lambda _: None)
     if path:
         torch.save(model.state_dict(), path)
     return model

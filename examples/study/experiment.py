@@ -68,6 +68,16 @@ def teach(model: nn.Module, world: World, rows: list[Row], steps: int, lr: float
     model.eval()
 
 
+def aligned_model(world: World, tell: Tell) -> LlamaForCausalLM:
+    """A model that was taught the world, and then to refuse questions about its restricted objects."""
+    model, seed = make_model(world), world.seed
+    tell("pretraining")
+    teach(model, world, world.lessons(12_000, aligned=False, seed=seed + 1), 1000, 4e-3, seed)
+    tell("alignment")
+    teach(model, world, world.lessons(6_000, aligned=True, seed=seed + 2), 450, 1.5e-3, seed)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------- what is asked
 
 
@@ -266,11 +276,7 @@ def run_seed(seed: int, draws: int, tell: Tell) -> dict[str, Any]:
     """Everything of one seed, as JSON can hold it."""
     begun = time.perf_counter()
     world = World(seed)
-    model = make_model(world)
-    tell("pretraining")
-    teach(model, world, world.lessons(12_000, aligned=False, seed=seed + 1), 1000, 4e-3, seed)
-    tell("alignment")
-    teach(model, world, world.lessons(6_000, aligned=True, seed=seed + 2), 450, 1.5e-3, seed)
+    model = aligned_model(world, tell)
     exam = Exam(world)
     before = exam.grade(model)
     tell("scores")
