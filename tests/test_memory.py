@@ -74,6 +74,20 @@ def test_complex_moments_are_counted_as_they_are_held() -> None:
     assert sf.memory_plan(net, freeze).masked["cpu"].state == size(optimizer.state[net.weight].values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_single_elements_have_no_state(dtype: torch.dtype) -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(6, 4, dtype=dtype))
+    freeze = sf.FreezePlan({"weight": sf.FreezeMask((6, 4), rows=[0], elements=torch.eye(6, 4, dtype=torch.bool))})
+    master = "remainder" if dtype == torch.bfloat16 else None
+    optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, master=master)
+    net.weight.grad = torch.ones_like(net.weight)
+    optimizer.step()
+    held = sf.memory_plan(net, freeze, master=master).masked["cpu"]
+    assert held.state + held.masters == size(optimizer.state[net.weight].values())
+    assert optimizer.state[net.weight]["exp_avg"].numel() == 24 - 4 - 3
+
+
 def test_stock_is_what_torch_holds() -> None:
     net = model()
     predicted = sf.memory_plan(net).stock["cpu"]

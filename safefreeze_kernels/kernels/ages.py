@@ -22,12 +22,19 @@ class Ages:
 
     rows: np.ndarray  # int64 [rows]
     cols: np.ndarray  # int64 [cols]
-    elements: np.ndarray | None = None  # int64 [rows, cols]; only once single elements were thawed
+    elements: np.ndarray | None = None  # int32 [rows, cols]; only once single elements were thawed
 
     @classmethod
     def none(cls, mask: FreezeMask) -> Ages:
         n_rows, n_cols = mask.matrix_shape
         return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
+
+    def dense(self) -> np.ndarray:
+        """Of every element, as a new array [rows, cols]."""
+        born: np.ndarray = np.maximum(self.rows[:, None], self.cols[None, :]).astype(np.int32)
+        if self.elements is not None:
+            np.maximum(born, self.elements, out=born, casting="same_kind")
+        return born
 
     def shard(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
         """Ages in a shard of the tensor (`sharding.held`), whose whole mask is ``mask``."""
@@ -51,7 +58,7 @@ class Ages:
         """
         n_rows, n_cols = mask.matrix_shape
         shapes: list[tuple[int, ...]] = [(n_rows,), (n_cols,), (n_rows, n_cols)]
-        arrays = []
+        arrays: list[np.ndarray] = []
         for text, shape in zip(texts, shapes, strict=False):
             size = 8 * math.prod(shape)
             try:  # never more memory than the tensor's shape calls for
@@ -60,8 +67,9 @@ class Ages:
                 raise ValueError(f"ages of a thawed tensor of shape {mask.shape} are damaged ({error})") from error
             if len(data) != size:
                 raise ValueError(f"ages of a thawed tensor hold {len(data)} bytes, expected {size} for {mask.shape}")
-            arrays.append(np.frombuffer(data, "<i8").astype(np.int64).reshape(shape))
-            if arrays[-1].size and not 0 <= arrays[-1].min() <= arrays[-1].max() <= step:
+            found = np.frombuffer(data, "<i8").reshape(shape)
+            arrays.append(found.astype(np.int64 if len(arrays) < 2 else np.int32))
+            if found.size and not 0 <= found.min() <= found.max() <= step:
                 raise ValueError(f"ages of a thawed tensor are not within its {step} steps; they are damaged")
         return cls(*arrays)
 
@@ -76,7 +84,7 @@ class Ages:
         ages = Ages.none(new)
         ages.rows[rows], ages.cols[cols] = self.rows, self.cols
         if self.elements is not None:
-            ages.elements = np.zeros(new.matrix_shape, np.int64)
+            ages.elements = np.zeros(new.matrix_shape, np.int32)
             ages.elements[np.ix_(rows, cols)] = self.elements
         return ages
 
@@ -88,6 +96,6 @@ class Ages:
         was = old.frozen_elements
         if was is not None:
             thawed = was & ~new.frozen_flags()
-            elements = np.zeros(old.matrix_shape, np.int64) if elements is None else elements.copy()
+            elements = np.zeros(old.matrix_shape, np.int32) if elements is None else elements.copy()
             elements[thawed] = step
         return Ages(rows, cols, elements)

@@ -4,8 +4,8 @@ A live list visits what trains; a frozen row or column is simply not in it. A fr
 Nothing here knows addresses, dtypes of parameters, or hyper-parameters, so a list lives as long as its plan. Kernels on
 the CPU are given it as runs (runs.py), kernels on a GPU as tiles (tiles.py), the reference reads the parts themselves.
 
-Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state without the frozen rows and
-columns (live list), or a copy of the frozen elements (frozen list).
+Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state of what is live (live list;
+or as large as the tensor, if the list is compiled so), or a copy of the frozen elements (frozen list).
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ..plan.mask import FreezeMask, bits_before, pack_bits, unpack_bits
 from .ages import Ages
 
+MOST_AGES: Final = 1 << 16  # of one part: what an index of 16 bits tells apart
+
 
 @dataclass
 class Part:
-    """A rectangle of one tensor whose elements share an age. ``None`` for an index means all of them."""
+    """A rectangle of one tensor, or some elements of its rows. ``None`` for an index means all of them.
+
+    Attributes:
+        frozen_bits: one bit per element of the tensor; a live list visits elements whose bit is clear, a frozen list
+            those whose bit is set. Such a part has no ``cols``.
+        gapless: of a part with bits: its packed twin holds what is visited alone, in order. Else the places are those
+            of ``packed_rows``.
+        born: int64, ascending: the ages of its elements, as `Ages` counts.
+        ages: uint8 or uint16, laid out as the packed twin: which of ``born`` each element has. None: they share one.
+    """
 
     tensor: int
     shape: tuple[int, int]
@@ -33,15 +44,16 @@ class Part:
     packed_rows: np.ndarray | None = None
     packed_cols: np.ndarray | None = None
     packed_start: int = 0
-    frozen_bits: np.ndarray | None = None  # one bit per element of the tensor
-    born: int = 0
+    frozen_bits: np.ndarray | None = None
+    gapless: bool = False
+    born: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    ages: np.ndarray | None = None
 
     def frozen_flags(self) -> np.ndarray:
-        """`frozen_bits` of this rectangle, written out: bool [rows, cols]."""
+        """`frozen_bits` of these rows, written out: bool [rows, cols]."""
         assert self.frozen_bits is not None
         flags = unpack_bits(self.frozen_bits, self.shape)
-        flags = flags if self.rows is None else flags[self.rows]
-        return flags if self.cols is None else flags[:, self.cols]
+        return flags if self.rows is None else flags[self.rows]
 
     def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What lies together in memory, in memory order: the first element of each run, its place in the packed twin,
@@ -83,7 +95,10 @@ class WorkList:
 
     def __post_init__(self) -> None:
         self.tensor_of_part = np.array([part.tensor for part in self.parts], np.int64)
-        self.born_of_part = np.array([part.born for part in self.parts], np.int64)
+        ages = np.array([part.born.size for part in self.parts], np.int64)
+        #: `Part.born` of all parts end to end, the part each belongs to, and where each part's begin.
+        self.born = np.concatenate([np.zeros(0, np.int64), *(part.born for part in self.parts)])
+        self.part_of_born, self.first_born = np.repeat(np.arange(ages.size), ages), np.cumsum(ages) - ages
 
     def __reduce__(self) -> Any:
         # Copied and pickled by what it is made of: its forms hold addresses.
@@ -95,64 +110,93 @@ class WorkList:
         mixed = {part.tensor for part in self.parts if part.cols is not None or part.frozen_bits is not None}
         return [part.tensor in several & mixed for part in self.parts]
 
-    def gapless(self, part: Part) -> bool:
-        """Whether the packed twin holds only the part's elements whose bit is set."""
-        return self.frozen and part.frozen_bits is not None
-
     def gapless_places(self, part: Part, start: np.ndarray) -> np.ndarray:
-        """Places in such a twin of what begins with elements ``start``, multiples of 8."""
+        """Places in a gapless twin of what begins with elements ``start``."""
         assert part.frozen_bits is not None
-        return part.packed_start + bits_before(part.frozen_bits, start)
+        before = bits_before(part.frozen_bits, start)
+        return part.packed_start + (before if self.frozen else start - before)
 
 
-def compile_live(masks: Sequence[FreezeMask], ages: Sequence[Ages | None] | None = None) -> WorkList:
-    """The list of what trains. ``masks[i]`` is tensor ``i``'s; packed twins have ``masks[i].packed_shape``."""
+def compile_live(
+    masks: Sequence[FreezeMask], ages: Sequence[Ages | None] | None = None, *, whole_state: bool = False
+) -> WorkList:
+    """The list of what trains. ``masks[i]`` is tensor ``i``'s; packed twins have ``masks[i].packed_shape`` or, with
+    ``whole_state``, the tensors' own shapes: places of what is frozen are then neither read nor written."""
     parts: list[Part] = []
     sizes: list[int] = []
     for tensor, mask in enumerate(masks):
         age = ages[tensor] if ages is not None else None
-        live_parts = list(_live_parts(tensor, mask, age if age else None))
-        sizes.append(int(np.prod(mask.packed_shape, dtype=np.int64)))
-        parts += live_parts
+        age = age if age else None
+        single = mask.bits is not None or (age is not None and age.elements is not None)
+        parts += (_single_elements if single else _rectangles)(tensor, mask, age, whole_state)
+        sizes.append(mask.numel if whole_state else mask.live_count)
     return WorkList(False, parts, sizes)
 
 
-def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Part]:
+def _rectangles(tensor: int, mask: FreezeMask, age: Ages | None, whole_state: bool) -> Iterable[Part]:
+    """Live rows × live columns, a part for each age."""
     shape = mask.matrix_shape
-    if shape[0] * shape[1] == 0:
+    rows, cols = mask.live_rows, mask.live_cols
+    if not rows.size or not cols.size:
         return
     if mask.frozen_count == 0 and age is None:
         yield Part(tensor, shape, shape[1])
         return
-    rows, cols = mask.live_rows, mask.live_cols
-    if not rows.size or not cols.size:
+    row_ages, col_ages = (np.zeros(1, np.int64),) * 2 if age is None else (age.rows[rows], age.cols[cols])
+    for row_age in np.unique(row_ages):
+        row_places = np.arange(rows.size) if age is None else np.flatnonzero(row_ages == row_age)
+        for col_age in np.unique(col_ages):
+            col_places = np.arange(cols.size) if age is None else np.flatnonzero(col_ages == col_age)
+            all_cols, born = col_places.size == shape[1], np.array([max(row_age, col_age)], np.int64)
+            here, there = rows[row_places], None if all_cols else cols[col_places]
+            if whole_state:
+                yield Part(tensor, shape, shape[1], here, there, here, there, born=born)
+                continue
+            packed_cols = None if col_places.size == cols.size else col_places
+            yield Part(tensor, shape, cols.size, here, there, row_places, packed_cols, born=born)
+
+
+def _single_elements(tensor: int, mask: FreezeMask, age: Ages | None, whole_state: bool) -> Iterable[Part]:
+    """Live elements of live rows, whatever their ages: one part, unless there are more than `MOST_AGES`."""
+    if not mask.live_count:
         return
-    all_cols = cols.size == shape[1]
-    width = cols.size
-    if age is None:
-        yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=mask.bits)
-    elif age.elements is None:
-        for row_age in np.unique(age.rows[rows]):
-            row_places = np.flatnonzero(age.rows[rows] == row_age)
-            for col_age in np.unique(age.cols[cols]):
-                col_places = np.flatnonzero(age.cols[cols] == col_age)
-                yield Part(
-                    tensor,
-                    shape,
-                    width,
-                    rows[row_places],
-                    None if col_places.size == shape[1] else cols[col_places],
-                    row_places,
-                    None if col_places.size == width else col_places,
-                    frozen_bits=mask.bits,
-                    born=int(max(row_age, col_age)),
-                )
-    else:
-        born = np.maximum(np.maximum(age.rows[:, None], age.cols[None, :]), age.elements)
-        frozen = mask.frozen_flags()
-        for value in np.unique(born[~frozen]):
-            others = pack_bits(frozen | (born != value))
-            yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=others, born=int(value))
+    shape, rows, bits = mask.matrix_shape, mask.live_rows, mask.bits
+    if bits is None or mask.frozen_rows.size or mask.frozen_cols.size:
+        bits = pack_bits(mask.frozen_flags())
+    picked = None if rows.size == shape[0] else rows
+    part = Part(tensor, shape, shape[1], picked, packed_rows=picked, frozen_bits=bits, gapless=not whole_state)
+    if age is not None:
+        live = ~unpack_bits(bits, (mask.numel,))
+        born = age.dense().reshape(-1)
+        part.born, ages = _numbered(born[live])
+        if whole_state:
+            spread = np.zeros(mask.numel, ages.dtype)
+            spread[live] = ages
+            ages = spread
+        if part.born.size > MOST_AGES:
+            yield from _too_many_ages(part, np.flatnonzero(live), born, ages)
+            return
+        if part.born.size > 1:
+            part.ages = ages.astype(np.uint8 if part.born.size <= 256 else np.uint16)
+    yield part
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ones of numbers of steps, ascending, and which of them each is, modulo `MOST_AGES`: uint16."""
+    there = np.zeros(int(values.max()) + 1, bool)  # to sort them would take many times longer
+    there[values] = True
+    number = (np.cumsum(there) - 1).astype(np.uint16)
+    return np.flatnonzero(there), number[values]
+
+
+def _too_many_ages(part: Part, live: np.ndarray, born: np.ndarray, ages: np.ndarray) -> Iterable[Part]:
+    """Elements ``live`` of a part with more than `MOST_AGES`: parts that list their elements."""
+    places = np.arange(live.size) if part.gapless else live
+    group = np.searchsorted(part.born, born[live]) // MOST_AGES
+    for number in range(-(-part.born.size // MOST_AGES)):
+        some = part.born[number * MOST_AGES :][:MOST_AGES]
+        chosen = np.flatnonzero(group == number)
+        yield Part(part.tensor, (born.size, 1), 1, live[chosen], None, places[chosen], born=some, ages=ages)
 
 
 def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
@@ -171,5 +215,5 @@ def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:
             parts.append(Part(tensor, shape, cols.size, live_rows, cols, packed_start=start))
             start += live_rows.size * cols.size
         if mask.bits is not None:
-            parts.append(Part(tensor, shape, shape[1], packed_start=start, frozen_bits=mask.bits))
+            parts.append(Part(tensor, shape, shape[1], packed_start=start, frozen_bits=mask.bits, gapless=True))
     return WorkList(True, parts, [mask.frozen_count for mask in masks])

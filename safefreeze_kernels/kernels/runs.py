@@ -10,9 +10,10 @@ from ..plan.mask import pack_bits
 from .parts import Part, WorkList, cut
 
 # Mirrors of the structs in csrc/work.h.
-RUN_PART: Final = np.dtype(
-    [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
-)
+_PART_FIELDS: Final = (
+    "tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits", "gapless", "ages", "age_size"
+)  # fmt: skip
+RUN_PART: Final = np.dtype([(name, "i8") for name in _PART_FIELDS])
 RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
 CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
@@ -45,9 +46,11 @@ class Runs:
         runs, chunks = [np.zeros(0, RUN)], [np.zeros(0, CHUNK)]
         n_runs = 0
         for index, (part, shared) in enumerate(zip(work.parts, work.shared(), strict=True)):
+            age_size = 0 if part.ages is None else part.ages.itemsize
             self.parts[index] = (
                 part.tensor, self._address(part.cols, np.int32), self._address(_column_bits(part), np.uint8),
                 self._address(part.packed_cols, np.int32), shared, self._address(part.frozen_bits, np.uint8),
+                part.gapless, self._address(part.ages, None), age_size,
             )  # fmt: skip
             runs.append(_runs(work, part))
             chunks.append(_chunks(runs[-1]["count"], index, n_runs))
@@ -59,10 +62,10 @@ class Runs:
         """Memory of the arrays."""
         return sum(array.nbytes for array in (self.parts, self.runs, self.chunks, *self._keep))
 
-    def _address(self, array: np.ndarray | None, dtype: type) -> int:
+    def _address(self, array: np.ndarray | None, dtype: type | None) -> int:
         if array is None:
             return 0
-        if dtype is np.uint8:  # kernels read words of eight bytes
+        if dtype is np.uint8:  # bits, of which kernels read words of eight bytes
             array = np.concatenate([array, np.zeros(8, np.uint8)])
         self._keep.append(np.ascontiguousarray(array, dtype))
         return int(self._keep[-1].ctypes.data)
@@ -86,7 +89,7 @@ def _runs(work: WorkList, part: Part) -> np.ndarray:
         start, packed = start[run] + offset, packed[run] + offset
     runs = np.empty(start.size, RUN)
     runs["start"], runs["count"] = start, count
-    runs["packed"] = work.gapless_places(part, start) if work.gapless(part) else packed
+    runs["packed"] = work.gapless_places(part, start) if part.gapless else packed
     return runs
 
 

@@ -35,7 +35,18 @@ from .checks import (
 )
 from .compiled import Handle, traced_step, untraced_step
 from .launch import LaunchPlan, LaunchPlans, PendingFactor, kernel_dtypes, make_launch_plans, multiplier
-from .state import FREEZE, REMAINDER, dense_states, loading, master_weight, only_makes_state, plan_note, refrozen
+from .state import (
+    FREEZE,
+    PACKED,
+    REMAINDER,
+    close_gaps,
+    dense_states,
+    loading,
+    master_weight,
+    only_makes_state,
+    plan_note,
+    refrozen,
+)
 
 # What a copy of an optimizer has of it, beside groups and state.
 _COPIED: Final = ("_settings", "_plan", "_names", "_ages", "_masks")
@@ -74,7 +85,7 @@ class MaskedAdam(Optimizer):
     their real view, as in torch. Float64 and complex128 ones are computed in float64, by the slow reference backend
     (``backend="auto"`` says so once). What has ``requires_grad=False``, and is in no plan, may have any dtype and
     layout: only what gets a gradient is looked at. State keys are torch's; with rows or columns frozen, ``exp_avg`` and
-    ``exp_avg_sq`` are packed to (live rows, live columns).
+    ``exp_avg_sq`` are packed to (live rows, live columns), with single elements frozen to (live elements,).
 
     `torch.amp.GradScaler` looks at all gradients: to keep an inf in a frozen one from skipping a step, call
     `zero_frozen_grads_` before ``scaler.unscale_`` or ``scaler.step``.
@@ -422,6 +433,10 @@ class MaskedAdam(Optimizer):
             self._names.note(self.param_groups)
             if "_masks" not in state:
                 self._masks = {member.name: member.mask for member in self._members()}
+            for member in self._members():
+                entries = self.state.get(member.param, {})
+                packed = {key: close_gaps(entries[key], member.shard_mask) for key in PACKED if key in entries}
+                entries.update(packed)
             self._note_plan()
 
 

@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 
     grads: Gradients
     scalars: Any  # rows of `SCALARS` or `SCALARS_DOUBLE`, on the host or on the device
-    scalar_set: np.ndarray  # int32: which row each part of the work list takes
+    scalar_set: np.ndarray  # int32: the first row of each part of the work list
 
 
 class LaunchPlan:
@@ -108,7 +108,7 @@ class LaunchPlan:
     def _start_counting(self) -> None:
         self._counts = self.steps.numpy()
         self._count_bytes = self._counts.view(np.uint8).data
-        self._ageless = not self._work.born_of_part.any()
+        self._ageless = not self._work.born.any()
         self._uniform_count: int | None = None  # that of all parameters, if nothing was thawed either
         self._note_counts()
 
@@ -126,13 +126,14 @@ class LaunchPlan:
                 self._pack_scalars(self._scalar_memory, row * self._scalars.itemsize, *values)
             return Prepared(grads, self._scalars, self._set_of_part)
         self._uniform_count = None
-        counts = self._counts + (np.float32(1.0) if self._counting is None else self._counting)
-        age_of_part = np.maximum(counts[self._work.tensor_of_part].astype(np.int64) - self._work.born_of_part, 1)
-        codes, inverse = np.unique(self._group_of_part << 40 | age_of_part, return_inverse=True)
+        counts, work = self._counts + (np.float32(1.0) if self._counting is None else self._counting), self._work
+        counts_of_part = counts[work.tensor_of_part].astype(np.int64)
+        ages = np.maximum(counts_of_part[work.part_of_born] - work.born, 1)
+        codes, inverse = np.unique(self._group_of_part[work.part_of_born] << 40 | ages, return_inverse=True)
         scalars = np.empty(len(codes), self._scalars.dtype)
         for row, code in enumerate(codes.tolist()):
             scalars[row] = _host_scalars(groups[code >> 40], code & (1 << 40) - 1)
-        return Prepared(grads, scalars, inverse.astype(np.int32))
+        return Prepared(grads, scalars[inverse], work.first_born.astype(np.int32))
 
     def _gradients(self, given: Sequence[Tensor] | None) -> Gradients:
         """Those of this step as kernels take them; a parameter without one is left alone and does not count a step."""
@@ -200,10 +201,12 @@ class CapturablePlan(LaunchPlan):
     on_device = True
 
     def _start_counting(self) -> None:
-        # A set of scalars for each parameter and each age in it: which of them took a step, only the device knows.
-        part = np.stack([self._group_of_part, self._work.tensor_of_part, self._work.born_of_part], axis=1)
-        sets, set_of_part = np.unique(part, axis=0, return_inverse=True)
-        self._set_of_part = set_of_part.reshape(-1).astype(np.int32)
+        # A set of scalars for each parameter and each age in it: which of them took a step, only the device knows. The
+        # ages of a part with several ascend, and no other part of its tensor has one between them.
+        part, work = self._work.part_of_born, self._work
+        born = np.stack([self._group_of_part[part], work.tensor_of_part[part], work.born], axis=1)
+        sets, set_of_born = np.unique(born, axis=0, return_inverse=True)
+        self._set_of_part = set_of_born.reshape(-1)[work.first_born].astype(np.int32)
         self._sets_of_group = [(group, np.flatnonzero(sets[:, 0] == group).tolist()) for group in self._groups]
         self._tensor_of_set = torch.from_numpy(sets[:, 1].copy()).to(self.steps.device)
         self._born_of_set = torch.from_numpy(sets[:, 2].astype(np.float64)).to(self.steps.device)

@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 
 from ..grads.checks import settled
 from ..kernels.ages import Ages
+from ..kernels.backend import choose_backend
 from ..kernels.operands import STORAGE, moment_dtype
+from ..kernels.parts import compile_live
 from ..kernels.reference import from_remainder
 from ..model.sharding import is_sharded, local, spread, take
 from ..plan.mask import FreezeMask
@@ -69,8 +71,13 @@ def make_state(state: dict[str, Any], member: Member, settings: Settings, *, ams
 
 def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
     """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
-    n_rows, n_cols = old.matrix_shape
     packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
+    if not packed.numel() or not moment.numel():
+        return packed
+    if old.bits is not None or new.bits is not None:
+        _repack_elements(moment.contiguous(), old, packed, new)
+        return packed
+    n_rows, n_cols = old.matrix_shape
     places = []
     for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
         place = np.full(size, -1)
@@ -78,15 +85,35 @@ def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
         both = np.flatnonzero(place[now] >= 0)
         places.append((torch.from_numpy(both), torch.from_numpy(place[now][both])))
     (rows_to, rows_from), (cols_to, cols_from) = places
-    if packed.numel() and rows_to.numel() and cols_to.numel():
+    if rows_to.numel() and cols_to.numel():
         matrix = packed.view(-1, new.live_cols.size)
         source = moment.reshape(-1, old.live_cols.size)
         matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
-        for mask in (old, new):
-            if mask.elements is not None:
-                frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
-                matrix[frozen] = 0
     return packed
+
+
+def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: FreezeMask) -> None:
+    """`repack` between masks of single elements, by way of full size. Nothing waits for the device."""
+    whole = torch.zeros(old.numel, dtype=moment.dtype, device=moment.device)
+    if moment.dtype in (*STORAGE, torch.int16):
+        word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
+        backend = choose_backend("auto", moment.device, "repack", (word,))
+        twins = [[tensor.view(word).view(-1)] for tensor in (moment, whole, packed)]
+        backend.scatter_(compile_live([old]), twins[1], twins[0])
+        backend.gather(compile_live([new]), twins[1], twins[2])
+        return
+    was, now = (torch.from_numpy(np.flatnonzero(~mask.frozen_flags())).to(whole.device) for mask in (old, new))
+    whole[was] = moment.view(-1)
+    packed.view(-1).copy_(whole[now])
+
+
+def close_gaps(moment: Tensor, mask: FreezeMask) -> Tensor:
+    """State packed under ``mask``, as it is. Earlier versions kept places for frozen single elements of live rows and
+    columns: of such state, these are left out."""
+    if mask.bits is None or tuple(moment.shape) == mask.packed_shape:
+        return moment
+    others = FreezeMask(mask.shape, mask.frozen_rows, mask.frozen_cols if len(mask.shape) > 1 else None)
+    return repack(moment, others, mask) if tuple(moment.shape) == others.packed_shape else moment
 
 
 def unpack(moment: Tensor, mask: FreezeMask) -> Tensor:
@@ -262,11 +289,11 @@ def _converted_entry(
         if key not in PACKED:
             entry.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
             continue
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if value.is_complex() != p.is_complex():
             raise ValueError(f"{what}: {key} of {name!r} has dtype {value.dtype}, its parameter {p.dtype}")
-        moment = value.detach()
+        moment = close_gaps(value.detach(), mask) if packed else value.detach()
+        if tuple(moment.shape) != expected:
+            raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if not packed or is_sharded(p):
             moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_mask)
         dtype = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, settings.state_dtype)

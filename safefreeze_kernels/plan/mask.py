@@ -154,8 +154,11 @@ class FreezeMask:
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
-        """Shape of packed optimizer state: ``shape`` itself where no row or column is frozen, else (live rows,
-        live columns), or (live entries,) for a 1-D tensor. Frozen single elements keep their place in it."""
+        """Shape of packed optimizer state: (live elements,), row-major, where single elements are frozen; else
+        ``shape`` itself where no row or column is, and (live rows, live columns), or (live entries,) for a 1-D tensor,
+        where some are."""
+        if self._bits is not None:
+            return (self.live_count,)
         if not self._rows.size and not self._cols.size:
             return self.shape
         live_rows = self.matrix_shape[0] - self._rows.size
@@ -353,9 +356,12 @@ def unpack_bits(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def bits_before(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many bits are set before each of ``places``, which are multiples of 8."""
-    before: np.ndarray = np.concatenate([[0], np.cumsum(np.bitwise_count(bits), dtype=np.int64)])[places // 8]
-    return before
+    """How many bits are set before each of ``places``: int64."""
+    words = np.concatenate([bits, np.zeros(-bits.size % 8 + 8, np.uint8)]).view("<u8")
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bitwise_count(words), dtype=np.int64)])
+    lower = (np.uint64(1) << (places % 64).astype(np.uint64)) - np.uint64(1)
+    found: np.ndarray = before[places // 64] + np.bitwise_count(words[places // 64] & lower)
+    return found
 
 
 def _tensor(array: np.ndarray) -> Tensor:

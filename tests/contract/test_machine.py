@@ -745,13 +745,15 @@ class Training(RuleBasedStateMachine):
                     assert_same_bits(value, weight.value, f"{b}: {name}", any_nan=True)
 
     @invariant()
-    def frozen_rows_and_columns_have_no_state(self) -> None:
+    def what_is_frozen_has_no_state(self) -> None:
         for b, optimizer in self.optimizers.items():
             for name, p in self.params(b).items():
                 shape = self.plan[name].packed_shape if name in self.plan else tuple(p.shape)
                 for key, value in optimizer.state.get(p, {}).items():
                     if key != "step":
                         assert tuple(value.shape) == shape, f"{b}: {key} of {name}"
+                        live = self.plan[name].live_count if name in self.plan else p.numel()
+                        assert value.numel() == live, f"{b}: {key} of {name}"
 
 
 def run(programs: int, operations: int) -> tuple[int, int]:

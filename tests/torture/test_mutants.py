@@ -41,7 +41,7 @@ MUTANTS: Final = (
         "decay is applied to frozen weights",
         "kernels/reference.py",
         "            old_p = visit.matrix[here]\n",
-        "            param.detach().mul_(float(row.decay))\n            old_p = visit.matrix[here]\n",
+        "            param.detach().mul_(own.decay)\n            old_p = visit.matrix[here]\n",
     ),
     Mutant(
         "the clip norm counts frozen gradients",
@@ -64,8 +64,8 @@ MUTANTS: Final = (
     Mutant(
         "single frozen elements are forgotten",
         "kernels/parts.py",
-        "None if all_cols else cols, frozen_bits=mask.bits)",
-        "None if all_cols else cols)",
+        "bits = pack_bits(mask.frozen_flags())\n",
+        "bits = pack_bits(np.zeros(mask.matrix_shape, bool))\n",
     ),
     Mutant(
         "a thawed row is as old as the tensor",
@@ -322,8 +322,36 @@ MUTANTS: Final = (
     Mutant(
         "compiled: frozen single elements are overwritten",
         "csrc/cpu.cpp",
-        "p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;",
-        "p[i] = p_new;",
+        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};",
+        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, 0u};",
+    ),
+    Mutant(
+        "compiled: moments of single elements lie as if none of the run was frozen",
+        "csrc/cpu.cpp",
+        "packed{run.packed + (part.gapless ? picked : done)};",
+        "packed{run.packed + done};",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: a thawed element is as old as its tensor",
+        "csrc/cpu.cpp",
+        "aged.bias2_sqrt[i] = row.bias2_sqrt;",
+        "aged.bias2_sqrt[i] = rows->bias2_sqrt;",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "the state of a loaded checkpoint has gaps",
+        "optim/state.py",
+        "return repack(moment, others, mask) if",
+        "return moment if",
+        ("contract/test_optimizer.py",),
+    ),
+    Mutant(
+        "CUDA: a thread forgets how many elements those before it found",
+        "csrc/cuda.cu",
+        "before += i < threadIdx.x / group ? of_group[i] : 0;",
+        "before += 0;",
+        ("kernels/test_cuda.py",),
     ),
     Mutant(
         "compiled: eps is added before the root is taken",
