@@ -32,38 +32,40 @@ struct Bits {
   int64_t first = 0, span = 0;
   uint32_t flip = 0;
 
-  // Which of n neighbours from number i on are picked; beyond the span none is.
-  template <int n>
-  uint32_t of(int64_t i) const {
-    static_assert(n <= 32, "seven more bits belong to the elements before");
+  // Which of 64 neighbours from number i on are picked; none of what is beyond the span may be asked for.
+  uint64_t whole(int64_t i) const {
+    const uint8_t* const from = bytes + ((first + i) >> 3);
+    const int shift = static_cast<int>(first & 7);
     uint64_t word;
-    memcpy(&word, bytes + ((first + i) >> 3), 8);
-    const uint32_t found = static_cast<uint32_t>(word >> ((first + i) & 7)) ^ flip;
-    const int64_t left = span - i < n ? span - i : n;
-    return left < 32 ? found & ((1u << left) - 1u) : found;
+    memcpy(&word, from, 8);
+    if (shift) word = word >> shift | static_cast<uint64_t>(from[8]) << (64 - shift);
+    return flip ? ~word : word;
   }
+  // Those of the last few, fewer than 64.
+  uint64_t rest(int64_t i) const { return i < span ? whole(i) & ((uint64_t(1) << (span - i)) - 1u) : 0; }
 
   // Lets the span grow to as many of `most` neighbours as a block has room for. How many of them are picked.
   int64_t grow(int64_t most) {
     int64_t picks = 0;
-    while (span < most) {
-      const int64_t before = span;
-      span = span + 32 < most ? span + 32 : most;
-      const int more = __builtin_popcount(of<32>(before));
-      if (picks + more > block) {
-        span = before;
-        break;
-      }
+    for (; span + 64 <= most; span += 64) {
+      const int more = __builtin_popcountll(whole(span));
+      if (picks + more > block) return picks;
       picks += more;
     }
+    const int64_t before = span;
+    span = most;
+    const int more = __builtin_popcountll(rest(before));
+    if (picks + more <= block) return picks + more;
+    span = before;
     return picks;
   }
 
   // Calls `take(i)` for each neighbour that is picked.
   template <typename Take>
   void each(Take take) const {
-    for (int64_t i = 0; i < span; i += 32) {
-      for (uint32_t picked = of<32>(i); picked; picked &= picked - 1u) take(i + __builtin_ctz(picked));
+    for (int64_t i = 0; i < span; i += 64) {
+      uint64_t picked = i + 64 <= span ? whole(i) : rest(i);
+      for (; picked; picked &= picked - 1u) take(i + __builtin_ctzll(picked));
     }
   }
 };
@@ -130,33 +132,53 @@ inline void store_some(uint16_t* data, __mmask16 some, __m512i values) {
 constexpr bool picks_columns_by_bits = true;
 
 template <typename T>
+inline void pick_16(const T* data, uint64_t picked, T* out) {
+  store_16(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(picked), load_16(data)));
+}
+template <typename T>
+inline void put_16(const T* values, uint64_t picked, T* data) {
+  store_16(data, _mm512_mask_expand_epi32(load_16(data), static_cast<__mmask16>(picked), load_16(values)));
+}
+inline int count_16(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xffff)); }
+
+template <typename T>
 void pick_by_bits(const T* data, const Bits& bits, T* out) {
   int64_t i = 0;
-  for (; i + 16 <= bits.span; i += 16) {
-    const uint32_t picked = bits.of<16>(i);
+  for (; i + 64 <= bits.span; i += 64) {
+    const uint64_t picked = bits.whole(i);
     if (!picked) continue;
-    store_16(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(picked), load_16(data + i)));
-    out += __builtin_popcount(picked);
+    for (int k = 0; k < 64; k += 16) {
+      pick_16(data + i + k, picked >> k, out);
+      out += count_16(picked >> k);
+    }
   }
-  if (i < bits.span) {
-    const __mmask16 picked = static_cast<__mmask16>(bits.of<16>(i));
-    store_16(out, _mm512_maskz_compress_epi32(picked, load_some(data + i, picked)));
+  uint64_t picked = bits.rest(i);
+  for (; i + 16 <= bits.span; i += 16, picked >>= 16) {
+    pick_16(data + i, picked, out);
+    out += count_16(picked);
   }
+  const __mmask16 some = static_cast<__mmask16>(picked);
+  if (some) store_16(out, _mm512_maskz_compress_epi32(some, load_some(data + i, some)));
 }
 
 template <typename T>
 void put_by_bits(const T* values, const Bits& bits, T* data) {
   int64_t i = 0;
-  for (; i + 16 <= bits.span; i += 16) {
-    const uint32_t picked = bits.of<16>(i);
+  for (; i + 64 <= bits.span; i += 64) {
+    const uint64_t picked = bits.whole(i);
     if (!picked) continue;
-    store_16(data + i, _mm512_mask_expand_epi32(load_16(data + i), static_cast<__mmask16>(picked), load_16(values)));
-    values += __builtin_popcount(picked);
+    for (int k = 0; k < 64; k += 16) {
+      put_16(values, picked >> k, data + i + k);
+      values += count_16(picked >> k);
+    }
   }
-  if (i < bits.span) {
-    const __mmask16 picked = static_cast<__mmask16>(bits.of<16>(i));
-    store_some(data + i, picked, _mm512_maskz_expand_epi32(picked, load_16(values)));
+  uint64_t picked = bits.rest(i);
+  for (; i + 16 <= bits.span; i += 16, picked >>= 16) {
+    put_16(values, picked, data + i);
+    values += count_16(picked);
   }
+  const __mmask16 some = static_cast<__mmask16>(picked);
+  if (some) store_some(data + i, some, _mm512_maskz_expand_epi32(some, load_16(values)));
 }
 #else
 constexpr bool picks_columns_by_bits = false;
@@ -200,12 +222,12 @@ inline void store_8(uint8_t* data, __m256i values) {
 
 // The eight whose bits are in `picked`, moved to the front.
 template <typename T>
-inline void pick_8(const T* data, uint32_t picked, T* out) {
+inline void pick_8(const T* data, uint64_t picked, T* out) {
   store_8(out, _mm256_permutevar8x32_epi32(load_8(data), load_8(lanes_of.picked[picked])));
 }
 
 template <typename T>
-inline void put_8(const T* values, uint32_t picked, T* data) {
+inline void put_8(const T* values, uint64_t picked, T* data) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(picked)), bit), bit);
   const __m256i moved = _mm256_permutevar8x32_epi32(load_8(values), load_8(lanes_of.before[picked]));
@@ -213,7 +235,7 @@ inline void put_8(const T* values, uint32_t picked, T* data) {
 }
 #else
 template <typename T>
-inline void pick_8(const T* data, uint32_t picked, T* __restrict out) {
+inline void pick_8(const T* data, uint64_t picked, T* __restrict out) {
   for (int i = 0; i < 8; ++i) {
     *out = data[i];
     out += picked >> i & 1u;
@@ -221,35 +243,43 @@ inline void pick_8(const T* data, uint32_t picked, T* __restrict out) {
 }
 
 template <typename T>
-inline void put_8(const T* __restrict values, uint32_t picked, T* data) {
+inline void put_8(const T* __restrict values, uint64_t picked, T* data) {
   for (int i = 0; i < 8; ++i) {
-    const uint32_t chosen = picked >> i & 1u;
+    const uint64_t chosen = picked >> i & 1u;
     data[i] = chosen ? *values : data[i];
     values += chosen;
   }
 }
 #endif
 
+inline int count_8(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xff)); }
+
 template <typename T>
 void pick_by_bits(const T* data, const Bits& bits, T* out) {
   int64_t i = 0;
-  for (; i + 8 <= bits.span; i += 8) {
-    const uint32_t picked = bits.of<8>(i);
-    pick_8(data + i, picked, out);
-    out += __builtin_popcount(picked);
+  for (; i + 64 <= bits.span; i += 64) {
+    const uint64_t picked = bits.whole(i);
+    if (!picked) continue;
+    for (int k = 0; k < 64; k += 8) {
+      pick_8(data + i + k, picked >> k & 0xff, out);
+      out += count_8(picked >> k);
+    }
   }
-  for (uint32_t picked = bits.of<8>(i); picked; picked &= picked - 1u) *out++ = data[i + __builtin_ctz(picked)];
+  for (uint64_t picked = bits.rest(i); picked; picked &= picked - 1u) *out++ = data[i + __builtin_ctzll(picked)];
 }
 
 template <typename T>
 void put_by_bits(const T* values, const Bits& bits, T* data) {
   int64_t i = 0;
-  for (; i + 8 <= bits.span; i += 8) {
-    const uint32_t picked = bits.of<8>(i);
-    if (picked) put_8(values, picked, data + i);
-    values += __builtin_popcount(picked);
+  for (; i + 64 <= bits.span; i += 64) {
+    const uint64_t picked = bits.whole(i);
+    if (!picked) continue;
+    for (int k = 0; k < 64; k += 8) {
+      put_8(values, picked >> k & 0xff, data + i + k);
+      values += count_8(picked >> k);
+    }
   }
-  for (uint32_t picked = bits.of<8>(i); picked; picked &= picked - 1u) data[i + __builtin_ctz(picked)] = *values++;
+  for (uint64_t picked = bits.rest(i); picked; picked &= picked - 1u) data[i + __builtin_ctzll(picked)] = *values++;
 }
 #endif
 
@@ -516,26 +546,28 @@ inline void keep_param(float value, uint16_t& stored, uint16_t& extra) {
 
 // What depends on age, of each element of a block.
 struct Aged {
-  float step_size[block], bias2_sqrt[block];
-  uint32_t step[block];
+  float step_size[block + slack], bias2_sqrt[block + slack];
+  uint32_t step[block];  // of stochastic rounding
 };
 
 template <typename P, typename S, Rounding rounding, bool l2, bool amsgrad, bool by_age>
 void adamw_block(void* params, const void* grads, void* exp_avgs, void* exp_avg_sqs, void* max_exp_avg_sqs,
-                 uint16_t* __restrict extras, const Aged* __restrict aged, int64_t n, Scalars s) {
+                 uint16_t* __restrict extras, const Aged* aged, int64_t n, Scalars s) {
   P* __restrict p = static_cast<P*>(params);
   const P* __restrict g = static_cast<const P*>(grads);
   S* __restrict m = static_cast<S*>(exp_avgs);
   S* __restrict v = static_cast<S*>(exp_avg_sqs);
   S* __restrict x = static_cast<S*>(max_exp_avg_sqs);
+  const float* __restrict step_size = by_age ? aged->step_size : nullptr;
+  const float* __restrict bias2_sqrt = by_age ? aged->bias2_sqrt : nullptr;
   for (int64_t i = 0; i < n; ++i) {
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
     float pi = param_of<rounding>(p[i], extra), mi = value_of(m[i]), vi = value_of(v[i]);
     float xi = amsgrad ? value_of(x[i]) : 0.0f;
     Scalars own = s;
     if (by_age) {
-      own.step_size = aged->step_size[i];
-      own.bias2_sqrt = aged->bias2_sqrt[i];
+      own.step_size = step_size[i];
+      own.bias2_sqrt = bias2_sqrt[i];
     }
     adamw<l2, amsgrad>(pi, value_of(g[i]), mi, vi, xi, own);
     keep_param<rounding>(pi, p[i], extra);
@@ -597,20 +629,44 @@ void put_back(const Operand& operand, DType dtype, int64_t address, const Place&
   }
 }
 
+// `n_ages` rows; `ages` are readable as far as slack goes.
 template <typename Index>
-void spread(const Index* ages, const Place& packed, int64_t n, const Scalars* rows, Aged& aged) {
-  Index picked[block + slack];
-  const Index* own = ages + packed.start;
-  if (!packed.together()) {
-    pick(ages, packed, n, picked);
-    own = picked;
+void spread(const Index* ages, int64_t n, const Scalars* rows, int64_t n_ages, Aged& aged) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (n_ages <= 32) {  // in registers
+    alignas(64) float step_size[32] = {}, bias2_sqrt[32] = {};
+    for (int64_t age = 0; age < n_ages; ++age) {
+      step_size[age] = rows[age].step_size;
+      bias2_sqrt[age] = rows[age].bias2_sqrt;
+    }
+    const __m512 step_size_low = _mm512_load_ps(step_size), step_size_high = _mm512_load_ps(step_size + 16);
+    const __m512 bias2_sqrt_low = _mm512_load_ps(bias2_sqrt), bias2_sqrt_high = _mm512_load_ps(bias2_sqrt + 16);
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m512i age = load_16(ages + i);
+      _mm512_storeu_ps(aged.step_size + i, _mm512_permutex2var_ps(step_size_low, age, step_size_high));
+      _mm512_storeu_ps(aged.bias2_sqrt + i, _mm512_permutex2var_ps(bias2_sqrt_low, age, bias2_sqrt_high));
+    }
+    return;
   }
+#endif
+  (void)n_ages;
   for (int64_t i = 0; i < n; ++i) {
-    const Scalars& row = rows[own[i]];
+    const Scalars& row = rows[ages[i]];
     aged.step_size[i] = row.step_size;
     aged.bias2_sqrt[i] = row.bias2_sqrt;
-    aged.step[i] = row.step;
   }
+}
+
+template <typename Index>
+void look_up(const RunPart& part, const Place& packed, int64_t n, const Scalars* rows, bool steps, Aged& aged) {
+  Index picked[block + slack];
+  const Index* ages = at<const Index>(part.ages) + packed.start;
+  if (!packed.together()) {
+    pick(at<const Index>(part.ages), packed, n, picked);
+    ages = picked;
+  }
+  spread(ages, n, rows, part.n_ages, aged);
+  for (int64_t i = 0; steps && i < n; ++i) aged.step[i] = rows[ages[i]].step;
 }
 
 // Calls `take(i, element)` for each element of a block, in order.
@@ -656,8 +712,10 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const DType state = static_cast<DType>(launch.state_dtype[b.part.tensor]);
     const Scalars* const rows = launch.scalars + launch.scalar_set[b.part_index];
     const Aged* const by_age = b.part.ages ? &aged : nullptr;
-    if (b.part.age_size == 1) spread(at<const uint8_t>(b.part.ages), b.packed, b.n, rows, aged);
-    if (b.part.age_size == 2) spread(at<const uint16_t>(b.part.ages), b.packed, b.n, rows, aged);
+    if (by_age) {
+      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, launch.stochastic,
+                                                                    aged);
+    }
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
     const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1]);
     const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);

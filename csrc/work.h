@@ -32,6 +32,7 @@ struct RunPart {
   int64_t ages;         // address of integers laid out as the packed twin: how far behind the part's first row of
                         // scalars that of an element is; 0: they share one
   int64_t age_size;     // bytes of such an integer: 1 or 2
+  int64_t n_ages;       // how many of those rows there are
 };
 
 // What one thread takes at a time: runs [begin, end) of one part, about equal in elements.

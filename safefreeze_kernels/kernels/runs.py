@@ -11,7 +11,8 @@ from .parts import Part, WorkList, cut
 
 # Mirrors of the structs in csrc/work.h.
 _PART_FIELDS: Final = (
-    "tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits", "gapless", "ages", "age_size"
+    "tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits", "gapless", "ages", "age_size",
+    "n_ages"
 )  # fmt: skip
 RUN_PART: Final = np.dtype([(name, "i8") for name in _PART_FIELDS])
 RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
@@ -19,6 +20,7 @@ CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
 CHUNK_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
 _SPARSEST_BITS: Final = 3
+_READ_BEYOND: Final = 16  # small integers that kernels may read past the last
 
 
 class Runs:
@@ -48,9 +50,9 @@ class Runs:
         for index, (part, shared) in enumerate(zip(work.parts, work.shared(), strict=True)):
             age_size = 0 if part.ages is None else part.ages.itemsize
             self.parts[index] = (
-                part.tensor, self._address(part.cols, np.int32), self._address(_column_bits(part), np.uint8),
-                self._address(part.packed_cols, np.int32), shared, self._address(part.frozen_bits, np.uint8),
-                part.gapless, self._address(part.ages, None), age_size,
+                part.tensor, self._address(part.cols, np.int32), self._address(_column_bits(part), None),
+                self._address(part.packed_cols, np.int32), shared, self._address(part.frozen_bits, None),
+                part.gapless, self._address(part.ages, None), age_size, part.born.size,
             )  # fmt: skip
             runs.append(_runs(work, part))
             chunks.append(_chunks(runs[-1]["count"], index, n_runs))
@@ -65,8 +67,8 @@ class Runs:
     def _address(self, array: np.ndarray | None, dtype: type | None) -> int:
         if array is None:
             return 0
-        if dtype is np.uint8:  # bits, of which kernels read words of eight bytes
-            array = np.concatenate([array, np.zeros(8, np.uint8)])
+        if array.itemsize < 4:  # bits or ages, of which kernels read words and vectors
+            array = np.concatenate([array, np.zeros(_READ_BEYOND, array.dtype)])
         self._keep.append(np.ascontiguousarray(array, dtype))
         return int(self._keep[-1].ctypes.data)
 

@@ -166,9 +166,10 @@ def visits(
                 places = packed + np.arange(elements.size) if part["gapless"] else places
             born = np.full(elements.size, work.first_born[chunk["part"]])
             if part["ages"]:
-                size = int(part["age_size"]) * work.packed_sizes[part["tensor"]]
+                width = int(part["age_size"])
+                size = width * work.packed_sizes[part["tensor"]]
                 stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(part["ages"])))
-                born += stored.view(f"u{part['age_size']}")[places]
+                born += stored.view(f"u{width}")[places]
             yield chunk_index, int(part["tensor"]), elements, places, work.born[born]
 
 
