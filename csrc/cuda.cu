@@ -17,6 +17,7 @@ namespace safefreeze::cuda {
 namespace {
 
 constexpr int threads = 256;
+constexpr int warp = 32;
 constexpr int access = 16;  // bytes
 
 template <typename T>
@@ -240,14 +241,17 @@ __device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, boo
     const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + here) ^ none : ~0u;
     take(Whole<n>{here, bits & ((1u << n) - 1u)});
   }
+  // Packed places of a warp begin where 32 bytes do: what is visited there lies side by side.
+  const int32_t skew = visited && count ? static_cast<int32_t>(tile.packed % warp) : 0;
 #pragma unroll 1
-  for (uint32_t first = wholes + threadIdx.x; first < count; first += threads * slots) {
+  for (int32_t first = static_cast<int32_t>(wholes + threadIdx.x) - skew; first < static_cast<int32_t>(count);
+       first += threads * slots) {
     Apart<slots> places;
     places.chosen = places.inside = 0;
 #pragma unroll
     for (int i = 0; i < slots; ++i) {
       const uint32_t number = first + i * threads, inside = number < count,
-                     listed = tile.at + (inside ? number : first);
+                     listed = tile.at + (inside ? number : count - 1);
       const uint32_t here = visited     ? visited->element[listed - tile.at]
                             : part.cols ? at<const uint32_t>(part.cols)[listed]
                                         : listed - tile.at;
@@ -417,30 +421,32 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
     AdamWValues<Kind, size> values;
     values.load(task, places);
     [[maybe_unused]] Words eight{};
+    if constexpr (Kind::stochastic) {  // of eight neighbours, or of one element
+      uint32_t step = s.step;
+      if constexpr (Places::apart) {
+        if (task.part.ages) step = task.rows[values.age.of[0]].step;
+      }
+      eight = noise_of_eight(launch.seed, step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+    }
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       float m = S::widen(values.m.of[i]), v = S::widen(values.v.of[i]), v_max = 0.0f;
       s.eps = read_anew(task.scalars.eps);
+      Scalars own = s;
       if constexpr (Places::apart) {
         if (task.part.ages) {
-          const Scalars& own = task.rows[values.age.of[i]];
-          s.step_size = own.step_size;
-          s.bias2_sqrt = own.bias2_sqrt;
-          s.step = own.step;
-        }
-      }
-      if constexpr (Kind::stochastic) {  // of eight neighbours, or of one element
-        if (i == 0) {
-          eight = noise_of_eight(launch.seed, s.step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+          const Scalars& row = task.rows[values.age.of[i]];
+          own.step_size = row.step_size;
+          own.bias2_sqrt = row.bias2_sqrt;
         }
       }
       if constexpr (amsgrad) v_max = S::widen(values.v_max.of[i]);
       float p = values.param(i);
       const float g = P::widen(values.g.of[i]);
       if (launch.l2) {
-        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, s);
+        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, own);
       } else {
-        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, s);
+        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, own);
       }
       values.keep(i, places.chosen >> i & 1, p, m, v, v_max, [&] {
         const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i);
