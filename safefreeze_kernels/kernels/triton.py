@@ -311,7 +311,8 @@ def _scalars(row, multiplier):
 def _of_age(s, row_of_scalars, ages, there, inside):
     """``s`` with what depends on age of each element; and the elements' steps."""
     grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = s
-    age = tl.load(ages.to(tl.pointer_type(tl.uint16)) + there, mask=inside & (ages != 0), other=0)
+    there = tl.where(inside, there, 0)
+    age = tl.load(ages.to(tl.pointer_type(tl.uint16)) + there, mask=there < tl.where(ages != 0, 0x7FFFFFFF, 0), other=0)
     row = row_of_scalars + age.to(tl.int32) * _SCALAR_WORDS
     step_size = tl.load(row + 7).to(tl.float32, bitcast=True)
     bias2_sqrt = tl.load(row + 8).to(tl.float32, bitcast=True)
