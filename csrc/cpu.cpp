@@ -877,10 +877,54 @@ void copy_chunk(const CopyLaunch& launch, int64_t chunk) {
   });
 }
 
+template <typename T>
+void repack_elements_of(const RepackLaunch& launch, int64_t chunk) {
+  T held[block + slack], stage[block + slack];
+  const T* from = static_cast<const T*>(launch.from) + launch.from_at[chunk];
+  T* to = static_cast<T*>(launch.to) + launch.to_at[chunk];
+  const int64_t first = chunk * repack_elements;
+  const int64_t end = first + repack_elements < launch.numel ? first + repack_elements : launch.numel;
+  for (int64_t start = first; start < end; start += block) {
+    const int64_t span = end - start < block ? end - start : block;
+    Bits was{launch.old_bits, start, 0, ~0u}, now{launch.new_bits, start, 0, ~0u};
+    const int64_t n_was = was.grow(span), n_now = now.grow(span);
+    memcpy(held, from, static_cast<size_t>(n_was) * sizeof(T));
+    memset(stage, 0, sizeof(stage));
+    put_by_bits(held, was, stage);
+    pick_by_bits(stage, now, held);
+    memcpy(to, held, static_cast<size_t>(n_now) * sizeof(T));
+    from += n_was;
+    to += n_now;
+  }
+}
+
+void repack_chunk(const RepackLaunch& launch, int64_t chunk) {
+  launch.width == 4 ? repack_elements_of<uint32_t>(launch, chunk) : repack_elements_of<uint16_t>(launch, chunk);
+}
+
+void number_ages(const NumberLaunch& launch) {
+  uint16_t* ages = launch.ages;
+  const Bits live{launch.frozen_bits, 0, launch.numel, ~0u};
+  if (launch.there) {
+    live.each([&](int64_t i) { launch.there[launch.born[i]] = 1; });
+  } else if (launch.whole) {
+    live.each([&](int64_t i) { ages[i] = launch.numbers[launch.born[i]]; });
+  } else {
+    live.each([&](int64_t i) { *ages++ = launch.numbers[launch.born[i]]; });
+  }
+}
+
 }  // namespace
 
 const CpuKernels SAFEFREEZE_JOIN(cpu_kernels_, SAFEFREEZE_ISA) = {
-    SAFEFREEZE_TEXT(SAFEFREEZE_ISA),           adamw_chunk, norm_chunk, scale_chunk, zero_chunk, copy_chunk,
+    SAFEFREEZE_TEXT(SAFEFREEZE_ISA),
+    adamw_chunk,
+    norm_chunk,
+    scale_chunk,
+    zero_chunk,
+    copy_chunk,
+    repack_chunk,
+    number_ages,
     SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA),
 };
 

@@ -130,4 +130,27 @@ struct CopyLaunch {
   bool gather;
 };
 
+// State packed by one set of frozen bits, moved to how another packs it: what is live in both is kept, the rest is 0.
+// Bits are readable 8 bytes past their end.
+constexpr int64_t repack_elements = 32768;  // of the tensor: what one thread takes at a time
+struct RepackLaunch {
+  const uint8_t *old_bits, *new_bits;
+  const int64_t *from_at, *to_at;  // per chunk: where its first live element is held
+  int64_t numel;
+  const void* from;
+  void* to;
+  int64_t width;  // bytes of an element: 2 or 4
+};
+
+// The ages of live elements, in order (or, with `whole`, of all in their places), by number: `numbers` of each age.
+struct NumberLaunch {
+  const int32_t* born;         // of every element
+  const uint8_t* frozen_bits;  // readable 8 bytes past their end
+  int64_t numel;
+  uint8_t* there;           // per age: set to 1 if an element has it; null: it is known
+  const uint16_t* numbers;  // per age
+  uint16_t* ages;
+  bool whole;
+};
+
 }  // namespace safefreeze

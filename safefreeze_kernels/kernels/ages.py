@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..plan.mask import FreezeMask
+from ..plan.mask import FreezeMask, padded, unpack_bits
+
+_C: Any = None
+with contextlib.suppress(ImportError):
+    from .. import _C
 
 
 @dataclass
@@ -30,11 +36,32 @@ class Ages:
         return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
 
     def dense(self) -> np.ndarray:
-        """Of every element, as a new array [rows, cols]."""
-        born: np.ndarray = np.maximum(self.rows[:, None], self.cols[None, :]).astype(np.int32)
-        if self.elements is not None:
-            np.maximum(born, self.elements, out=born, casting="same_kind")
-        return born
+        """Of every element: int32 [rows, cols]; not to be written to."""
+        if self.elements is not None and not self.rows.any() and not self.cols.any():
+            return np.ascontiguousarray(self.elements, np.int32)
+        born: np.ndarray = np.maximum(self.rows.astype(np.int32)[:, None], self.cols.astype(np.int32)[None, :])
+        return born if self.elements is None else np.maximum(born, self.elements.astype(np.int32, copy=False))
+
+    def numbered(self, frozen_bits: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The different ages of the elements whose bit is clear, int64, ascending; and which of them each has, modulo
+        2**16: uint16 [such elements], or [elements] with others at 0 if ``whole``."""
+        born = self.dense().reshape(-1)
+        there = np.zeros(int(born.max()) + 1, np.uint8)  # to sort them would take many times longer
+        live, bits = np.zeros(0, bool), padded(frozen_bits)
+        if _C is None:
+            live = ~unpack_bits(frozen_bits, born.shape)
+            there[born[live]] = 1
+        else:
+            _C.number_ages(born.ctypes.data, bits.ctypes.data, born.size, there.ctypes.data, 0, 0, False)
+        number = (np.cumsum(there, dtype=np.int64) - 1).astype(np.uint16)
+        size = born.size - int(np.bitwise_count(frozen_bits).sum())
+        numbers = np.zeros(born.size if whole else size, np.uint16)
+        if _C is None:
+            numbers[live if whole else slice(None)] = number[born[live]]
+        else:
+            at = (array.ctypes.data for array in (number, numbers))
+            _C.number_ages(born.ctypes.data, bits.ctypes.data, born.size, 0, *at, whole)
+        return np.flatnonzero(there), numbers
 
     def shard(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
         """Ages in a shard of the tensor (`sharding.held`), whose whole mask is ``mask``."""
@@ -93,9 +120,11 @@ class Ages:
         rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
         rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
         cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
-        was = old.frozen_elements
-        if was is not None:
-            thawed = was & ~new.frozen_flags()
-            elements = np.zeros(old.matrix_shape, np.int32) if elements is None else elements.copy()
-            elements[thawed] = step
+        if old.bits is not None:
+            thawed = unpack_bits(old.bits & ~new.frozen_bits, old.matrix_shape)
+            if elements is None:
+                elements = thawed * np.int32(step)
+            else:
+                elements = elements.astype(np.int32)
+                np.copyto(elements, np.int32(step), where=thawed)
         return Ages(rows, cols, elements)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..plan.mask import FreezeMask, bits_before, pack_bits, unpack_bits
+from ..plan.mask import FreezeMask, bits_before, unpack_bits
 from .ages import Ages
 
 MOST_AGES: Final = 1 << 16  # of one part: what an index of 16 bits tells apart
@@ -160,37 +160,23 @@ def _single_elements(tensor: int, mask: FreezeMask, age: Ages | None, whole_stat
     """Live elements of live rows, whatever their ages: one part, unless there are more than `MOST_AGES`."""
     if not mask.live_count:
         return
-    shape, rows, bits = mask.matrix_shape, mask.live_rows, mask.bits
-    if bits is None or mask.frozen_rows.size or mask.frozen_cols.size:
-        bits = pack_bits(mask.frozen_flags())
+    shape, rows, bits = mask.matrix_shape, mask.live_rows, mask.frozen_bits
     picked = None if rows.size == shape[0] else rows
     part = Part(tensor, shape, shape[1], picked, packed_rows=picked, frozen_bits=bits, gapless=not whole_state)
     if age is not None:
-        live = ~unpack_bits(bits, (mask.numel,))
-        born = age.dense().reshape(-1)
-        part.born, ages = _numbered(born[live])
-        if whole_state:
-            spread = np.zeros(mask.numel, ages.dtype)
-            spread[live] = ages
-            ages = spread
+        part.born, ages = age.numbered(bits, whole=whole_state)
         if part.born.size > MOST_AGES:
-            yield from _too_many_ages(part, np.flatnonzero(live), born, ages)
+            yield from _too_many_ages(part, age.dense().reshape(-1), ages)
             return
         if part.born.size > 1:
-            part.ages = ages.astype(np.uint8 if part.born.size <= 256 else np.uint16)
+            part.ages = ages.astype(np.uint8) if part.born.size <= 256 else ages
     yield part
 
 
-def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different ones of numbers of steps, ascending, and which of them each is, modulo `MOST_AGES`: uint16."""
-    there = np.zeros(int(values.max()) + 1, bool)  # to sort them would take many times longer
-    there[values] = True
-    number = (np.cumsum(there) - 1).astype(np.uint16)
-    return np.flatnonzero(there), number[values]
-
-
-def _too_many_ages(part: Part, live: np.ndarray, born: np.ndarray, ages: np.ndarray) -> Iterable[Part]:
-    """Elements ``live`` of a part with more than `MOST_AGES`: parts that list their elements."""
+def _too_many_ages(part: Part, born: np.ndarray, ages: np.ndarray) -> Iterable[Part]:
+    """A part with more than `MOST_AGES`, as parts that list their elements. ``born``: of all."""
+    assert part.frozen_bits is not None
+    live = np.flatnonzero(~unpack_bits(part.frozen_bits, born.shape))
     places = np.arange(live.size) if part.gapless else live
     group = np.searchsorted(part.born, born[live]) // MOST_AGES
     for number in range(-(-part.born.size // MOST_AGES)):

@@ -71,12 +71,11 @@ def make_state(state: dict[str, Any], member: Member, settings: Settings, *, ams
 
 def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
     """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
-    packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
-    if not packed.numel() or not moment.numel():
-        return packed
-    if old.bits is not None or new.bits is not None:
+    if (old.bits is not None or new.bits is not None) and moment.numel():
+        packed = torch.empty(new.packed_shape, dtype=moment.dtype, device=moment.device)
         _repack_elements(moment.contiguous(), old, packed, new)
         return packed
+    packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
     n_rows, n_cols = old.matrix_shape
     places = []
     for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
@@ -85,7 +84,7 @@ def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
         both = np.flatnonzero(place[now] >= 0)
         places.append((torch.from_numpy(both), torch.from_numpy(place[now][both])))
     (rows_to, rows_from), (cols_to, cols_from) = places
-    if rows_to.numel() and cols_to.numel():
+    if packed.numel() and rows_to.numel() and cols_to.numel():
         matrix = packed.view(-1, new.live_cols.size)
         source = moment.reshape(-1, old.live_cols.size)
         matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
@@ -93,18 +92,23 @@ def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
 
 
 def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: FreezeMask) -> None:
-    """`repack` between masks of single elements, by way of full size. Nothing waits for the device."""
-    whole = torch.zeros(old.numel, dtype=moment.dtype, device=moment.device)
-    if moment.dtype in (*STORAGE, torch.int16):
-        word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
-        backend = choose_backend("auto", moment.device, "repack", (word,))
-        twins = [[tensor.view(word).view(-1)] for tensor in (moment, whole, packed)]
-        backend.scatter_(compile_live([old]), twins[1], twins[0])
-        backend.gather(compile_live([new]), twins[1], twins[2])
+    """`repack` between masks of single elements: in one pass on the CPU, else by way of full size, without waiting for
+    the device."""
+    if moment.dtype not in (*STORAGE, torch.int16):
+        was, now = (torch.from_numpy(np.flatnonzero(~mask.frozen_flags())).to(moment.device) for mask in (old, new))
+        whole = torch.zeros(old.numel, dtype=moment.dtype, device=moment.device)
+        whole[was] = moment.view(-1)
+        packed.view(-1).copy_(whole[now])
         return
-    was, now = (torch.from_numpy(np.flatnonzero(~mask.frozen_flags())).to(whole.device) for mask in (old, new))
-    whole[was] = moment.view(-1)
-    packed.view(-1).copy_(whole[now])
+    word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
+    source, target = moment.view(word).view(-1), packed.view(word).view(-1)
+    backend: Any = choose_backend("auto", moment.device, "repack", (word,))
+    if backend.name == "cpu":
+        backend.repack(source, old.frozen_bits, target, new.frozen_bits, old.numel)
+        return
+    whole = torch.zeros(old.numel, dtype=word, device=moment.device)
+    backend.scatter_(compile_live([old]), [whole], [source])
+    backend.gather(compile_live([new]), [whole], [target])
 
 
 def close_gaps(moment: Tensor, mask: FreezeMask) -> Tensor:

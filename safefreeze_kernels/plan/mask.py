@@ -45,7 +45,7 @@ class FreezeMask:
     0.5
     """
 
-    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "shape")
+    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "_singles", "shape")
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class FreezeMask:
         self._cols: np.ndarray = cols
         self._bits: np.ndarray | None = bits
         self._fingerprint: str | None = None
+        self._singles: int | None = None
         for array in (rows, cols, bits):
             if array is not None:
                 array.flags.writeable = False
@@ -128,6 +129,13 @@ class FreezeMask:
     def bits(self) -> np.ndarray | None:
         """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
         return self._bits
+
+    @property
+    def frozen_bits(self) -> np.ndarray:
+        """`dense` as packed bits, as `bits` are."""
+        if self._bits is not None and not self._rows.size and not self._cols.size:
+            return self._bits
+        return pack_bits(self.frozen_flags())
 
     @property
     def frozen_elements(self) -> np.ndarray | None:
@@ -182,7 +190,9 @@ class FreezeMask:
 
     @property
     def _single_count(self) -> int:
-        return 0 if self._bits is None else int(np.bitwise_count(self._bits).sum())
+        if self._singles is None:
+            self._singles = 0 if self._bits is None else int(np.bitwise_count(self._bits).sum())
+        return self._singles
 
     @property
     def frozen_fraction(self) -> float:
@@ -353,6 +363,11 @@ def pack_bits(flags: np.ndarray) -> np.ndarray:
 def unpack_bits(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What `pack_bits` made bits of: a new bool array of ``shape``."""
     return np.unpackbits(bits, count=math.prod(shape), bitorder="little").view(bool).reshape(shape)
+
+
+def padded(bits: np.ndarray) -> np.ndarray:
+    """Bits that native code can read 8 bytes past their end."""
+    return np.concatenate([bits, np.zeros(8, np.uint8)])
 
 
 def bits_before(bits: np.ndarray, places: np.ndarray) -> np.ndarray:

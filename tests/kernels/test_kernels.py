@@ -28,6 +28,7 @@ from safefreeze_kernels.kernels.backend import backend_state
 from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_scalars
 from safefreeze_kernels.kernels.parts import Part, WorkList, compile_frozen, compile_live
 from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs
+from safefreeze_kernels.optim.state import repack
 from safefreeze_kernels.plan.mask import FreezeMask
 
 BY_NAME: dict[str, Any] = {name: backend_state(name) for name in (*BACKENDS, "reference")}
@@ -245,6 +246,17 @@ def test_any_number_of_ages_is_told_apart(n_ages: int, whole_state: bool) -> Non
         assert np.array_equal(places, place[elements])
         found[elements] = born
     assert np.array_equal(found, np.where(live, ages.elements[:, 0], -1))
+    if n_ages > 1:  # and by kernels
+        scalars = np.zeros(len(work.born), SCALARS)
+        scalars["bias2_sqrt"], scalars["eps"], scalars["step_size"] = 1.0, 1.0, work.born + 1
+        for name in {"cpu", "reference"}.intersection(BACKENDS):
+            param, moments = torch.zeros(mask.shape), [torch.zeros(work.packed_sizes) for _ in range(2)]
+            moments[0].fill_(-1.0)  # then the weight is the scalar: -(step_size * -1) / (0 / 1 + 1)
+            operands = AdamWOperands([param], *([moment] for moment in moments), grads=[torch.zeros(mask.shape)])
+            scalars["beta1"] = 1.0
+            BY_NAME[name].adamw_(work, operands, scalars, work.first_born.astype(np.int32), l2=False, amsgrad=False)
+            expected = np.where(live, ages.elements[:, 0] + 1, 0).astype(np.float32)
+            assert_same_bits(param, torch.from_numpy(expected), name)
     assert len(work.parts) == (1 if n_ages <= 65_536 else 2)
 
 
@@ -327,6 +339,23 @@ def test_gather_and_scatter_move_bytes(name: str, seed: int, large: bool) -> Non
             expected = bits(torch.full_like(tensor, 3.0))
             expected[flags] = bits(tensor)[flags]
             assert_same_bits(bits(other), expected, f"scatter_, {'frozen' if frozen else 'live'} list of {mask}")
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@examples(60)
+def test_state_moves_from_any_mask_to_any_other(isa: str, seed: int, large: bool) -> None:
+    _C.choose_isa(isa)
+    (old,), _, rng = (
+        random_case(seed, True) if large else ([random_mask(np.random.default_rng(seed), (9, 33))], [], None)
+    )
+    rng = rng or np.random.default_rng(seed)
+    new = random_mask(rng, old.shape)
+    dtypes = (torch.float32, torch.bfloat16, torch.int16, torch.float64, torch.complex64)
+    full = torch.from_numpy(np.asarray(rng.integers(1, 1000, shape))).to(dtypes[seed % len(dtypes)])
+    full[old.dense()] = 0
+    got = repack(full[~old.dense()].reshape(old.packed_shape), old, new)
+    assert_same_bits(got, full[~new.dense()].reshape(new.packed_shape), f"{full.dtype}, {old} to {new}")
 
 
 @pytest.mark.parametrize("kind", NORMS)

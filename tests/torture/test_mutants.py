@@ -63,9 +63,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "single frozen elements are forgotten",
-        "kernels/parts.py",
-        "bits = pack_bits(mask.frozen_flags())\n",
-        "bits = pack_bits(np.zeros(mask.matrix_shape, bool))\n",
+        "plan/mask.py",
+        "        return pack_bits(self.frozen_flags())\n",
+        "        return pack_bits(np.zeros(self.matrix_shape, bool))\n",
     ),
     Mutant(
         "a thawed row is as old as the tensor",
