@@ -346,11 +346,10 @@ def test_gather_and_scatter_move_bytes(name: str, seed: int, large: bool) -> Non
 @examples(60)
 def test_state_moves_from_any_mask_to_any_other(isa: str, seed: int, large: bool) -> None:
     _C.choose_isa(isa)
-    (old,), _, rng = (
-        random_case(seed, True) if large else ([random_mask(np.random.default_rng(seed), (9, 33))], [], None)
-    )
-    rng = rng or np.random.default_rng(seed)
-    new = random_mask(rng, old.shape)
+    rng = np.random.default_rng(seed)
+    menu = LARGE if large else SMALL
+    shape = menu[int(rng.integers(0, len(menu)))]
+    old, new = random_mask(rng, shape), random_mask(rng, shape)
     dtypes = (torch.float32, torch.bfloat16, torch.int16, torch.float64, torch.complex64)
     full = torch.from_numpy(np.asarray(rng.integers(1, 1000, shape))).to(dtypes[seed % len(dtypes)])
     full[old.dense()] = 0
