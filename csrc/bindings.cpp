@@ -1,6 +1,8 @@
 // pybind11 over the launches: takes addresses as integers, checks nothing twice (Python has checked them all).
 #include "bindings.h"
 
+#include <pybind11/numpy.h>
+
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "lists.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -103,6 +106,40 @@ py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int6
   return py::make_tuple(found.frozen, found.first, found.live, found.strange, found.largest, found.sum, found.squares);
 }
 
+using Numbers = py::array_t<int64_t, py::array::c_style>;
+
+Numbers as_array(const std::vector<int64_t>& numbers) {
+  return Numbers(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+}
+
+py::tuple distinct_numbers(const Numbers& numbers) {
+  Numbers which(numbers.size());
+  const std::vector<int64_t> found = distinct(numbers.data(), numbers.size(), which.mutable_data());
+  return py::make_tuple(as_array(found), which);
+}
+
+// `WorkList.runs` of kernels/parts.py. Rows of `parts`: rows, places and ages, each an array or None; how many rows
+// there are; width, packed width, packed start, count; and whether rows are apart.
+py::tuple runs_of(const py::list& parts) {
+  RunColumns runs;
+  int64_t index = 0;
+  for (const py::handle& entry : parts) {
+    const py::tuple row = py::reinterpret_borrow<py::tuple>(entry);
+    Numbers arrays[3];
+    const auto numbers = [&](size_t column) -> const int64_t* {
+      if (row[column].is_none()) return nullptr;
+      arrays[column] = py::cast<Numbers>(row[column]);
+      return arrays[column].data();
+    };
+    const auto number = [&](size_t column) { return py::cast<int64_t>(row[column]); };
+    add_runs({numbers(0), numbers(1), numbers(2), number(3), number(4), number(5), number(6), number(7),
+              py::cast<bool>(row[8])},
+             index++, runs);
+  }
+  return py::make_tuple(as_array(runs.part), as_array(runs.start), as_array(runs.packed), as_array(runs.count),
+                        as_array(runs.age));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -129,6 +166,8 @@ PYBIND11_MODULE(_C, module) {
         return std::make_pair(reinterpret_cast<uintptr_t>(self.addresses.data()),
                               reinterpret_cast<uintptr_t>(self.dtypes.data()));
       });
+  module.def("distinct", &distinct_numbers, py::arg("numbers").noconvert());
+  module.def("runs_of", &runs_of);
   module.def("trace", [](py::list tensors) { return trace(tensors.ptr()); });
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);

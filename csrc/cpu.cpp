@@ -301,7 +301,7 @@ void expand_bits(int64_t frozen_bits, Place place, int64_t n, uint8_t* __restric
 // One block of a run: `n` elements, `done` of the run's came before.
 struct Block {
   const RunPart& part;
-  int64_t set;   // of scalars
+  int64_t part_index, age;
   Place place;   // in the tensor
   Place packed;  // in its packed twin
   int64_t n;
@@ -331,7 +331,7 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
     int64_t rows = 1;
     if (cols && !packed_cols && 2 * run.count <= block) {
       while (r + rows < chunk.end && (rows + 1) * run.count <= block &&
-             work.runs[r + rows].set == run.set &&
+             work.runs[r + rows].age == run.age &&
              (same || work.runs[r + rows].packed == run.packed + rows * run.count)) {
         ++rows;
       }
@@ -362,7 +362,7 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
         packed.cols = packed_cols + done;
         packed.picks = n;
       }
-      if (n) step(Block{part, run.set, place, packed, n * rows, done});
+      if (n) step(Block{part, chunk.part, run.age, place, packed, n * rows, done});
       done += n;
     }
     r += rows;
@@ -528,7 +528,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     if (grad == 0) return;
     const DType dtype = static_cast<DType>(launch.param_dtype[b.part.tensor]);
     const DType state = static_cast<DType>(launch.state_dtype[b.part.tensor]);
-    const Scalars& scalars = launch.scalars[launch.scalar_set[b.set]];
+    const Scalars& scalars = launch.scalars[launch.scalar_set[b.part_index] + b.age];
     const uint8_t* frozen = nullptr;
     if (b.part.frozen_bits) {
       expand_bits(b.part.frozen_bits, b.place, b.n, flag_stage);

@@ -17,7 +17,7 @@ struct Run {
   int64_t start;
   int64_t packed;
   int64_t count;
-  int64_t set;  // of scalars
+  int64_t age;  // how far behind the part's first row of scalars its own is
 };
 
 // What the runs of one part of the list share.
@@ -55,7 +55,7 @@ struct Runs {
 constexpr int tile_elements = 8192;
 struct Tile {
   int64_t start, packed;
-  int32_t tensor, part, count, at, set, unused;
+  int32_t tensor, part, count, at, age, unused;
 };
 struct TilePart {
   int64_t cols, packed_cols, frozen_bits, shared;  // as in RunPart, in device memory
@@ -87,7 +87,7 @@ struct AdamWLaunch {
   const DenseTensor* grads;    // the only addresses that change from step to step
   const int32_t* param_dtype;  // DType per tensor, of parameter and gradient
   const int32_t* state_dtype;  // DType per tensor
-  const int32_t* scalar_set;   // per set: which scalars it takes
+  const int32_t* scalar_set;   // per part: its first row of scalars
   const Scalars* scalars;
   bool l2, amsgrad;
   bool stochastic;  // how bf16 and f16 parameters without remainders are rounded; else to nearest, ties to even

@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 STRUCT_SIZES: dict[str, int]
@@ -19,6 +20,8 @@ class Gradients:
     @property
     def tables(self) -> tuple[int, int]: ...
 
+def distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+def runs_of(parts: list[tuple[Any, ...]]) -> tuple[np.ndarray, ...]: ...
 def trace(tensors: list[Tensor | None]) -> int: ...
 def adamw(
     work: Runs,

@@ -88,21 +88,31 @@ class Ages:
         """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now or, if it
         ``counts_on``, as many steps ago as it took. State is whole, so that frozen moments are kept, or was until now.
         """
-        for axis, numbers in enumerate((self.rows, self.cols)):
-            other = (self.cols, self.rows)[axis]
-            was, now = (_lines(mask, axis) for mask in (old, new))
-            if was is not None and now is not None and self.elements is None and not other.any():
-                changed = _changed(numbers, was, now, step, was_whole=was_whole, whole=whole, counts_on=counts_on)
-                return Ages(other.copy(), changed) if axis else Ages(changed, other.copy())
+        for axis, numbers, others in ((0, self.rows, self.cols), (1, self.cols, self.rows)):
+            was, now = old.lines(axis), new.lines(axis)
+            if was is None or now is None or self.elements is not None or others.any():
+                continue
+            stopped, thawed = turned(was, now, numbers.size)
+            numbers = numbers.copy()
+            if not was_whole:
+                numbers[was] = 0
+            # from when a thing was born to how many steps it took, and back, is the same difference
+            numbers[stopped] = step - numbers[stopped]
+            numbers[thawed] = step - numbers[thawed] if counts_on else step
+            if not whole:
+                numbers[now] = 0
+            return Ages(others, numbers) if axis else Ages(numbers, others)
         if was_whole or whole:  # rows and columns pause at different times: each element has its own count
-            flags = old.frozen_flags()
+            frozen, freezes = old.frozen_flags(), new.frozen_flags()
             born = np.maximum(self.rows[:, None], self.cols[None, :])  # of which one is 0 where something is kept
             born = born if self.elements is None else np.maximum(born, self.elements)
-            found = Ages.none(new)
-            found.elements = _changed(
-                born, flags, new.frozen_flags(), step, was_whole=was_whole, whole=whole, counts_on=counts_on
-            )
-            return found
+            born = born if was_whole else np.where(frozen, 0, born)
+            born = np.where(frozen != freezes, step - born, born)
+            if not counts_on:
+                born[frozen & ~freezes] = step
+            if not whole:
+                born[freezes] = 0
+            return Ages(np.zeros_like(self.rows), np.zeros_like(self.cols), born)
         rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
         rows[old.frozen_rows] = cols[old.frozen_cols] = 0  # what earlier versions left there
         rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
@@ -114,27 +124,9 @@ class Ages:
         return Ages(rows, cols, elements)
 
 
-def _lines(mask: FreezeMask, axis: int) -> np.ndarray | None:
-    """Which rows (``axis`` 0) or columns are frozen, bool; None: something else is frozen too."""
-    size, across = mask.matrix_shape[axis], mask.matrix_shape[1 - axis]
-    lines, others = (mask.frozen_rows, mask.frozen_cols)[:: 1 - 2 * axis]
-    everything = others.size == across and size > 0
-    if mask.bits is not None or (others.size and not everything):
-        return None
-    frozen = np.full(size, everything)
-    frozen[lines] = True
-    return frozen
-
-
-def _changed(
-    numbers: np.ndarray, was: np.ndarray, now: np.ndarray, step: int, *, was_whole: bool, whole: bool, counts_on: bool
-) -> np.ndarray:
-    """`Ages` of lines or elements of which ``was`` were frozen and ``now`` are. From when a thing was born to how many
-    steps it took, and back, is the same difference."""
-    numbers = numbers if was_whole else np.where(was, 0, numbers)
-    numbers = np.where(was != now, step - numbers, numbers)
-    if not counts_on:
-        numbers[was & ~now] = step
-    if not whole:
-        numbers[now] = 0
-    return numbers
+def turned(was: np.ndarray, now: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of ``size`` lines, those frozen ``now`` alone, and those that ``was`` frozen alone."""
+    lines = np.zeros(size, np.int8)
+    lines[was] = 1
+    lines[now] += 2
+    return np.flatnonzero(lines == 2), np.flatnonzero(lines == 1)

@@ -69,7 +69,7 @@ class GpuBackend(abc.ABC):
         self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,
         rounding: str, l2: bool, amsgrad: bool,
     ) -> None:  # fmt: skip
-        """``tables``: addresses of gradients, the row of scalars for each set, rows of scalars, and ``skip`` and
+        """``tables``: addresses of gradients, the first row of scalars of each part, rows of scalars, and ``skip`` and
         ``multiplier`` of `Backend.adamw_`, on the device as ``seed_there`` is."""
 
     @abc.abstractmethod

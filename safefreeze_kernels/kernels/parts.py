@@ -6,13 +6,11 @@ the CPU are given it as runs (runs.py), kernels on a GPU as tiles (tiles.py), th
 
 Seen from a part, a tensor is a matrix (rows, cols) and has a *packed twin*: optimizer state without the frozen rows and
 columns, or state of the tensor's own shape (live list), or a copy of the frozen elements (frozen list).
-
-A *set* is a set of scalars that elements share: those of one tensor that were thawed together. Parts, and runs in them,
-name their sets by number; what the scalars are is decided at each step.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,11 +21,19 @@ import numpy as np
 from ..plan.mask import FreezeMask, bits_before, pack_bits, unpack_bits
 from .ages import Ages
 
+_C: Any = None
+with contextlib.suppress(ImportError):
+    from .. import _C
+
 
 @dataclass
 class Part:
-    """A rectangle of one tensor. ``None`` for an index means all of them. ``born``: when its elements were thawed, in
-    steps of the tensor; if rows were at different times, int64 [rows]."""
+    """A rectangle of one tensor. ``None`` for an index means all of them.
+
+    Attributes:
+        born: int64, ascending: the ages of its elements, as `Ages` counts.
+        row_ages: int64 [rows], which of ``born`` each row has. None: they share one.
+    """
 
     tensor: int
     shape: tuple[int, int]
@@ -38,7 +44,8 @@ class Part:
     packed_cols: np.ndarray | None = None
     packed_start: int = 0
     frozen_bits: np.ndarray | None = None  # one bit per element of the tensor
-    born: int | np.ndarray = 0
+    born: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    row_ages: np.ndarray | None = None
 
     def frozen_flags(self) -> np.ndarray:
         """`frozen_bits` of this rectangle, written out: bool [rows, cols]."""
@@ -56,14 +63,14 @@ class RunTable(NamedTuple):
         start: its first element; of a part with ``cols``, the first element of its row.
         packed: the place of that in the packed twin.
         count: how many elements it has; of a part with ``cols``, how many columns are picked.
-        set: of scalars.
+        age: which of the ages of its part it has.
     """
 
     part: np.ndarray
     start: np.ndarray
     packed: np.ndarray
     count: np.ndarray
-    set: np.ndarray
+    age: np.ndarray
 
     def take(self, chosen: np.ndarray | slice) -> RunTable:
         return RunTable(*(column[chosen] for column in self))
@@ -95,23 +102,11 @@ class WorkList:
     forms: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        #: Of each set, int64: its tensor, and when its elements were thawed.
-        self.tensor_of_set = self.born_of_set = np.zeros(0, np.int64)
-        #: Of each part: its set, or those of its rows.
-        self.set_of_part: list[int | np.ndarray] = []
-        tensors, born, n_sets = [], [self.born_of_set], 0
-        for part in self.parts:
-            if isinstance(part.born, np.ndarray):
-                values, which = distinct(part.born)
-                self.set_of_part.append(n_sets + which)
-            else:
-                values = np.array([part.born], np.int64)
-                self.set_of_part.append(n_sets)
-            tensors.append(values.size)
-            born.append(values)
-            n_sets += values.size
-        self.born_of_set = np.concatenate(born)
-        self.tensor_of_set = np.repeat(np.array([part.tensor for part in self.parts], np.int64), tensors)
+        self.tensor_of_part = np.array([part.tensor for part in self.parts], np.int64)
+        ages = np.array([part.born.size for part in self.parts], np.int64)
+        #: `Part.born` of all parts end to end, the part each belongs to, and where each part's begin.
+        self.born = np.concatenate([np.zeros(0, np.int64), *(part.born for part in self.parts)])
+        self.part_of_born, self.first_born = np.repeat(np.arange(ages.size), ages), np.cumsum(ages) - ages
 
     def __reduce__(self) -> Any:
         # Copied and pickled by what it is made of: its forms hold addresses.
@@ -119,48 +114,20 @@ class WorkList:
 
     def runs(self) -> RunTable:
         """The runs of all parts. Rows of a part with ``cols`` are runs of their own."""
-        if not self.parts:
-            return RunTable(*(np.zeros(0, np.int64) for _ in RunTable._fields))
-        rows, places, sets, wide = [], [], [], []
-        for part, part_set in zip(self.parts, self.set_of_part, strict=True):
-            whole = part.rows is None and part.cols is None and not isinstance(part_set, np.ndarray)
-            row = np.arange(1 if whole else part.shape[0]) if part.rows is None else part.rows
-            rows.append(row)
-            places.append(np.arange(row.size) if part.packed_rows is None else part.packed_rows)
-            sets.append(np.broadcast_to(part_set, row.shape))
-            # elements of a row of the tensor, of its twin, and of a run that is one row
-            width = part.shape[1] * (part.shape[0] if whole else 1)
-            wide.append((part.shape[1], part.packed_width, width if part.cols is None else part.cols.size))
-        of_part = np.repeat(np.arange(len(rows)), [row.size for row in rows])
-        row, place, of_set = np.concatenate(rows), np.concatenate(places), np.concatenate(sets)
-        width, packed_width, count = np.array(wide, np.int64).T
-        first = np.ones(row.size, bool)
-        first[1:] = (
-            (np.diff(row) != 1) | (np.diff(place) != 1) | (np.diff(of_set) != 0) | (np.diff(of_part) != 0)
-            | np.array([part.cols is not None for part in self.parts])[of_part[1:]]
-        )  # fmt: skip
-        begin = np.flatnonzero(first)
-        part = of_part[begin]
-        return RunTable(
-            part, row[begin] * width[part],
-            np.array([part.packed_start for part in self.parts])[part] + place[begin] * packed_width[part],
-            np.diff(np.append(begin, row.size)) * count[part], of_set[begin],
-        )  # fmt: skip
+        listed = list(map(_listed_rows, self.parts))
+        return RunTable(*(_runs_of if _C is None else _C.runs_of)(listed))
 
-    def by_set(self) -> Iterator[tuple[int, Part]]:
-        """The parts, each cut into one for each set, with the number of that."""
-        for part, of_rows in zip(self.parts, self.set_of_part, strict=True):
-            if not isinstance(of_rows, np.ndarray):
-                yield of_rows, part
+    def by_age(self) -> Iterator[tuple[int, int, Part]]:
+        """The parts, each cut into one for each age: the number of the part, that of the age, and the piece."""
+        for index, part in enumerate(self.parts):
+            if part.row_ages is None:
+                yield index, 0, part
                 continue
             rows = np.arange(part.shape[0]) if part.rows is None else part.rows
             places = np.arange(rows.size) if part.packed_rows is None else part.packed_rows
-            for number in np.unique(of_rows).tolist():
-                some = of_rows == number
-                yield (
-                    number,
-                    replace(part, rows=rows[some], packed_rows=places[some], born=int(self.born_of_set[number])),
-                )
+            for age in range(part.born.size):
+                some = part.row_ages == age
+                yield index, age, replace(part, rows=rows[some], packed_rows=places[some], row_ages=None)
 
     def shared(self) -> list[bool]:
         """Of each part: whether other parts visit elements between its own, perhaps in another thread."""
@@ -178,15 +145,44 @@ class WorkList:
         return part.packed_start + bits_before(part.frozen_bits, start)
 
 
-def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.unique` with its inverse, of int64 values 0 or more; it counts rather than sorts where that is quicker."""
-    low, high = int(values.min(initial=0)), int(values.max(initial=0))
-    if high - low > 4096 + 8 * values.size:
-        found, which = np.unique(values, return_inverse=True)
-        return found, which.reshape(-1)
-    there = np.zeros(high - low + 1, bool)
-    there[values - low] = True
-    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[values - low]
+def distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ones of int64 numbers, ascending, and which of them each is."""
+    if _C is not None:
+        found: tuple[np.ndarray, np.ndarray] = _C.distinct(numbers)
+        return found
+    values, which = np.unique(numbers, return_inverse=True)
+    return values, which.reshape(-1)
+
+
+def _listed_rows(part: Part) -> tuple[Any, ...]:
+    """What runs of a part are made of: its rows, those of its twin and their ages (None: 0, 1, 2 ..., the first age);
+    how many there are; elements of a row of the tensor, of one of the twin, those before the twin's first, and those
+    of a row that are visited; and whether rows are runs of their own."""
+    n_rows, n_cols = part.shape
+    if part.rows is None and part.cols is None and part.row_ages is None:  # one row, as it lies in memory
+        return None, None, None, 1, n_cols, part.packed_width, part.packed_start, n_rows * n_cols, False
+    apart = part.cols is not None
+    rows = n_rows if part.rows is None else part.rows.size
+    return (
+        part.rows, part.packed_rows, part.row_ages, rows, n_cols, part.packed_width, part.packed_start,
+        part.cols.size if part.cols is not None else n_cols, apart,
+    )  # fmt: skip
+
+
+def _runs_of(listed: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
+    """Columns of a `RunTable` from what `_listed_rows` gives. The extension has a faster twin."""
+    found = [np.zeros((5, 0), np.int64)]
+    for part, (rows, places, ages, n_rows, width, packed_width, packed_start, count, apart) in enumerate(listed):
+        row = np.arange(n_rows) if rows is None else rows
+        place = np.arange(n_rows) if places is None else places
+        age = np.zeros(n_rows, np.int64) if ages is None else ages
+        first = np.ones(n_rows, bool)
+        first[1:] = apart | (np.diff(row) != 1) | (np.diff(place) != 1) | (np.diff(age) != 0)
+        begin = np.flatnonzero(first)
+        counts = np.diff(np.append(begin, n_rows)) * count
+        start, packed = row[begin] * width, packed_start + place[begin] * packed_width
+        found.append(np.stack([np.full(begin.size, part), start, packed, counts, age[begin]]))
+    return list(np.concatenate(found, axis=1))
 
 
 def compile_live(
@@ -225,17 +221,26 @@ def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Par
         row_born = age.rows[rows]
         for col_born in np.unique(age.cols[cols]):
             places = np.flatnonzero(age.cols[cols] == col_born)
-            some = places.size < width
+            born, row_ages = distinct(np.maximum(row_born, col_born))
             yield Part(
                 tensor, shape, width, rows, None if places.size == shape[1] else cols[places],
-                packed_cols=places if some else None, frozen_bits=mask.bits, born=np.maximum(row_born, col_born),
+                packed_cols=places if places.size < width else None, frozen_bits=mask.bits, born=born,
+                row_ages=row_ages if born.size > 1 else None,
             )  # fmt: skip
     else:
         born = np.maximum(np.maximum(age.rows[:, None], age.cols[None, :]), age.elements)
         frozen = mask.frozen_flags()
         for value in np.unique(born[~frozen]):
             others = pack_bits(frozen | (born != value))
-            yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=others, born=int(value))
+            yield Part(
+                tensor,
+                shape,
+                width,
+                rows,
+                None if all_cols else cols,
+                frozen_bits=others,
+                born=np.array([value], np.int64),
+            )
 
 
 def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:

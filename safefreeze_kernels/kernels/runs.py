@@ -13,7 +13,7 @@ from .parts import Part, RunTable, WorkList, cut
 RUN_PART: Final = np.dtype(
     [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
 )
-RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8"), ("set", "i8")])
+RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8"), ("age", "i8")])
 CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
 CHUNK_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance

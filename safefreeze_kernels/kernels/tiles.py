@@ -15,7 +15,7 @@ from .parts import RunTable, WorkList, cut
 TILE_ELEMENTS: Final = 8192  # of a run: what a block of threads takes
 # Mirrors of struct Tile and struct TilePart in csrc/work.h. What counts elements of one tile has 32 bits.
 TILE: Final = np.dtype(
-    [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "set", "unused")]
+    [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "age", "unused")]
 )
 _PART_COLUMNS: Final = ("cols", "packed_cols", "frozen_bits", "shared")
 TILE_PART: Final = np.dtype([(name, "i8") for name in _PART_COLUMNS])
@@ -118,7 +118,7 @@ def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarr
     tiles = np.zeros(run.size, TILE)
     part = table.part[run]
     tiles["tensor"] = np.array([part.tensor for part in work.parts], np.int64)[part] if run.size else 0
-    tiles["part"], tiles["count"], tiles["set"] = part, count, table.set[run]
+    tiles["part"], tiles["count"], tiles["age"] = part, count, table.age[run]
     listed, packed_listed = (parts[name][part] >= 0 for name in ("cols", "packed_cols"))
     tiles["at"] = np.where(listed | packed_listed, list_at[run] + offset, 0)
     tiles["start"] = table.start[run] + np.where(listed, 0, offset)
@@ -133,20 +133,20 @@ def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarr
 def _listed(
     runs: RunTable, cols: np.ndarray | None, packed_cols: np.ndarray | None
 ) -> tuple[RunTable, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Runs of one part as a run for each set with a list of its elements, and of their packed places unless these
+    """Runs of one part as a run for each age with a list of its elements, and of their packed places unless these
     follow each other; and where each begins in the lists."""
-    runs = runs.take(np.argsort(runs.set, kind="stable"))
+    runs = runs.take(np.argsort(runs.age, kind="stable"))
     run = np.repeat(np.arange(runs.count.size), runs.count)
     before = np.cumsum(runs.count) - runs.count
     step = np.arange(run.size) - np.repeat(before, runs.count)
     start, packed = runs.start.min(), runs.packed.min()
     elements = (runs.start - start)[run] + (step if cols is None else cols[step])
     places = (runs.packed - packed)[run] + (step if packed_cols is None else packed_cols[step])
-    first = np.flatnonzero(np.diff(runs.set, prepend=-1))
+    first = np.flatnonzero(np.diff(runs.age, prepend=-1))
     at, in_order = before[first], np.array_equal(places, np.arange(places.size))
     found = RunTable(
         runs.part[first], np.full(first.size, start), packed + (at if in_order else 0 * at),
-        np.diff(np.append(at, run.size)), runs.set[first],
+        np.diff(np.append(at, run.size)), runs.age[first],
     )  # fmt: skip
     if np.array_equal(places, elements):
         places = elements

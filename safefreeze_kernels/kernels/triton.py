@@ -91,8 +91,8 @@ def _tile(tiles):
 
 
 @triton.jit
-def _set(tiles):
-    """The set of scalars of this program's tile."""
+def _age(tiles):
+    """How far behind its part's first row of scalars that of this program's tile is."""
     row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
     return tl.load(row.to(tl.pointer_type(tl.int32)) + 8)
 
@@ -207,7 +207,7 @@ def adamw_kernel(
         v_max_at = tl.load(row + 3) + packed * _size(STATE)
     if ROUNDING == "remainder":
         remainder_at = tl.load(row + 4) + packed * 2
-    row_of_scalars = scalars + tl.load(scalar_set + _set(tiles)) * _SCALAR_WORDS
+    row_of_scalars = scalars + (tl.load(scalar_set + part) + _age(tiles)) * _SCALAR_WORDS
     s = _scalars(row_of_scalars, multiplier)
     obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols
     if BITS:  # a frozen element's old bytes are stored again, which nobody else may change meanwhile

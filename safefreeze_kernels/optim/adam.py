@@ -35,7 +35,7 @@ from .checks import (
 )
 from .compiled import Handle, traced_step, untraced_step
 from .launch import LaunchPlan, LaunchPlans, PendingFactor, kernel_dtypes, make_launch_plans, multiplier
-from .refreeze import apply_changes, changes_of
+from .refreeze import ages_after, apply_changes, changes_of
 from .state import FREEZE, REMAINDER, dense_states, loading, master_weight, only_makes_state, plan_note
 
 # What a copy of an optimizer has of it, beside groups and state.
@@ -214,7 +214,8 @@ class MaskedAdam(Optimizer):
         return self._launch.plans
 
     def _make_launch_plans(self, valid: bool) -> None:
-        members, live, what = self._members(), forwards(), type(self).__name__
+        members = self._launch.members(self._masks) if valid else self._members()
+        live, what = forwards(), type(self).__name__
         for member in members:
             check_live_gradients(member.param, member.mask, member.name, what, live)
         if self._whole:
@@ -360,12 +361,10 @@ class MaskedAdam(Optimizer):
         members, counts_on = self._members(plan, whole=keep_state, require_grad=True), thawed == "kept"
         if keep_state:
             refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
-        changes = changes_of(
-            members, self.state, self._masks, self._ages, what, was_whole=self._whole, counts_on=counts_on
-        )
+        changes = changes_of(members, self.state, self._masks, what, was_whole=self._whole)
+        ages = ages_after(self._ages, changes, self.state, counts_on=counts_on)
         apply_changes(self.state, changes, self._settings, counts_on=counts_on)
-        ages = self._ages | {change.member.name: change.ages for change in changes}
-        self._ages = {name: age for name, age in ages.items() if age}
+        self._ages = ages
         if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
             self._pending.invalid = "the plan changed"
         if self._whole and keep_state:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..grads.reader import GradientReader, Gradients, Whereabouts, trace, wherea
 from ..kernels.ages import Ages
 from ..kernels.backend import Backend, choose_backend
 from ..kernels.operands import SCALARS, SCALARS_DOUBLE, AdamWOperands, adamw_scalars, to_device
-from ..kernels.parts import WorkList, compile_live
+from ..kernels.parts import WorkList, compile_live, distinct
 from ..plan.mask import FreezeMask
 from .checks import Member, Settings, check_trained, hyper_parameters
 from .state import MOMENTS, REMAINDER, make_state
@@ -45,7 +46,7 @@ class Prepared(NamedTuple):
 
     grads: Gradients
     scalars: Any  # rows of `SCALARS` or `SCALARS_DOUBLE`, on the host or on the device
-    scalar_set: np.ndarray  # int32: which row each set of the work list takes
+    scalar_set: np.ndarray  # int32: the first row of each part of the work list
 
 
 class LaunchPlan:
@@ -54,6 +55,7 @@ class LaunchPlan:
 
     Attributes:
         owners: the parameters, as the groups have them.
+        members: the same, with their masks.
         packed_state: all that a step writes to beside parameters and step counts.
         steps: the step counts, float32 [parameters]; each parameter's ``state["step"]`` is a view of one.
         packed_gradients: whether some gradients are packed.
@@ -95,22 +97,26 @@ class LaunchPlan:
 
     def relist(self, members: Sequence[Member], ages: Mapping[str, Ages]) -> None:
         """Take the masks of ``members``, in the order of `owners`, and ages by name; all else is as it was."""
+        self.members = list(members)
         self._work = _work_list(members, ages)
         self._operands.native = None  # on a GPU, tables know the work list
         self._assign_scalars(np.array([member.group for member in members], np.int64))
         self._start_counting()
 
     def _assign_scalars(self, group_of_tensor: np.ndarray) -> None:
-        """A row of scalars for each group and time at which something was thawed, and which row each set of the work
-        list takes while all tensors took as many steps."""
-        self._group_of_set = group_of_tensor[self._work.tensor_of_set]
-        codes, row_of_set = np.unique(self._group_of_set << 40 | self._work.born_of_set, return_inverse=True)
+        """The different rows of scalars while all tensors took as many steps: a row for each group and time at which
+        something was thawed."""
+        work = self._work
+        self._group_of_born = group_of_tensor[work.tensor_of_part[work.part_of_born]]
+        codes, self._row_of_born = distinct(self._group_of_born << 40 | work.born)
         self._rows = [(code >> 40, code & (1 << 40) - 1) for code in codes.tolist()]
-        self._row_of_set = row_of_set.astype(np.int32)
+        self._first_row = work.first_born.astype(np.int32)
         double = self._exact == torch.float64
         self._scalars = np.empty(len(self._rows), SCALARS_DOUBLE if double else SCALARS)
         self._scalar_memory = self._scalars.view(np.uint8).data
         self._pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
+        # one age to a part: parts of a group share a row
+        self._ageless = len(work.born) == len(work.parts)
 
     def _start_counting(self) -> None:
         self._counts = self.steps.numpy()
@@ -131,15 +137,21 @@ class LaunchPlan:
             for row, (group, born) in enumerate(self._rows):
                 values = scalars.row(group, max(count - born, 1))
                 self._pack_scalars(self._scalar_memory, row * self._scalars.itemsize, *values)
-            return Prepared(grads, self._scalars, self._row_of_set)
+            return self._prepared(grads, self._scalars, self._row_of_born)
         self._uniform_count = None
         counts = self._counts + (np.float32(1.0) if self._counting is None else self._counting)
-        age_of_set = np.maximum(counts[self._work.tensor_of_set].astype(np.int64) - self._work.born_of_set, 1)
-        codes, inverse = np.unique(self._group_of_set << 40 | age_of_set, return_inverse=True)
+        counts_of_born = counts[self._work.tensor_of_part[self._work.part_of_born]].astype(np.int64)
+        codes, row_of_born = distinct(self._group_of_born << 40 | np.maximum(counts_of_born - self._work.born, 1))
         rows, scalars = np.empty(len(codes), self._scalars.dtype), _HostScalars(groups)
         for row, code in enumerate(codes.tolist()):
             rows[row] = scalars.row(code >> 40, code & (1 << 40) - 1)
-        return Prepared(grads, rows, inverse.astype(np.int32))
+        return self._prepared(grads, rows, row_of_born)
+
+    def _prepared(self, grads: Gradients, rows: np.ndarray, row_of_born: np.ndarray) -> Prepared:
+        """``rows`` of scalars, and which of them each of `WorkList.born` has."""
+        if self._ageless:
+            return Prepared(grads, rows, row_of_born.astype(np.int32))
+        return Prepared(grads, rows[row_of_born], self._first_row)
 
     def _gradients(self, given: Sequence[Tensor] | None) -> Gradients:
         """Those of this step as kernels take them; a parameter without one is left alone and does not count a step."""
@@ -207,26 +219,27 @@ class CapturablePlan(LaunchPlan):
     on_device = True
 
     def _start_counting(self) -> None:
-        # Which parameters took a step, only the device knows: each set has its own row of scalars.
-        order = np.argsort(self._group_of_set, kind="stable")
-        self._row_of_set = np.argsort(order).astype(np.int32)
-        groups, sizes = np.unique(self._group_of_set, return_counts=True)
-        self._sets_of_group = list(zip(groups.tolist(), sizes.tolist(), strict=True))
-        device = self.steps.device
-        self._tensor_of_row = to_device(self._work.tensor_of_set[order], device)
-        self._born_of_row = to_device(self._work.born_of_set[order].astype(np.float64), device)
+        # Which parameters took a step, only the device knows: each age of each part has its own row of scalars. They
+        # lie by groups, and the ages of a part together.
+        order = np.argsort(self._group_of_born, kind="stable")
+        self._first_row = np.argsort(order)[self._work.first_born].astype(np.int32)
+        groups, sizes = np.unique(self._group_of_born, return_counts=True)
+        self._rows_of_group = list(zip(groups.tolist(), sizes.tolist(), strict=True))
+        device, tensor_of_born = self.steps.device, self._work.tensor_of_part[self._work.part_of_born]
+        self._tensor_of_row = to_device(tensor_of_born[order], device)
+        self._born_of_row = to_device(self._work.born[order].astype(np.float64), device)
         self._counted: tuple[bytes, Tensor] | None = None
 
     @torch.no_grad()
     def prepare(self, groups: list[dict[str, Any]], given: Sequence[Tensor] | None = None) -> Prepared:
         grads = self._gradients(given)
         ages = (self.steps[self._tensor_of_row].double() + 1.0 - self._born_of_row).clamp(min=1.0)
-        sizes = [n for _, n in self._sets_of_group]
+        sizes = [n for _, n in self._rows_of_group]
         rows = [
             _scalars_on_device(groups[group], some, self._exact)
-            for (group, _), some in zip(self._sets_of_group, ages.split(sizes), strict=False)
-        ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live, so there are no sets
-        return Prepared(grads, torch.cat(rows), self._row_of_set)
+            for (group, _), some in zip(self._rows_of_group, ages.split(sizes), strict=False)
+        ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live
+        return Prepared(grads, torch.cat(rows), self._first_row)
 
     def _count(self, skip: Tensor | None) -> None:
         one: Any = 1.0 if skip is None else (skip.reshape(()) == 0).float()
@@ -329,11 +342,19 @@ class LaunchPlans:
         self.traceable = bool(plans) and not sharded and not any(plan.packed_gradients for plan in plans)
         self.stale = False
 
+    def members(self, masks: Mapping[str, FreezeMask]) -> list[Member]:
+        """The parameters of all launch plans, one after the other, with other masks, by name."""
+        return [
+            Member(it.param, it.name, masks[it.name], it.group, it.number, it.whole)
+            for plan in self.plans
+            for it in plan.members
+        ]
+
     def relist(self, members: Sequence[Member], ages: Mapping[str, Ages]) -> None:
-        """Make the work lists anew, for the masks of all parameters and ages by name."""
-        by_param = {id(member.param): member for member in members}
+        """Make the work lists anew, for what `members` gave and ages by name."""
+        rest = iter(members)
         for plan in self.plans:
-            plan.relist([by_param[id(p)] for p in plan.owners], ages)
+            plan.relist(list(islice(rest, len(plan.owners))), ages)
         self.stale = False
 
     def _by_shard(self, state: Mapping[Tensor, dict[str, Any]]) -> Mapping[Tensor, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.ages import Ages
+from ..kernels.ages import Ages, turned
 from ..kernels.backend import choose_backend
 from ..kernels.operands import STORAGE
-from ..kernels.parts import Part, WorkList, compile_frozen
+from ..kernels.parts import Part, WorkList
 from ..model.sharding import is_sharded
-from ..plan.mask import FreezeMask
+from ..plan.mask import FreezeMask, pack_bits, unpack_bits
 from .checks import Member, Settings
 from .state import MOMENTS, PACKED, REMAINDER, repack
 
@@ -26,31 +26,37 @@ class Change:
 
     Attributes:
         member: as it becomes.
-        was: what was frozen of it, in its present shape; what was added by growing counts as frozen.
-        packed_by: what its state is packed by until now, in its present shape.
-        ages: as they become.
+        before: what was frozen of it, in the shape that it had.
+        was: the same in its present shape; what was added by growing counts as frozen.
+        was_whole: whether its state was.
     """
 
     member: Member
+    before: FreezeMask
     was: FreezeMask
-    packed_by: FreezeMask
-    ages: Ages
+    was_whole: bool
+
+    @property
+    def moves(self) -> bool:
+        """Whether its state has other places than before."""
+        return not (self.was_whole and self.member.whole and self.before is self.was)
 
     def shards(self, *masks: FreezeMask) -> list[FreezeMask]:
+        """Masks of the whole parameter, of its shard."""
         return [mask.shard(self.member.shard_index) for mask in masks]
 
 
 def changes_of(
-    members: Sequence[Member], state: Mapping[Tensor, Mapping[str, Any]], masks: Mapping[str, FreezeMask],
-    ages: Mapping[str, Ages], what: str, *, was_whole: bool, counts_on: bool,
+    members: Sequence[Member], state: Mapping[Tensor, Mapping[str, Any]], masks: Mapping[str, FreezeMask], what: str,
+    *, was_whole: bool,
 ) -> list[Change]:  # fmt: skip
-    """What becomes of state and ages once the masks of ``members`` take the place of ``masks``, by name, which have the
-    shapes that parameters had then. ``counts_on``: whether what thaws goes on with the moments that were kept.
+    """The parameters with state whose mask in ``members`` is another than in ``masks``, by name, which have the shapes
+    that parameters had then, or whose state is to be kept in another way.
 
     Raises:
         ValueError: a parameter shrank, or is sharded and grew.
     """
-    found: list[tuple[Member, FreezeMask, FreezeMask]] = []
+    found = []
     for member in members:
         p, entries, new, before = member.param, state.get(member.param), member.mask, masks.get(member.name)
         if before is None or not before.frozen_count:  # a parameter that no plan names has state of its own shape
@@ -58,7 +64,7 @@ def changes_of(
         try:
             if before.shape != new.shape and is_sharded(p):
                 raise ValueError("it is sharded")
-            was = before.grown(new.shape)
+            was = before if before.shape == new.shape else before.grown(new.shape)
         except ValueError as error:
             raise ValueError(
                 f"{what}: {member.name!r} has another shape than before, and its state cannot be carried over "
@@ -66,20 +72,28 @@ def changes_of(
             ) from error
         as_it_is = was is before and was == new and (was_whole == member.whole or not was.frozen_count)
         if entries and not as_it_is:
-            found.append((member, before, was))
-    changes = []
-    for (member, before, was), step in zip(found, _step_counts(state[m.param]["step"] for m, *_ in found), strict=True):
-        grown = ages.get(member.name, Ages.none(before)).grown(before, was)
-        became = grown.after(was, member.mask, step, was_whole=was_whole, whole=member.whole, counts_on=counts_on)
-        packed_by = FreezeMask(before.shape).grown(was.shape) if was_whole else was
-        changes.append(Change(member, was, packed_by, became))
-    return changes
+            found.append(Change(member, before, was, was_whole))
+    return found
 
 
-def _step_counts(counts: Iterable[Tensor]) -> list[int]:
+def ages_after(
+    ages: Mapping[str, Ages], changes: Sequence[Change], state: Mapping[Tensor, Mapping[str, Any]], *, counts_on: bool
+) -> dict[str, Ages]:
+    """Ages, by name, once ``changes`` are made. ``counts_on``: whether what thaws counts its own steps on."""
+    after = dict(ages)
+    steps = _step_counts([state[change.member.param]["step"] for change in changes])
+    for change, step in zip(changes, steps, strict=True):
+        member, before, was = change.member, change.before, change.was
+        grown = (ages.get(member.name) or Ages.none(before)).grown(before, was)
+        after[member.name] = grown.after(
+            was, member.mask, step, was_whole=change.was_whole, whole=member.whole, counts_on=counts_on
+        )
+    return {name: age for name, age in after.items() if age}
+
+
+def _step_counts(found: list[Tensor]) -> list[int]:
     """As numbers. Those on a device are waited for, once: how many steps a capturable optimizer took rather than
     skipped is known there alone."""
-    found = list(counts)
     for device in {count.device for count in found}:
         if device.type != "cpu":
             there = [i for i, count in enumerate(found) if count.device == device]
@@ -93,44 +107,53 @@ def apply_changes(
 ) -> None:
     """Move state to where the new masks have it: kept where it was and is, else zero. Where state is whole before and
     after, nothing moves. What thaws loses its moments, unless it ``counts_on``."""
-    moving = [change for change in changes if not (change.member.whole and not change.packed_by.frozen_count)]
+    moving = [change for change in changes if change.moves]
     for change, moved in zip(moving, _moved(state, moving, settings, counts_on=counts_on), strict=True):
         state[change.member.param].update(moved)
     if not counts_on:
         whole = [change for change in changes if change.member.whole]
-        thawed = [_difference(*change.shards(change.was, change.member.mask)) for change in whole]
+        thawed = [_thawed(*change.shards(change.was, change.member.mask)) for change in whole]
         _zero([state[change.member.param] for change in whole], thawed, settings)
 
 
-def _difference(one: FreezeMask, other: FreezeMask) -> FreezeMask:
-    """What ``one`` freezes and ``other`` does not."""
-    rows_alone, cols_alone = (
-        all(mask.bits is None and not lines.size for mask, lines in ((one, first), (other, second)))
-        for first, second in ((one.frozen_cols, other.frozen_cols), (one.frozen_rows, other.frozen_rows))
-    )
-    if rows_alone or cols_alone:
-        lines = np.zeros(one.matrix_shape[0 if rows_alone else 1], bool)
-        lines[one.frozen_rows if rows_alone else one.frozen_cols] = True
-        lines[other.frozen_rows if rows_alone else other.frozen_cols] = False
-        return FreezeMask(one.shape, rows=lines) if rows_alone else FreezeMask(one.shape, cols=lines)
-    return FreezeMask(one.shape, elements=(one.frozen_flags() & ~other.frozen_flags()).reshape(one.shape))
+def _thawed(was: FreezeMask, now: FreezeMask) -> Part:
+    """What ``was`` freezes and ``now`` does not, as a part of a live list."""
+    shape = was.matrix_shape
+    for axis in (0, 1):
+        before, after = was.lines(axis), now.lines(axis)
+        if before is not None and after is not None:
+            _, lines = turned(before, after, shape[axis])
+            return Part(0, shape, lines.size, cols=lines) if axis else Part(0, shape, shape[1], lines)
+    others = now.frozen_flags() | ~was.frozen_flags()
+    return Part(0, shape, shape[1], frozen_bits=pack_bits(others))
 
 
-def _zero(states: Sequence[dict[str, Any]], masks: Sequence[FreezeMask], settings: Settings) -> None:
-    """Zero what ``masks`` name, in the moments of ``states``."""
-    chosen = [i for i, mask in enumerate(masks) if mask.frozen_count]
-    for device in {states[i]["exp_avg"].device for i in chosen}:
-        there = [i for i in chosen if states[i]["exp_avg"].device == device]
-        work = compile_frozen([masks[i] for i in there])
+def _zero(states: Sequence[dict[str, Any]], parts: Sequence[Part], settings: Settings) -> None:
+    """Zero the moments of ``states`` where ``parts`` say, one for each."""
+    for device in {entries["exp_avg"].device for entries in states}:
+        there = [i for i, entries in enumerate(states) if entries["exp_avg"].device == device]
+        listed = [replace(parts[i], tensor=number) for number, i in enumerate(there)]
+        listed = [part for part in listed if (part.rows is None or part.rows.size) and part.packed_width]
+        work = WorkList(False, listed, [0] * len(there))
         for key in MOMENTS:
             moments = [states[i].get(key) for i in there]
             plain = [moment is not None and moment.dtype in STORAGE and moment.is_contiguous() for moment in moments]
-            if any(plain):
+            if listed and any(plain):
                 backend = choose_backend(settings.backend, device, settings.optimizer)
                 backend.zero_(work, [moment if able else None for moment, able in zip(moments, plain, strict=True)])
-            for i, moment, able in zip(there, moments, plain, strict=True):
-                if moment is not None and not able:
-                    moment.masked_fill_(masks[i].dense().to(device), 0)
+            for part in listed:
+                moment = moments[part.tensor]
+                if moment is not None and not plain[part.tensor]:
+                    moment.masked_fill_(torch.from_numpy(_flags(part)).to(device).view(moment.shape), 0)
+
+
+def _flags(part: Part) -> np.ndarray:
+    """What a part of a live list visits: bool, of the shape of its matrix."""
+    if part.frozen_bits is not None:
+        return ~unpack_bits(part.frozen_bits, part.shape)
+    flags = np.zeros(part.shape, bool)
+    flags[slice(None) if part.rows is None else part.rows, slice(None) if part.cols is None else part.cols] = True
+    return flags
 
 
 def _moved(
@@ -140,7 +163,8 @@ def _moved(
     moved: list[dict[str, Tensor]] = [{} for _ in changes]
     launches: dict[torch.device, list[tuple[Tensor, Tensor, Part]]] = {}
     for change, into in zip(changes, moved, strict=True):
-        was, source, target = change.shards(change.was, change.packed_by, change.member.packing)
+        packed_by = FreezeMask(change.before.shape).grown(change.was.shape) if change.was_whole else change.was
+        was, source, target = change.shards(change.was, packed_by, change.member.packing)
         for key in PACKED:
             moment = state[change.member.param].get(key)
             if moment is None:

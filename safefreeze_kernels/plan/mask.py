@@ -45,7 +45,10 @@ class FreezeMask:
     0.5
     """
 
-    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "shape")
+    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "matrix_shape", "shape")
+
+    #: ``(rows, columns)`` of the matrix this tensor is seen as.
+    matrix_shape: tuple[int, int]
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class FreezeMask:
         cols: Indices = None,
         elements: Tensor | np.ndarray | None = None,
     ) -> None:
-        self.shape: tuple[int, ...] = _checked_shape(shape)
+        self._shape(_checked_shape(shape))
         if cols is not None and len(self.shape) < 2:
             raise ValueError(
                 f"FreezeMask: cols of a {len(self.shape)}-D tensor, expected rows; "
@@ -78,6 +81,10 @@ class FreezeMask:
         bits = pack_bits(frozen) if frozen is not None and frozen.any() else None
         self._set(row_index, col_index, bits)
 
+    def _shape(self, shape: tuple[int, ...]) -> None:
+        self.shape: tuple[int, ...] = shape
+        self.matrix_shape = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
     def _set(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
         self._rows: np.ndarray = rows
         self._cols: np.ndarray = cols
@@ -86,13 +93,6 @@ class FreezeMask:
         for array in (rows, cols, bits):
             if array is not None:
                 array.flags.writeable = False
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """``(rows, columns)`` of the matrix this tensor is seen as."""
-        if len(self.shape) < 2:
-            return math.prod(self.shape), 1
-        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def rows(self) -> Tensor:
@@ -123,6 +123,16 @@ class FreezeMask:
     def frozen_cols(self) -> np.ndarray:
         """`cols` as a read-only array."""
         return self._cols
+
+    def lines(self, axis: int) -> np.ndarray | None:
+        """Frozen rows (``axis`` 0) or columns, as a read-only array; None: something else is frozen, too."""
+        if self._bits is not None:
+            return None
+        if axis == 0:
+            return None if self._cols.size else self._rows
+        if self._rows.size == self.matrix_shape[0] > 0:
+            return np.arange(self.matrix_shape[1])  # everything
+        return None if self._rows.size else self._cols
 
     @property
     def bits(self) -> np.ndarray | None:
@@ -265,7 +275,7 @@ class FreezeMask:
         return {"shape": self.shape, "rows": self._rows, "cols": self._cols, "bits": self._bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.shape = state["shape"]
+        self._shape(state["shape"])
         self._set(state["rows"], state["cols"], state["bits"])
 
     def __repr__(self) -> str:

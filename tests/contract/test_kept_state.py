@@ -292,7 +292,7 @@ def test_a_hundred_changes_leave_no_more_to_do_than_one(thawed: Any) -> None:
         found.append(chunks())
     assert max(found) <= found[0] + 1
     (plan,) = optimizer._launch.plans
-    assert len(plan._work.born_of_set) > 10, "the test needs rows of many ages"
+    assert len(plan._work.born) > 10, "the test needs rows of many ages"
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -354,14 +354,17 @@ def _adamw(
             remainder = given("remainder", shape, i, at_packed, torch.int16)
             drawn = rng.integers(-(2**15), 2**15, shape, np.int16)
             remainders.append(remainder.copy_(torch.from_numpy(np.asarray(drawn))))
-    # Sets take turns with three rows of scalars.
+    # Parts and their ages take turns with three sets of scalars.
     rows = np.zeros(3, SCALARS)
     for i, step in enumerate((1, 2, 70)):
         rows[i] = adamw_scalars(
             lr=0.01 * (i + 1), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1 * i, step=step, decoupled=not l2,
             maximize=options.get("maximize", False), grad_multiplier=0.5,
         )  # fmt: skip
-    scalars = torch.from_numpy(rows.view(np.int32).reshape(3, -1)).to(device) if "on_device" in options else rows
+    rows = rows[np.arange(max(len(work.born), 1)) % 3]
+    scalars = (
+        torch.from_numpy(rows.view(np.int32).reshape(len(rows), -1)).to(device) if "on_device" in options else rows
+    )
     on_device = {
         key: torch.tensor([options[key]], dtype=torch.float32, device=device)
         for key in ("skip", "multiplier")
@@ -370,7 +373,7 @@ def _adamw(
     operands = AdamWOperands(params, first, second, largest, remainders, [3 * i + 1 for i in range(len(masks))])
     operands.grads, operands.packed_grads = grads, options["packed_grads"]  # type: ignore[assignment]
     backend.adamw_(
-        work, operands, scalars, np.arange(len(work.born_of_set), dtype=np.int32) % 3, l2=l2, amsgrad=amsgrad,
+        work, operands, scalars, work.first_born.astype(np.int32), l2=l2, amsgrad=amsgrad,
         stochastic=rounding == "stochastic", seed=options.get("seed", 1234), **on_device,
     )  # fmt: skip
 

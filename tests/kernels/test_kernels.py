@@ -144,7 +144,7 @@ def integers_at(address: int, count: int) -> np.ndarray:
 
 
 def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray]]:
-    """(chunk, set, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
+    """(chunk, row of scalars, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
     listed = Runs.of(work)
     for chunk_index, chunk in enumerate(listed.chunks):
         part = listed.parts[chunk["part"]]
@@ -161,7 +161,8 @@ def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, i
                 flags = np.unpackbits(stored, count=mask.numel, bitorder="little").view(bool)[elements]
                 elements = elements[flags == work.frozen]
                 places = packed + np.arange(elements.size) if work.frozen else places[flags == work.frozen]
-            yield chunk_index, int(run["set"]), int(part["tensor"]), elements, places
+            row = int(work.first_born[chunk["part"]] + run["age"])
+            yield chunk_index, row, int(part["tensor"]), elements, places
 
 
 @examples(150)
@@ -223,7 +224,7 @@ def test_whole_state_lies_as_the_tensor_does(seed: int, large: bool) -> None:
 
 
 @examples(60)
-def test_sets_hold_elements_of_one_age(seed: int, large: bool) -> None:
+def test_runs_hold_elements_of_one_age(seed: int, large: bool) -> None:
     masks, ages, _ = random_case(seed, large)
     work = compile_live(masks, ages)
     expected = []
@@ -233,9 +234,9 @@ def test_sets_hold_elements_of_one_age(seed: int, large: bool) -> None:
             born = np.maximum(age.rows[:, None], age.cols[None, :])
             born = born if age.elements is None else np.maximum(born, age.elements)
         expected.append(born.reshape(-1))
-    for _, number, tensor, elements, _ in visits(work, masks):
-        assert work.tensor_of_set[number] == tensor
-        assert (expected[tensor][elements] == work.born_of_set[number]).all(), masks[tensor]
+    for _, row, tensor, elements, _ in visits(work, masks):
+        assert work.tensor_of_part[work.part_of_born[row]] == tensor
+        assert (expected[tensor][elements] == work.born[row]).all(), masks[tensor]
 
 
 def test_frozen_rows_cost_nothing() -> None:
@@ -401,8 +402,9 @@ class Step:
             )
             for _ in range(3)
         ]  # fmt: skip
-        self.scalars = np.array(sets, SCALARS)
-        self.scalar_set = rng.integers(0, 3, len(self.work.born_of_set)).astype(np.int32)
+        # a row for each age of each part
+        self.scalars = np.array(sets, SCALARS)[rng.integers(0, 3, len(self.work.born))]
+        self.scalar_set = self.work.first_born.astype(np.int32)
 
     def run(self, backend: Any, in_place: bool = False, packed: Sequence[bool] = ()) -> list[list[Tensor]]:
         """``packed``: of which tensors the gradients are."""
@@ -598,11 +600,11 @@ def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dty
     scalars = np.array(
         [
             adamw_scalars(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=4 - born, decoupled=True)
-            for born in work.born_of_set.tolist()
+            for born in work.born.tolist()
         ],
         SCALARS,
     )
-    scalar_set = np.arange(len(scalars), dtype=np.int32)
+    scalar_set = work.first_born.astype(np.int32)
 
     def run() -> dict[str, Tensor]:
         p, m, v = start.clone(), torch.zeros(shape), torch.zeros(shape)
