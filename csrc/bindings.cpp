@@ -118,11 +118,16 @@ py::tuple distinct_numbers(const Numbers& numbers) {
   return py::make_tuple(as_array(found), which);
 }
 
-// `WorkList.runs` of kernels/parts.py. Rows of `parts`: rows, places and ages, each an array or None; how many rows
-// there are; width, packed width, packed start, count; and whether rows are apart.
-py::tuple runs_of(const py::list& parts) {
-  RunColumns runs;
-  int64_t index = 0;
+template <typename Row>
+Numbers as_table(const std::vector<Row>& rows) {
+  constexpr py::ssize_t width = sizeof(Row) / sizeof(int64_t);
+  return Numbers({static_cast<py::ssize_t>(rows.size()), width}, reinterpret_cast<const int64_t*>(rows.data()));
+}
+
+// Runs and chunks of parts, tables of int64. Rows of `parts` are those of `listed_rows` in kernels/parts.py.
+py::tuple lists_of(const py::list& parts, int64_t longest) {
+  Lists lists;
+  int64_t part = 0;
   for (const py::handle& entry : parts) {
     const py::tuple row = py::reinterpret_borrow<py::tuple>(entry);
     Numbers arrays[3];
@@ -132,12 +137,11 @@ py::tuple runs_of(const py::list& parts) {
       return arrays[column].data();
     };
     const auto number = [&](size_t column) { return py::cast<int64_t>(row[column]); };
-    add_runs({numbers(0), numbers(1), numbers(2), number(3), number(4), number(5), number(6), number(7),
-              py::cast<bool>(row[8])},
-             index++, runs);
+    lists.add({numbers(0), numbers(1), numbers(2), number(3), number(4), number(5), number(6), number(7),
+               py::cast<bool>(row[8])},
+              part++, longest);
   }
-  return py::make_tuple(as_array(runs.part), as_array(runs.start), as_array(runs.packed), as_array(runs.count),
-                        as_array(runs.age));
+  return py::make_tuple(as_table(lists.runs), as_table(lists.chunks));
 }
 
 }  // namespace
@@ -167,7 +171,7 @@ PYBIND11_MODULE(_C, module) {
                               reinterpret_cast<uintptr_t>(self.dtypes.data()));
       });
   module.def("distinct", &distinct_numbers, py::arg("numbers").noconvert());
-  module.def("runs_of", &runs_of);
+  module.def("lists_of", &lists_of, py::arg("parts"), py::arg("longest"));
   module.def("trace", [](py::list tensors) { return trace(tensors.ptr()); });
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);

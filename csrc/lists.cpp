@@ -29,24 +29,34 @@ std::vector<int64_t> distinct(const int64_t* numbers, int64_t n, int64_t* which)
   return found;
 }
 
-void add_runs(const ListedRows& listed, int64_t part, RunColumns& runs) {
-  int64_t next_row = -1, next_place = -1, last_age = -1;
+void Lists::add(const ListedRows& listed, int64_t part, int64_t longest) {
+  int64_t taken = 0;  // elements of the part's runs so far
+  const auto put = [&](Run run) {
+    const int64_t most = listed.apart ? run.count : longest;
+    while (run.count > 0) {
+      const Run piece{run.start, run.packed, run.count < most ? run.count : most, run.age};
+      const int64_t before = taken == 0 ? -1 : (taken - 1) / longest, number = static_cast<int64_t>(runs.size());
+      taken += piece.count;
+      if (before != (taken - 1) / longest) chunks.push_back({part, number, number});
+      runs.push_back(piece);
+      chunks.back().end = number + 1;
+      run = {run.start + piece.count, run.packed + piece.count, run.count - piece.count, run.age};
+    }
+  };
+  Run run{0, 0, 0, 0};
+  int64_t next_row = -1, next_place = -1;
   for (int64_t i = 0; i < listed.n_rows; ++i) {
     const int64_t row = listed.rows ? listed.rows[i] : i, place = listed.places ? listed.places[i] : i;
     const int64_t age = listed.ages ? listed.ages[i] : 0;
-    if (!listed.apart && row == next_row && place == next_place && age == last_age) {
-      runs.count.back() += listed.count;
-    } else {
-      runs.part.push_back(part);
-      runs.start.push_back(row * listed.width);
-      runs.packed.push_back(listed.packed_start + place * listed.packed_width);
-      runs.count.push_back(listed.count);
-      runs.age.push_back(age);
+    if (listed.apart || row != next_row || place != next_place || age != run.age) {
+      put(run);
+      run = {row * listed.width, listed.packed_start + place * listed.packed_width, 0, age};
     }
+    run.count += listed.count;
     next_row = row + 1;
     next_place = place + 1;
-    last_age = age;
   }
+  put(run);
 }
 
 }  // namespace safefreeze

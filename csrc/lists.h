@@ -1,16 +1,17 @@
-// Work lists, made from parts of kernels/parts.py: the twin of what that file does where there is no extension. Callers
-// hold the interpreter lock.
+// Work lists for the CPU, made from parts of kernels/parts.py: the twin of what kernels/runs.py does without it.
 #pragma once
 
 #include <cstdint>
 #include <vector>
+
+#include "work.h"
 
 namespace safefreeze {
 
 // The different ones of `n` numbers, 0 or more and ascending; `which` of them each number is.
 std::vector<int64_t> distinct(const int64_t* numbers, int64_t n, int64_t* which);
 
-// What runs are made of: rows of one part. An address of 0 stands for 0, 1, 2, ...
+// What runs are made of: rows of one part. A null pointer stands for 0, 1, 2, ...
 struct ListedRows {
   const int64_t* rows;    // of the tensor
   const int64_t* places;  // rows of its packed twin
@@ -21,11 +22,12 @@ struct ListedRows {
   bool apart;     // whether each row is a run of its own
 };
 
-// Columns of `RunTable` in kernels/parts.py.
-struct RunColumns {
-  std::vector<int64_t> part, start, packed, count, age;
-};
+struct Lists {
+  std::vector<Run> runs;
+  std::vector<Chunk> chunks;
 
-void add_runs(const ListedRows& listed, int64_t part, RunColumns& runs);
+  // The runs of part number `part`, in chunks of about `longest` elements; runs of neighbours are not longer.
+  void add(const ListedRows& listed, int64_t part, int64_t longest);
+};
 
 }  // namespace safefreeze

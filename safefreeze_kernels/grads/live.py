@@ -183,7 +183,9 @@ def check_live_gradients(
     another mask; also if it has one that was computed so before live gradients were removed, and is as it was then.
     ``found``: `forwards`."""
     grad: Any = param.grad  # which may have gone from one parameter to another
-    lacking, version = (mask, 0) if grad is None else _incomplete.get(grad, (mask, 0))  # type: ignore[no-untyped-call]
+    lacking, version = mask, 0
+    if grad is not None and _incomplete.data:
+        lacking, version = _incomplete.get(grad, (mask, 0))  # type: ignore[no-untyped-call]
     if lacking.shape == mask.shape and lacking != mask and version == writes(grad) and (lacking | mask) != mask:
         raise ValueError(
             f"{operation}: grad of {name!r} was computed under live_gradients, without elements that learn now; call "
@@ -208,7 +210,7 @@ def refuse_packed_gradients(params: Sequence[Tensor], names: Sequence[str], oper
     """Raise ValueError if a parameter has, or will have, a packed gradient: kernels find it where they find packed
     state, and state is whole."""
     found = forwards()
-    for param, name in zip(params, names, strict=True):
+    for param, name in zip(params, names, strict=True) if PackedGradient.seen or found else ():
         forward = found.get(id(param))
         if packing(param.grad) is not None or (forward is not None and forward.storage == "packed"):
             raise ValueError(

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 
@@ -88,20 +89,21 @@ class Ages:
         """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now or, if it
         ``counts_on``, as many steps ago as it took. State is whole, so that frozen moments are kept, or was until now.
         """
-        for axis, numbers, others in ((0, self.rows, self.cols), (1, self.cols, self.rows)):
-            was, now = old.lines(axis), new.lines(axis)
-            if was is None or now is None or self.elements is not None or others.any():
-                continue
-            stopped, thawed = turned(was, now, numbers.size)
-            numbers = numbers.copy()
-            if not was_whole:
-                numbers[was] = 0
-            # from when a thing was born to how many steps it took, and back, is the same difference
-            numbers[stopped] = step - numbers[stopped]
-            numbers[thawed] = step - numbers[thawed] if counts_on else step
-            if not whole:
-                numbers[now] = 0
-            return Ages(others, numbers) if axis else Ages(numbers, others)
+        how = {"was_whole": was_whole, "whole": whole, "counts_on": counts_on}
+        return after_all([self], [old], [new], [step], **how)[0]
+
+    def _axis(self, old: FreezeMask, new: FreezeMask) -> int | None:
+        """Along which lines alone, rows (0) or columns (1), ages differ and masks freeze; None: not along one."""
+        for axis, others in ((0, self.cols), (1, self.rows)):
+            apart = old.lines(axis) is not None and new.lines(axis) is not None
+            if apart and self.elements is None and not others.any():
+                return axis
+        return None
+
+    def _after(
+        self, old: FreezeMask, new: FreezeMask, step: int, was_whole: bool, whole: bool, counts_on: bool
+    ) -> Ages:
+        """`after`, whatever the masks freeze."""
         if was_whole or whole:  # rows and columns pause at different times: each element has its own count
             frozen, freezes = old.frozen_flags(), new.frozen_flags()
             born = np.maximum(self.rows[:, None], self.cols[None, :])  # of which one is 0 where something is kept
@@ -124,9 +126,65 @@ class Ages:
         return Ages(rows, cols, elements)
 
 
-def turned(was: np.ndarray, now: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of ``size`` lines, those frozen ``now`` alone, and those that ``was`` frozen alone."""
-    lines = np.zeros(size, np.int8)
-    lines[was] = 1
-    lines[now] += 2
-    return np.flatnonzero(lines == 2), np.flatnonzero(lines == 1)
+def after_all(
+    ages: Sequence[Ages], olds: Sequence[FreezeMask], news: Sequence[FreezeMask], steps: Sequence[int],
+    *, was_whole: bool, whole: bool, counts_on: bool,
+) -> list[Ages]:  # fmt: skip
+    """`Ages.after` of many tensors, those that freeze lines alone at once."""
+    axes = [age._axis(old, new) for age, old, new in zip(ages, olds, news, strict=True)]
+    found = [
+        age if axis is not None else age._after(old, new, step, was_whole, whole, counts_on)
+        for age, old, new, step, axis in zip(ages, olds, news, steps, axes, strict=True)
+    ]
+    plain = [i for i, axis in enumerate(axes) if axis is not None]
+    if not plain:
+        return found
+    numbers = [ages[i].cols if axes[i] else ages[i].rows for i in plain]
+    lines = Lines([n.size for n in numbers])
+    turned = lines.turned([olds[i].lines(axes[i]) for i in plain], [news[i].lines(axes[i]) for i in plain])
+    flat, step = np.concatenate(numbers), np.repeat([steps[i] for i in plain], lines.sizes)
+    if not was_whole:
+        flat[(turned & WAS) != 0] = 0
+    # from when a thing was born to how many steps it took, and back, is the same difference
+    changed, thawed = np.flatnonzero((turned == WAS) | (turned == NOW)), np.flatnonzero(turned == WAS)
+    flat[changed] = step[changed] - flat[changed]
+    if not counts_on:
+        flat[thawed] = step[thawed]
+    if not whole:
+        flat[(turned & NOW) != 0] = 0
+    for i, piece in zip(plain, lines.split(flat), strict=True):
+        found[i] = Ages(ages[i].rows, piece) if axes[i] else Ages(piece, ages[i].cols)
+    return found
+
+
+WAS: Final = 1  # bits of what `Lines.turned` tells of a line: it was frozen,
+NOW: Final = 2  # and it is now
+
+
+class Lines:
+    """Rows or columns of many tensors end to end, ``sizes`` of each."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = np.array(sizes, np.int64)
+        self.ends = np.cumsum(self.sizes)
+
+    def turned(self, was: Sequence[Any], now: Sequence[Any]) -> np.ndarray:
+        """Of each line, whether it `WAS` frozen and is `NOW`: uint8. Given are the frozen lines of each tensor."""
+        found = np.zeros(self.ends[-1] if self.ends.size else 0, np.uint8)
+        found[self._together(was)] = WAS
+        found[self._together(now)] |= NOW
+        return found
+
+    def _together(self, lines: Sequence[np.ndarray]) -> np.ndarray:
+        starts: np.ndarray = np.repeat(self.ends - self.sizes, [some.size for some in lines])
+        return starts + np.concatenate(lines)
+
+    def split(self, flat: np.ndarray) -> list[np.ndarray]:
+        """What ``flat`` holds of each tensor's lines."""
+        return [flat[end - size : end] for end, size in zip(self.ends.tolist(), self.sizes.tolist(), strict=True)]
+
+    def chosen(self, flags: np.ndarray) -> list[np.ndarray]:
+        """The lines of each tensor whose flag is set."""
+        found, starts = np.flatnonzero(flags), (self.ends - self.sizes).tolist()
+        cuts = np.searchsorted(found, self.ends).tolist()
+        return [found[a:b] - start for a, b, start in zip([0, *cuts], cuts, starts, strict=False)]

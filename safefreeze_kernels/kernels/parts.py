@@ -54,6 +54,18 @@ class Part:
         flags = flags if self.rows is None else flags[self.rows]
         return flags if self.cols is None else flags[:, self.cols]
 
+    def listed_rows(self) -> tuple[Any, ...]:
+        """What its runs are made of: rows, those of the twin and their ages (None: 0, 1, 2 ..., the first age); how
+        many there are; elements of a row of the tensor, of one of the twin, those before the twin's first, and those of
+        a row that are visited; and whether rows are runs of their own."""
+        n_rows, n_cols = self.shape
+        twin = self.packed_width, self.packed_start
+        if self.rows is None and self.cols is None and self.row_ages is None:  # one row, as it lies in memory
+            return None, None, None, 1, n_cols, *twin, n_rows * n_cols, False
+        count = n_cols if self.cols is None else self.cols.size
+        rows = n_rows if self.rows is None else self.rows.size
+        return self.rows, self.packed_rows, self.row_ages, rows, n_cols, *twin, count, self.cols is not None
+
 
 class RunTable(NamedTuple):
     """What lies together in memory, part after part, each in memory order; arrays of one entry per run.
@@ -114,8 +126,19 @@ class WorkList:
 
     def runs(self) -> RunTable:
         """The runs of all parts. Rows of a part with ``cols`` are runs of their own."""
-        listed = list(map(_listed_rows, self.parts))
-        return RunTable(*(_runs_of if _C is None else _C.runs_of)(listed))
+        found = [np.zeros((5, 0), np.int64)]
+        for index, part in enumerate(self.parts):
+            rows, places, ages, n_rows, width, packed_width, packed_start, count, apart = part.listed_rows()
+            row = np.arange(n_rows) if rows is None else rows
+            place = np.arange(n_rows) if places is None else places
+            age = np.zeros(n_rows, np.int64) if ages is None else ages
+            first = np.ones(n_rows, bool)
+            first[1:] = apart | (np.diff(row) != 1) | (np.diff(place) != 1) | (np.diff(age) != 0)
+            begin = np.flatnonzero(first)
+            counts = np.diff(np.append(begin, n_rows)) * count
+            start, packed = row[begin] * width, packed_start + place[begin] * packed_width
+            found.append(np.stack([np.full(begin.size, index), start, packed, counts, age[begin]]))
+        return RunTable(*np.concatenate(found, axis=1))
 
     def by_age(self) -> Iterator[tuple[int, int, Part]]:
         """The parts, each cut into one for each age: the number of the part, that of the age, and the piece."""
@@ -154,37 +177,6 @@ def distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, which.reshape(-1)
 
 
-def _listed_rows(part: Part) -> tuple[Any, ...]:
-    """What runs of a part are made of: its rows, those of its twin and their ages (None: 0, 1, 2 ..., the first age);
-    how many there are; elements of a row of the tensor, of one of the twin, those before the twin's first, and those
-    of a row that are visited; and whether rows are runs of their own."""
-    n_rows, n_cols = part.shape
-    if part.rows is None and part.cols is None and part.row_ages is None:  # one row, as it lies in memory
-        return None, None, None, 1, n_cols, part.packed_width, part.packed_start, n_rows * n_cols, False
-    apart = part.cols is not None
-    rows = n_rows if part.rows is None else part.rows.size
-    return (
-        part.rows, part.packed_rows, part.row_ages, rows, n_cols, part.packed_width, part.packed_start,
-        part.cols.size if part.cols is not None else n_cols, apart,
-    )  # fmt: skip
-
-
-def _runs_of(listed: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
-    """Columns of a `RunTable` from what `_listed_rows` gives. The extension has a faster twin."""
-    found = [np.zeros((5, 0), np.int64)]
-    for part, (rows, places, ages, n_rows, width, packed_width, packed_start, count, apart) in enumerate(listed):
-        row = np.arange(n_rows) if rows is None else rows
-        place = np.arange(n_rows) if places is None else places
-        age = np.zeros(n_rows, np.int64) if ages is None else ages
-        first = np.ones(n_rows, bool)
-        first[1:] = apart | (np.diff(row) != 1) | (np.diff(place) != 1) | (np.diff(age) != 0)
-        begin = np.flatnonzero(first)
-        counts = np.diff(np.append(begin, n_rows)) * count
-        start, packed = row[begin] * width, packed_start + place[begin] * packed_width
-        found.append(np.stack([np.full(begin.size, part), start, packed, counts, age[begin]]))
-    return list(np.concatenate(found, axis=1))
-
-
 def compile_live(
     masks: Sequence[FreezeMask], ages: Sequence[Ages | None] | None = None, *, whole_state: bool = False
 ) -> WorkList:
@@ -194,7 +186,7 @@ def compile_live(
     sizes: list[int] = []
     for tensor, mask in enumerate(masks):
         age = ages[tensor] if ages is not None else None
-        live_parts = list(_live_parts(tensor, mask, age if age else None))
+        live_parts = list(_live_parts(tensor, mask, age))
         if whole_state:
             for part in live_parts:
                 part.packed_width, part.packed_rows, part.packed_cols = part.shape[1], part.rows, part.cols
@@ -210,15 +202,22 @@ def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Par
     if mask.frozen_count == 0 and age is None:
         yield Part(tensor, shape, shape[1])
         return
-    rows, cols = mask.live_rows, mask.live_cols
-    if not rows.size or not cols.size:
+    rows, width = mask.live_rows, shape[1] - mask.frozen_cols.size
+    if not rows.size or not width:
         return
-    all_cols = cols.size == shape[1]
-    width = cols.size
+    cols = mask.live_cols if width < shape[1] else None
     if age is None:
-        yield Part(tensor, shape, width, rows, None if all_cols else cols, frozen_bits=mask.bits)
+        yield Part(tensor, shape, width, rows, cols, frozen_bits=mask.bits)
     elif age.elements is None:
         row_born = age.rows[rows]
+        if not age.cols.any():
+            born, row_ages = distinct(row_born)
+            yield Part(
+                tensor, shape, width, rows, cols, frozen_bits=mask.bits, born=born,
+                row_ages=row_ages if born.size > 1 else None,
+            )  # fmt: skip
+            return
+        cols = mask.live_cols
         for col_born in np.unique(age.cols[cols]):
             places = np.flatnonzero(age.cols[cols] == col_born)
             born, row_ages = distinct(np.maximum(row_born, col_born))
@@ -237,7 +236,7 @@ def _live_parts(tensor: int, mask: FreezeMask, age: Ages | None) -> Iterable[Par
                 shape,
                 width,
                 rows,
-                None if all_cols else cols,
+                cols,
                 frozen_bits=others,
                 born=np.array([value], np.int64),
             )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import numpy as np
 
 from ..plan.mask import pack_bits
-from .parts import Part, RunTable, WorkList, cut
+from .parts import Part, WorkList, cut
+
+_C: Any = None
+with contextlib.suppress(ImportError):
+    from .. import _C
 
 # Mirrors of the structs in csrc/work.h.
 RUN_PART: Final = np.dtype(
@@ -41,21 +46,30 @@ class Runs:
     def __init__(self, work: WorkList) -> None:
         self.native: Any = None
         self._keep: list[np.ndarray] = []
-        self.parts = np.zeros(len(work.parts), RUN_PART)
-        for index, (part, shared) in enumerate(zip(work.parts, work.shared(), strict=True)):
+        rows = []
+        for part, shared in zip(work.parts, work.shared(), strict=True):
+            if part.cols is None and part.packed_cols is None and part.frozen_bits is None:
+                rows.append((part.tensor, 0, 0, 0, shared, 0))
+                continue
             cols = self._address(part.cols, np.int32)
             # State of the tensor's own shape has its columns in the same places; kernels know that by the address.
             same = part.packed_cols is part.cols
-            self.parts[index] = (
+            rows.append((
                 part.tensor, cols, self._address(_column_bits(part), np.uint8),
                 cols if same else self._address(part.packed_cols, np.int32), shared,
                 self._address(part.frozen_bits, np.uint8),
-            )  # fmt: skip
-        table = _short(work, work.runs())
-        self.chunks = _chunks(table)
-        self.runs = np.empty(table.start.size, RUN)
-        for name in RUN.names or ():
-            self.runs[name] = getattr(table, name)
+            ))  # fmt: skip
+        self.parts = np.array(rows, RUN_PART)
+        if _C is None:
+            self.runs, self.chunks = lists_of(work)
+        else:
+            runs, chunks = _C.lists_of([part.listed_rows() for part in work.parts], CHUNK_ELEMENTS)
+            self.runs, self.chunks = runs.view(RUN).reshape(-1), chunks.view(CHUNK).reshape(-1)
+        for index, part in enumerate(work.parts):
+            if work.gapless(part):
+                of_part = self.chunks[self.chunks["part"] == index]
+                runs = self.runs[of_part["begin"][0] : of_part["end"][-1]]
+                runs["packed"] = work.gapless_places(part, runs["start"])
 
     @property
     def nbytes(self) -> int:
@@ -81,27 +95,17 @@ def _column_bits(part: Part) -> np.ndarray | None:
     return pack_bits(flags)
 
 
-def _short(work: WorkList, table: RunTable) -> RunTable:
-    """Runs, those of neighbours cut so that none is longer than a chunk; and their places in a gapless twin."""
-    picks = np.array([part.cols is not None for part in work.parts], bool)
-    if (table.count > CHUNK_ELEMENTS).any():
-        longest = np.where(picks[table.part], np.maximum(table.count, 1), CHUNK_ELEMENTS)
-        run, offset, count = cut(table.count, longest)
-        table = table.take(run)
-        table = table._replace(start=table.start + offset, packed=table.packed + offset, count=count)
-    for part, here in zip(work.parts, table.of_parts(len(work.parts)), strict=True):
-        if work.gapless(part):
-            table.packed[here] = work.gapless_places(part, table.start[here])
-    return table
-
-
-def _chunks(table: RunTable) -> np.ndarray:
-    """Rows of `CHUNK`."""
-    before = np.cumsum(table.count) - table.count  # elements
-    new_part = np.diff(table.part, prepend=-1) != 0
-    within = before + table.count - 1 - before[new_part][np.cumsum(new_part) - 1]
+def lists_of(work: WorkList) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `RUN`, those of neighbours not longer than a chunk, and of `CHUNK`. csrc/lists.cpp is the faster twin."""
+    table, picks = work.runs(), np.array([part.cols is not None for part in work.parts], bool)
+    run, offset, count = cut(table.count, np.where(picks[table.part], np.maximum(table.count, 1), CHUNK_ELEMENTS))
+    runs = np.empty(run.size, RUN)
+    runs["start"], runs["packed"] = table.start[run] + offset, table.packed[run] + offset
+    runs["count"], runs["age"] = count, table.age[run]
+    part, before = table.part[run], np.cumsum(count) - count  # elements
+    new_part = np.diff(part, prepend=-1) != 0
+    within = before + count - 1 - before[new_part][np.cumsum(new_part) - 1]
     begin = np.flatnonzero(new_part | (np.diff(within // CHUNK_ELEMENTS, prepend=-1) != 0))
     chunks = np.empty(begin.size, CHUNK)
-    chunks["part"], chunks["begin"] = table.part[begin], begin
-    chunks["end"] = np.append(begin[1:], table.count.size)[: begin.size]
-    return chunks
+    chunks["part"], chunks["begin"], chunks["end"] = part[begin], begin, np.append(begin[1:], run.size)[: begin.size]
+    return runs, chunks

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..grads.checks import overlaps_itself
 from ..kernels.operands import STORAGE, WIDE
-from ..model.sharding import held, local, local_mask, shard_number
+from ..model.sharding import held, local, shard_number
 from ..plan.binding import bare_name, bind
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
@@ -202,9 +202,9 @@ class Member:
         """Per dimension, which indices of the parameter the shard has; None: all."""
         return held(self.param)
 
-    @cached_property
+    @property
     def shard_mask(self) -> FreezeMask:
-        return local_mask(self.mask, self.param)
+        return self.mask.shard(self.shard_index)
 
 
 class GivenNames:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.ages import Ages, turned
+from ..kernels.ages import WAS, Ages, Lines, after_all
 from ..kernels.backend import choose_backend
 from ..kernels.operands import STORAGE
 from ..kernels.parts import Part, WorkList
@@ -77,17 +77,24 @@ def changes_of(
 
 
 def ages_after(
-    ages: Mapping[str, Ages], changes: Sequence[Change], state: Mapping[Tensor, Mapping[str, Any]], *, counts_on: bool
+    ages: dict[str, Ages], changes: Sequence[Change], state: Mapping[Tensor, Mapping[str, Any]], *, counts_on: bool
 ) -> dict[str, Ages]:
     """Ages, by name, once ``changes`` are made. ``counts_on``: whether what thaws counts its own steps on."""
-    after = dict(ages)
-    steps = _step_counts([state[change.member.param]["step"] for change in changes])
-    for change, step in zip(changes, steps, strict=True):
-        member, before, was = change.member, change.before, change.was
-        grown = (ages.get(member.name) or Ages.none(before)).grown(before, was)
-        after[member.name] = grown.after(
-            was, member.mask, step, was_whole=change.was_whole, whole=member.whole, counts_on=counts_on
-        )
+    if not changes:
+        return ages
+    found = after_all(
+        [
+            (ages.get(change.member.name) or Ages.none(change.before)).grown(change.before, change.was)
+            for change in changes
+        ],
+        [change.was for change in changes],
+        [change.member.mask for change in changes],
+        _step_counts([state[change.member.param]["step"] for change in changes]),
+        was_whole=changes[0].was_whole,
+        whole=changes[0].member.whole,
+        counts_on=counts_on,
+    )
+    after = ages | {change.member.name: age for change, age in zip(changes, found, strict=True)}
     return {name: age for name, age in after.items() if age}
 
 
@@ -112,39 +119,49 @@ def apply_changes(
         state[change.member.param].update(moved)
     if not counts_on:
         whole = [change for change in changes if change.member.whole]
-        thawed = [_thawed(*change.shards(change.was, change.member.mask)) for change in whole]
+        thawed = _thawed([change.shards(change.was, change.member.mask) for change in whole])
         _zero([state[change.member.param] for change in whole], thawed, settings)
 
 
-def _thawed(was: FreezeMask, now: FreezeMask) -> Part:
-    """What ``was`` freezes and ``now`` does not, as a part of a live list."""
-    shape = was.matrix_shape
+def _thawed(pairs: Sequence[Sequence[FreezeMask]]) -> list[Part]:
+    """What the first mask of each pair freezes and the second does not, as parts of a live list."""
+    found: list[Part | None] = [None] * len(pairs)
     for axis in (0, 1):
-        before, after = was.lines(axis), now.lines(axis)
-        if before is not None and after is not None:
-            _, lines = turned(before, after, shape[axis])
-            return Part(0, shape, lines.size, cols=lines) if axis else Part(0, shape, shape[1], lines)
-    others = now.frozen_flags() | ~was.frozen_flags()
-    return Part(0, shape, shape[1], frozen_bits=pack_bits(others))
+        lines = [
+            tuple(mask.lines(axis) for mask in pair) if part is None else (None,)
+            for pair, part in zip(pairs, found, strict=True)
+        ]
+        plain = [i for i, both in enumerate(lines) if all(some is not None for some in both)]
+        if plain:
+            table = Lines([pairs[i][0].matrix_shape[axis] for i in plain])
+            turned = table.turned([lines[i][0] for i in plain], [lines[i][1] for i in plain])
+            for i, some in zip(plain, table.chosen(turned == WAS), strict=True):
+                shape = pairs[i][0].matrix_shape
+                found[i] = Part(i, shape, some.size, cols=some) if axis else Part(i, shape, shape[1], some)
+    for i, (was, now) in enumerate(pairs):
+        if found[i] is None:
+            others = pack_bits(now.frozen_flags() | ~was.frozen_flags())
+            found[i] = Part(i, was.matrix_shape, was.matrix_shape[1], frozen_bits=others)
+    return found  # type: ignore[return-value]
 
 
 def _zero(states: Sequence[dict[str, Any]], parts: Sequence[Part], settings: Settings) -> None:
-    """Zero the moments of ``states`` where ``parts`` say, one for each."""
-    for device in {entries["exp_avg"].device for entries in states}:
-        there = [i for i, entries in enumerate(states) if entries["exp_avg"].device == device]
-        listed = [replace(parts[i], tensor=number) for number, i in enumerate(there)]
-        listed = [part for part in listed if (part.rows is None or part.rows.size) and part.packed_width]
-        work = WorkList(False, listed, [0] * len(there))
-        for key in MOMENTS:
-            moments = [states[i].get(key) for i in there]
-            plain = [moment is not None and moment.dtype in STORAGE and moment.is_contiguous() for moment in moments]
-            if listed and any(plain):
-                backend = choose_backend(settings.backend, device, settings.optimizer)
-                backend.zero_(work, [moment if able else None for moment, able in zip(moments, plain, strict=True)])
-            for part in listed:
-                moment = moments[part.tensor]
-                if moment is not None and not plain[part.tensor]:
-                    moment.masked_fill_(torch.from_numpy(_flags(part)).to(device).view(moment.shape), 0)
+    """Zero the moments of ``states`` where ``parts`` say, by number."""
+    listed = [part for part in parts if (part.rows is None or part.rows.size) and part.packed_width]
+    work = WorkList(False, listed, [0] * len(parts))
+    for key in MOMENTS if listed else ():
+        moments = [entries.get(key) for entries in states]
+        plain = [
+            moment if moment is not None and moment.dtype in STORAGE and moment.is_contiguous() else None
+            for moment in moments
+        ]
+        for device in {moment.device for moment in plain if moment is not None}:
+            there = [moment if moment is not None and moment.device == device else None for moment in plain]
+            choose_backend(settings.backend, device, settings.optimizer).zero_(work, there)
+        for part in listed:
+            moment = moments[part.tensor]
+            if moment is not None and plain[part.tensor] is None:
+                moment.masked_fill_(torch.from_numpy(_flags(part)).to(moment.device).view(moment.shape), 0)
 
 
 def _flags(part: Part) -> np.ndarray:
@@ -165,20 +182,25 @@ def _moved(
     for change, into in zip(changes, moved, strict=True):
         packed_by = FreezeMask(change.before.shape).grown(change.was.shape) if change.was_whole else change.was
         was, source, target = change.shards(change.was, packed_by, change.member.packing)
+        stays = source | target
+        # what thaws has a remainder, if any was kept: that is part of its weight
+        lossy = stays if not change.was_whole or change.member.whole or counts_on else stays | was
+        part = None  # of the moments
         for key in PACKED:
             moment = state[change.member.param].get(key)
             if moment is None:
                 continue
-            # what thaws has a remainder, if any was kept: that is part of its weight
-            stays = source | target if change.member.whole or counts_on or key == REMAINDER else source | target | was
+            left = stays if key == REMAINDER else lossy
             plain = moment.dtype in (*STORAGE, torch.int16) and moment.is_contiguous()
-            if not plain or any(mask.bits is not None for mask in (source, stays, target)):
-                into[key] = repack(repack(moment, source, stays), stays, target)
+            if not plain or any(mask.bits is not None for mask in (source, left, target)):
+                into[key] = repack(repack(moment, source, left), left, target)
                 continue
             into[key] = torch.zeros(target.packed_shape, dtype=moment.dtype, device=moment.device)
-            if stays.live_count:
+            if left.live_count:
+                if part is None or left is not lossy:
+                    part = _route(source, left, target)
                 one, other = (t.view(torch.bfloat16) if key == REMAINDER else t for t in (moment, into[key]))
-                launches.setdefault(moment.device, []).append((one, other, _route(source, stays, target)))
+                launches.setdefault(moment.device, []).append((one, other, part))
     for device, routes in launches.items():
         sources, targets, parts = (list(column) for column in zip(*routes, strict=True))
         work = WorkList(False, [replace(part, tensor=i) for i, part in enumerate(parts)], [t.numel() for t in targets])

@@ -242,6 +242,8 @@ class FreezeMask:
             return NotImplemented
         if self.shape != other.shape:
             raise ValueError(f"FreezeMask union: shapes {self.shape} and {other.shape} differ, expected the same")
+        if not other._rows.size and not other._cols.size and other._bits is None:
+            return self
         elements = None
         if self._bits is not None or other._bits is not None:
             elements = (self.frozen_flags() | other.frozen_flags()).reshape(self.shape)
@@ -252,7 +254,12 @@ class FreezeMask:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FreezeMask):
             return NotImplemented
-        return self.fingerprint == other.fingerprint
+        return (
+            self.shape == other.shape
+            and _same(self._rows, other._rows)
+            and _same(self._cols, other._cols)
+            and _same(self._bits, other._bits)
+        )
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -372,6 +379,12 @@ def _tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array)
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None or one.size != other.size:
+        return one is other
+    return one is other or bool((one == other).all())
 
 
 def _complement(index: np.ndarray, size: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from safefreeze_kernels.kernels.ages import Ages
 from safefreeze_kernels.kernels.backend import backend_state
 from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_scalars
 from safefreeze_kernels.kernels.parts import Part, WorkList, compile_frozen, compile_live
-from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs
+from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs, lists_of
 from safefreeze_kernels.plan.mask import FreezeMask
 
 BY_NAME: dict[str, Any] = {name: backend_state(name) for name in (*BACKENDS, "reference")}
@@ -237,6 +237,20 @@ def test_runs_hold_elements_of_one_age(seed: int, large: bool) -> None:
     for _, row, tensor, elements, _ in visits(work, masks):
         assert work.tensor_of_part[work.part_of_born[row]] == tensor
         assert (expected[tensor][elements] == work.born[row]).all(), masks[tensor]
+
+
+@needs_cpu
+@examples(150)
+def test_the_extension_makes_the_same_lists(seed: int, large: bool) -> None:
+    masks, ages, rng = random_case(seed, large)
+    for work in (compile_live(masks, ages), compile_live(masks, ages, whole_state=True), compile_frozen(masks)):
+        for expected, got in zip(lists_of(work), (Runs.of(work).runs, Runs.of(work).chunks), strict=True):
+            names = [name for name in expected.dtype.names or () if name != "packed" or not work.frozen]
+            for name in names:
+                assert np.array_equal(got[name], expected[name]), f"{name} of {masks}"
+    numbers = rng.integers(0, int(rng.choice([3, 10**6])), int(rng.integers(0, 50)))
+    for found, right in zip(_C.distinct(numbers), np.unique(numbers, return_inverse=True), strict=True):
+        assert np.array_equal(found, right)
 
 
 def test_frozen_rows_cost_nothing() -> None:

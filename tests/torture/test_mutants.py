@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[2]
-CONTRACT, MACHINE = "contract/test_contract.py", "contract/test_machine.py"
+CONTRACT, MACHINE, KEPT = "contract/test_contract.py", "contract/test_machine.py", "contract/test_kept_state.py"
 
 
 @dataclass(frozen=True)
@@ -57,42 +57,70 @@ MUTANTS: Final = (
     ),
     Mutant(
         "rows are off by one",
-        "kernels/parts.py",
-        "start, packed = rows * n_cols,",
-        "start, packed = np.maximum(rows - 1, 0) * n_cols,",
+        "csrc/lists.cpp",
+        "run = {row * listed.width,",
+        "run = {(row > 0 ? row - 1 : 0) * listed.width,",
     ),
     Mutant(
         "single frozen elements are forgotten",
         "kernels/parts.py",
-        "None if all_cols else cols, frozen_bits=mask.bits)",
-        "None if all_cols else cols)",
+        "yield Part(tensor, shape, width, rows, cols, frozen_bits=mask.bits)\n",
+        "yield Part(tensor, shape, width, rows, cols)\n",
     ),
     Mutant(
         "a thawed row is as old as the tensor",
-        "optim/state.py",
-        '(ages or Ages.none(was)).grown(was, old).after(old, new, int(state["step"].item()))',
-        "(ages or Ages.none(was)).grown(was, old)",
+        "kernels/ages.py",
+        "        flat[thawed] = step[thawed]\n",
+        "        flat[thawed] = 0\n",
         (CONTRACT,),
     ),
     Mutant(
         "a thawed row keeps what lay in its place",
-        "optim/state.py",
-        "packed = torch.zeros(new.packed_shape, dtype=moment.dtype",
-        "packed = torch.ones(new.packed_shape, dtype=moment.dtype",
+        "optim/refreeze.py",
+        "into[key] = torch.zeros(target.packed_shape, dtype=moment.dtype",
+        "into[key] = torch.ones(target.packed_shape, dtype=moment.dtype",
         (CONTRACT,),
     ),
     Mutant(
         "state keeps its places when as much is frozen as before",
-        "optim/state.py",
-        "if not state or (old == new and was is old):",
-        "if not state or old.frozen_count == new.frozen_count:",
+        "optim/refreeze.py",
+        "as_it_is = was is before and was == new and (",
+        "as_it_is = was is before and was.frozen_count == new.frozen_count and (",
+    ),
+    Mutant(
+        "what starts afresh has the moments that were kept",
+        "optim/refreeze.py",
+        "        _zero([state[change.member.param] for change in whole], thawed, settings)\n",
+        "",
+        (KEPT,),
+    ),
+    Mutant(
+        "what goes on counts the steps that it stood still",
+        "kernels/ages.py",
+        "    flat[changed] = step[changed] - flat[changed]\n",
+        "",
+        (KEPT,),
+    ),
+    Mutant(
+        "rows of different ages become one run",
+        "csrc/lists.cpp",
+        " || age != run.age",
+        "",
+        (KEPT,),
     ),
     Mutant(
         "ages are lost on resume",
         "optim/adam.py",
-        "self._ages = ages\n",
-        "self._ages = {}\n",
+        "self._ages, self._whole = loaded.ages, loaded.whole\n",
+        "self._ages, self._whole = {}, loaded.whole\n",
         ("contract/test_optimizer.py",),
+    ),
+    Mutant(
+        "how state was kept is lost on resume",
+        "optim/adam.py",
+        "self._ages, self._whole = loaded.ages, loaded.whole\n",
+        "self._ages = loaded.ages\n",
+        (KEPT,),
     ),
     Mutant("the plan is lost when an optimizer is copied", "optim/adam.py", '"_plan", ', ""),
     Mutant(
