@@ -60,8 +60,8 @@ class Part:
         a row that are visited; and whether rows are runs of their own."""
         n_rows, n_cols = self.shape
         twin = self.packed_width, self.packed_start
-        if self.rows is None and self.cols is None and self.row_ages is None:  # one row, as it lies in memory
-            return None, None, None, 1, n_cols, *twin, n_rows * n_cols, False
+        if all(index is None for index in (self.rows, self.cols, self.packed_rows, self.row_ages)):
+            return None, None, None, 1, n_cols, *twin, n_rows * n_cols, False  # one row, as it lies in memory
         count = n_cols if self.cols is None else self.cols.size
         rows = n_rows if self.rows is None else self.rows.size
         return self.rows, self.packed_rows, self.row_ages, rows, n_cols, *twin, count, self.cols is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -178,14 +179,14 @@ def _moved(
 ) -> list[dict[str, Tensor]]:
     """State of each parameter, packed anew."""
     moved: list[dict[str, Tensor]] = [{} for _ in changes]
-    launches: dict[torch.device, list[tuple[Tensor, Tensor, Part]]] = {}
+    routes: dict[torch.device, list[tuple[Tensor, Tensor, Part, Part]]] = {}
     for change, into in zip(changes, moved, strict=True):
         packed_by = FreezeMask(change.before.shape).grown(change.was.shape) if change.was_whole else change.was
         was, source, target = change.shards(change.was, packed_by, change.member.packing)
         stays = source | target
         # what thaws has a remainder, if any was kept: that is part of its weight
         lossy = stays if not change.was_whole or change.member.whole or counts_on else stays | was
-        part = None  # of the moments
+        parts: dict[int, tuple[Part, Part]] = {}
         for key in PACKED:
             moment = state[change.member.param].get(key)
             if moment is None:
@@ -195,24 +196,46 @@ def _moved(
             if not plain or any(mask.bits is not None for mask in (source, left, target)):
                 into[key] = repack(repack(moment, source, left), left, target)
                 continue
-            into[key] = torch.zeros(target.packed_shape, dtype=moment.dtype, device=moment.device)
-            if left.live_count:
-                if part is None or left is not lossy:
-                    part = _route(source, left, target)
-                one, other = (t.view(torch.bfloat16) if key == REMAINDER else t for t in (moment, into[key]))
-                launches.setdefault(moment.device, []).append((one, other, part))
-    for device, routes in launches.items():
-        sources, targets, parts = (list(column) for column in zip(*routes, strict=True))
-        work = WorkList(False, [replace(part, tensor=i) for i, part in enumerate(parts)], [t.numel() for t in targets])
-        choose_backend(settings.backend, device, settings.optimizer).gather(work, sources, targets)
+            if id(left) not in parts:
+                parts[id(left)] = _route(source, left, target)
+            into[key] = torch.empty(target.packed_shape, dtype=moment.dtype, device=moment.device)
+            pair = (t.view(torch.bfloat16) if key == REMAINDER else t for t in (moment, into[key]))
+            routes.setdefault(moment.device, []).append((*pair, *parts[id(left)]))  # type: ignore[arg-type]
+    for device, found in routes.items():
+        sources, targets, taken, others = (list(column) for column in zip(*found, strict=True))
+        backend = choose_backend(settings.backend, device, settings.optimizer)
+        backend.zero_(_listed(others, targets), targets)
+        backend.gather(_listed(taken, targets), sources, targets)
     return moved
 
 
-def _route(source: FreezeMask, stays: FreezeMask, target: FreezeMask) -> Part:
-    """From state packed by ``source`` to state packed by ``target``, what is live in ``stays``."""
-    rows, packed_rows = (np.searchsorted(mask.live_rows, stays.live_rows) for mask in (source, target))
-    cols, packed_cols = (np.searchsorted(mask.live_cols, stays.live_cols) for mask in (source, target))
-    shape, width = (source.live_rows.size, source.live_cols.size), target.live_cols.size
-    if cols.size == shape[1] == width:
-        return Part(0, shape, width, rows, packed_rows=packed_rows)
-    return Part(0, shape, width, rows, cols, packed_rows, packed_cols)
+def _listed(parts: Sequence[Part], targets: Sequence[Tensor]) -> WorkList:
+    """Parts, one for each of ``targets``, as a live list; those of nothing are left out."""
+    some = [
+        Part(i, part.shape, part.packed_width, part.rows, part.cols, part.packed_rows, part.packed_cols)
+        for i, part in enumerate(parts)
+        if (part.rows is None or part.rows.size) and (part.cols is None or part.cols.size) and math.prod(part.shape)
+    ]
+    return WorkList(False, some, [target.numel() for target in targets])
+
+
+def _route(source: FreezeMask, stays: FreezeMask, target: FreezeMask) -> tuple[Part, Part]:
+    """From state packed by ``source`` to state packed by ``target``, what is live in ``stays``. And what of the latter
+    has to be zeroed before: its other rows or, where columns move, all of it."""
+    (n_rows, rows), (to_rows, packed_rows) = (_places(mask, stays, 0) for mask in (source, target))
+    (n_cols, cols), (to_cols, packed_cols) = (_places(mask, stays, 1) for mask in (source, target))
+    rest = None
+    if cols is None and packed_cols is None:
+        others = np.ones(to_rows, bool)
+        others[slice(None) if packed_rows is None else packed_rows] = False
+        rest = np.flatnonzero(others)
+    elif cols is None:
+        cols = np.arange(n_cols)
+    route = Part(0, (n_rows, n_cols), to_cols, rows, cols, packed_rows, packed_cols)
+    return route, Part(0, (to_rows, to_cols), to_cols, rest)
+
+
+def _places(mask: FreezeMask, stays: FreezeMask, axis: int) -> tuple[int, np.ndarray | None]:
+    """How many rows or columns ``mask`` leaves live, and which of them ``stays`` does; None: all."""
+    live, left = (mask.live_cols, stays.live_cols) if axis else (mask.live_rows, stays.live_rows)
+    return live.size, None if left.size == live.size else np.searchsorted(live, left)

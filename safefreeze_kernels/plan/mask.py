@@ -247,8 +247,8 @@ class FreezeMask:
         elements = None
         if self._bits is not None or other._bits is not None:
             elements = (self.frozen_flags() | other.frozen_flags()).reshape(self.shape)
-        rows = np.union1d(self._rows, other._rows)
-        cols = np.union1d(self._cols, other._cols) if len(self.shape) > 1 else None
+        rows = _union(self._rows, other._rows, self.matrix_shape[0])
+        cols = _union(self._cols, other._cols, self.matrix_shape[1]) if len(self.shape) > 1 else None
         return FreezeMask(self.shape, rows=rows, cols=cols, elements=elements)
 
     def __eq__(self, other: object) -> bool:
@@ -379,6 +379,14 @@ def _tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array)
+
+
+def _union(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
+    if not one.size or not other.size:
+        return one if one.size else other
+    lines = np.zeros(size, bool)
+    lines[one] = lines[other] = True
+    return lines
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:

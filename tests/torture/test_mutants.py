@@ -77,8 +77,8 @@ MUTANTS: Final = (
     Mutant(
         "a thawed row keeps what lay in its place",
         "optim/refreeze.py",
-        "into[key] = torch.zeros(target.packed_shape, dtype=moment.dtype",
-        "into[key] = torch.ones(target.packed_shape, dtype=moment.dtype",
+        "        backend.zero_(_listed(others, targets), targets)\n",
+        "        [target.fill_(1) for target in targets]\n",
         (CONTRACT,),
     ),
     Mutant(
@@ -180,7 +180,7 @@ MUTANTS: Final = (
     Mutant(
         "a union keeps the second plan alone",
         "plan/mask.py",
-        "rows = np.union1d(self._rows, other._rows)",
+        "rows = _union(self._rows, other._rows, self.matrix_shape[0])",
         "rows = other._rows",
         ("contract/test_masks.py",),
     ),
