@@ -136,13 +136,13 @@ def after_all(
         age if axis is not None else age._after(old, new, step, was_whole, whole, counts_on)
         for age, old, new, step, axis in zip(ages, olds, news, steps, axes, strict=True)
     ]
-    plain = [i for i, axis in enumerate(axes) if axis is not None]
+    plain = [(i, axis) for i, axis in enumerate(axes) if axis is not None]
     if not plain:
         return found
-    numbers = [ages[i].cols if axes[i] else ages[i].rows for i in plain]
+    numbers = [ages[i].cols if axis else ages[i].rows for i, axis in plain]
     lines = Lines([n.size for n in numbers])
-    turned = lines.turned([olds[i].lines(axes[i]) for i in plain], [news[i].lines(axes[i]) for i in plain])
-    flat, step = np.concatenate(numbers), np.repeat([steps[i] for i in plain], lines.sizes)
+    turned = lines.turned([olds[i].lines(axis) for i, axis in plain], [news[i].lines(axis) for i, axis in plain])
+    flat, step = np.concatenate(numbers), np.repeat([steps[i] for i, _ in plain], lines.sizes)
     if not was_whole:
         flat[(turned & WAS) != 0] = 0
     # from when a thing was born to how many steps it took, and back, is the same difference
@@ -152,8 +152,8 @@ def after_all(
         flat[thawed] = step[thawed]
     if not whole:
         flat[(turned & NOW) != 0] = 0
-    for i, piece in zip(plain, lines.split(flat), strict=True):
-        found[i] = Ages(ages[i].rows, piece) if axes[i] else Ages(piece, ages[i].cols)
+    for (i, axis), piece in zip(plain, lines.split(flat), strict=True):
+        found[i] = Ages(ages[i].rows, piece) if axis else Ages(piece, ages[i].cols)
     return found
 
 
@@ -176,8 +176,8 @@ class Lines:
         return found
 
     def _together(self, lines: Sequence[np.ndarray]) -> np.ndarray:
-        starts: np.ndarray = np.repeat(self.ends - self.sizes, [some.size for some in lines])
-        return starts + np.concatenate(lines)
+        found: np.ndarray = np.repeat(self.ends - self.sizes, [some.size for some in lines]) + np.concatenate(lines)
+        return found
 
     def split(self, flat: np.ndarray) -> list[np.ndarray]:
         """What ``flat`` holds of each tensor's lines."""

@@ -74,14 +74,14 @@ class RunTable(NamedTuple):
         part: which part it is of.
         start: its first element; of a part with ``cols``, the first element of its row.
         packed: the place of that in the packed twin.
-        count: how many elements it has; of a part with ``cols``, how many columns are picked.
+        counts: how many elements it has; of a part with ``cols``, how many columns are picked.
         age: which of the ages of its part it has.
     """
 
     part: np.ndarray
     start: np.ndarray
     packed: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
     age: np.ndarray
 
     def take(self, chosen: np.ndarray | slice) -> RunTable:

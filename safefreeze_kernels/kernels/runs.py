@@ -98,7 +98,7 @@ def _column_bits(part: Part) -> np.ndarray | None:
 def lists_of(work: WorkList) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `RUN`, those of neighbours not longer than a chunk, and of `CHUNK`. csrc/lists.cpp is the faster twin."""
     table, picks = work.runs(), np.array([part.cols is not None for part in work.parts], bool)
-    run, offset, count = cut(table.count, np.where(picks[table.part], np.maximum(table.count, 1), CHUNK_ELEMENTS))
+    run, offset, count = cut(table.counts, np.where(picks[table.part], np.maximum(table.counts, 1), CHUNK_ELEMENTS))
     runs = np.empty(run.size, RUN)
     runs["start"], runs["packed"] = table.start[run] + offset, table.packed[run] + offset
     runs["count"], runs["age"] = count, table.age[run]

@@ -89,8 +89,8 @@ def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     all_runs = work.runs()
     for index, (part, here) in enumerate(zip(work.parts, all_runs.of_parts(len(work.parts)), strict=True)):
         runs, cols, packed_cols = all_runs.take(here), part.cols, part.packed_cols
-        at = np.zeros(runs.count.size, np.int64)
-        short = runs.count.size > 1 and runs.count.sum() < _LISTED_BELOW * runs.count.size
+        at = np.zeros(runs.counts.size, np.int64)
+        short = runs.counts.size > 1 and runs.counts.sum() < _LISTED_BELOW * runs.counts.size
         if short and not work.gapless(part) and part.shape[0] * part.shape[1] < 2**31:
             runs, at, cols, packed_cols = _listed(runs, cols, packed_cols)
         tables.append(runs)
@@ -114,7 +114,7 @@ def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 
 def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """Rows of `TILE`. ``list_at``: where each run begins in the lists of its part, if that has any."""
-    run, offset, count = cut(table.count, TILE_ELEMENTS)
+    run, offset, count = cut(table.counts, TILE_ELEMENTS)
     tiles = np.zeros(run.size, TILE)
     part = table.part[run]
     tiles["tensor"] = np.array([part.tensor for part in work.parts], np.int64)[part] if run.size else 0
@@ -136,9 +136,9 @@ def _listed(
     """Runs of one part as a run for each age with a list of its elements, and of their packed places unless these
     follow each other; and where each begins in the lists."""
     runs = runs.take(np.argsort(runs.age, kind="stable"))
-    run = np.repeat(np.arange(runs.count.size), runs.count)
-    before = np.cumsum(runs.count) - runs.count
-    step = np.arange(run.size) - np.repeat(before, runs.count)
+    run = np.repeat(np.arange(runs.counts.size), runs.counts)
+    before = np.cumsum(runs.counts) - runs.counts
+    step = np.arange(run.size) - np.repeat(before, runs.counts)
     start, packed = runs.start.min(), runs.packed.min()
     elements = (runs.start - start)[run] + (step if cols is None else cols[step])
     places = (runs.packed - packed)[run] + (step if packed_cols is None else packed_cols[step])

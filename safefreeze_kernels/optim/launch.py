@@ -237,7 +237,7 @@ class CapturablePlan(LaunchPlan):
         sizes = [n for _, n in self._rows_of_group]
         rows = [
             _scalars_on_device(groups[group], some, self._exact)
-            for (group, _), some in zip(self._rows_of_group, ages.split(sizes), strict=False)
+            for (group, _), some in zip(self._rows_of_group, torch.split(ages, sizes), strict=False)
         ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live
         return Prepared(grads, torch.cat(rows), self._first_row)
 
