@@ -70,16 +70,24 @@ class Ages:
     def __bool__(self) -> bool:
         return bool(self.rows.any() or self.cols.any() or (self.elements is not None and self.elements.any()))
 
-    def grown(self, old: FreezeMask, new: FreezeMask) -> Ages:
-        """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`)."""
+    def grown(self, old: FreezeMask, new: FreezeMask, *, whole: bool = False) -> Ages:
+        """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`). ``whole``: what
+        is frozen counts its steps, and what was added took none, whatever those beside it in a row or column did."""
         if old.shape == new.shape:
             return self
         rows, cols = new.matrix_index([np.arange(size) for size in old.shape])
         ages = Ages.none(new)
-        ages.rows[rows], ages.cols[cols] = self.rows, self.cols
-        if self.elements is not None:
+        longer = [after > before for before, after in zip(old.matrix_shape, new.matrix_shape, strict=True)]
+        across = (longer[1] and self.rows.any()) or (longer[0] and self.cols.any())
+        elements = self.elements
+        if whole and across:
+            born = np.maximum(self.rows[:, None], self.cols[None, :])
+            elements = born if elements is None else np.maximum(born, elements)
+        else:
+            ages.rows[rows], ages.cols[cols] = self.rows, self.cols
+        if elements is not None:
             ages.elements = np.zeros(new.matrix_shape, np.int64)
-            ages.elements[np.ix_(rows, cols)] = self.elements
+            ages.elements[np.ix_(rows, cols)] = elements
         return ages
 
     def after(

@@ -85,7 +85,9 @@ def ages_after(
         return ages
     found = after_all(
         [
-            (ages.get(change.member.name) or Ages.none(change.before)).grown(change.before, change.was)
+            (ages.get(change.member.name) or Ages.none(change.before)).grown(
+                change.before, change.was, whole=change.was_whole
+            )
             for change in changes
         ],
         [change.was for change in changes],

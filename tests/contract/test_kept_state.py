@@ -168,6 +168,22 @@ def test_a_fresh_row_keeps_its_master() -> None:
     assert not optimizer.state[w]["exp_avg"][0].any()
 
 
+def test_what_was_added_and_frozen_goes_on_from_nothing() -> None:
+    """Of a weight that grew by a column, whose rows have ages of their own."""
+    w, optimizer = trained([{"rows": [0, 3]}, {"rows": [3]}], thawed="kept")
+    w.grad, w.data = None, torch.cat([w.detach(), torch.ones(6, 1)], dim=1)
+    optimizer.set_freeze(sf.FreezePlan({"w": sf.FreezeMask((6, 10), cols=[9])}), keep_state=True, thawed="kept")
+    w.grad = torch.ones(6, 10)
+    optimizer.step()
+    optimizer.set_freeze(None, keep_state=True, thawed="kept")
+    fresh = nn.Parameter(torch.ones(6))
+    newborn = sf.MaskedAdamW([fresh], **LR)
+    w.grad, fresh.grad = random_normal(1, 6, 10), random_normal(1, 6, 10)[:, 9].clone()
+    optimizer.step()
+    newborn.step()
+    assert_same_bits(w.detach()[:, 9], fresh.detach(), "the column that was added")
+
+
 # ------------------------------------------------------------------------------------------------------ state dicts
 
 
