@@ -21,7 +21,7 @@ from .units import Piece, Shape, UnitLayout, check_word, find_units
 
 Grain = Literal["row", "unit", "element"]
 
-_CHUNK: Final = 1 << 20  # elements that are looked at together
+_CHUNK: Final = 1 << 18  # elements that are looked at together
 _CODES: Final = 1 << 16
 _INFINITE: Final = 0x7F80  # the code of inf; that of -inf is its complement
 
@@ -320,7 +320,7 @@ def _keys(values: Tensor) -> Tensor:
     if values.dtype == torch.int16:
         return values
     bits = (values.float() + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 def _codes(values: Tensor) -> Tensor:
