@@ -326,7 +326,7 @@ def _keys(values: Tensor) -> Tensor:
 def _codes(values: Tensor) -> Tensor:
     """The upper 16 bits of the keys."""
     codes = torch.empty(values.shape, dtype=torch.int16, device=values.device)
-    for part, into in zip(values.split(_CHUNK), codes.split(_CHUNK), strict=True):
+    for part, into in zip(torch.split(values, _CHUNK), torch.split(codes, _CHUNK), strict=True):
         into.copy_(_keys(part) >> 16)
     return codes
 
@@ -361,7 +361,7 @@ def _cut(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
 
 
 def _split_keys(part: Tensor) -> Iterator[Tensor]:
-    return map(_keys, part.split(_CHUNK))
+    return map(_keys, torch.split(part, _CHUNK))
 
 
 def _counts(numbers: Tensor) -> np.ndarray:

@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
-import math
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.ages import Ages
+from ..plan.mask import FreezeMask
 from .adam import MaskedAdam
 from .state import unpack
+
+_CHUNK: Final = 1 << 20  # weights whose own steps are looked at together
 
 
 @torch.no_grad()
 def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
-    """m̂ / (√v̂ + eps) of each weight, of the parameter's shape, a tensor of its own; None before its first step.
+    """m̂ / (√v̂ + eps) of each weight, float32 of the parameter's shape; None before its first step.
 
-    Both moments are corrected for their bias, counted from when the weight was thawed. What has no state, since a plan
-    froze it, has 0. Weight decay is no part of it.
+    Both moments are corrected for their bias, by the steps that the weight took since it was thawed. What stands still
+    with its moments kept has the direction it had; without, 0. Weight decay is no part of it.
+
+    Args:
+        name: of the parameter, in the optimizer.
     """
     state = optimizer.state.get(param)
     if not state:
         return None
     group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
-    mask, ages = optimizer._masks[name], optimizer._ages.get(name)
-    first, second = (unpack(state[key], mask) for key in ("exp_avg", "exp_avg_sq"))
-    if group["amsgrad"]:
-        second = unpack(state["max_exp_avg_sq"], mask)
-    corrections = [_corrections(float(beta), state["step"].item(), ages, param) for beta in group["betas"]]
-    below = second.float().sqrt().div_(corrections[1].sqrt()).add_(group["eps"])
-    return torch.div(first, below, out=below).div_(corrections[0])
+    mask, ages, step = optimizer._masks[name], optimizer._ages.get(name), int(state["step"].item())
+    packing = FreezeMask(mask.shape) if optimizer._whole else mask
+    keys = "exp_avg", "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+    first, second = (unpack(state[key], packing).reshape(mask.matrix_shape) for key in keys)
+    # by the number of its steps
+    beta1, beta2 = (torch.tensor(float(beta), dtype=torch.float64) for beta in group["betas"])
+    steps = torch.arange(step + 1).clamp(min=1)
+    below = (1 - beta1**steps).float().to(param.device), (1 - beta2**steps).sqrt().float().to(param.device)
+    found = torch.empty(mask.matrix_shape, dtype=torch.float32, device=param.device)
+    stands_still = _lines(mask) if optimizer._whole and mask.frozen_count else None
+    height = max(1, _CHUNK // max(1, mask.matrix_shape[1]))
+    for start in range(0, len(found), height):
+        rows = slice(start, start + height)
+        took = torch.tensor([[step]]) if ages is None else torch.from_numpy(_took(ages, rows, step, stands_still))
+        bias1, bias2_sqrt = (table[took.to(param.device)] for table in below)
+        denominator = torch.sqrt(second[rows].float()).div_(bias2_sqrt).add_(group["eps"])
+        torch.div(first[rows], denominator, out=found[rows]).div_(bias1)
+    return found.reshape(param.shape)
 
 
-def _corrections(beta: float, step: float, ages: Ages | None, param: Tensor) -> Tensor:
-    """1 - beta ** (steps since the thaw), float32 that spreads to the parameter's shape."""
-    if ages is None or beta == 0:
-        return torch.tensor(1 - beta**step, dtype=torch.float32, device=param.device)
-    born = np.maximum(ages.rows[:, None], ages.cols if ages.cols.any() else 0)
-    born = born if ages.elements is None else np.maximum(born, ages.elements)
-    lived = torch.from_numpy(step - born).to(param.device, torch.float32).clamp_(min=1)
-    by_row = param.dim() > 1 and lived.shape[1] == 1
-    return lived.mul_(math.log(beta)).expm1_().neg_().reshape((*param.shape[:-1], 1) if by_row else param.shape)
+def _took(ages: Ages, rows: slice, step: int, stands_still: np.ndarray | None) -> np.ndarray:
+    """How many steps weights of some rows took since they were thawed, int64 that spreads to ``[rows, columns]``; of
+    what ``stands_still``, moments kept, ages are these numbers."""
+    born = ages.rows[rows, None]
+    if ages.cols.any():
+        born = np.maximum(born, ages.cols)
+    if ages.elements is not None:
+        born = np.maximum(born, ages.elements[rows])
+    if stands_still is None:
+        return step - born
+    return np.where(stands_still[rows] if len(stands_still) > 1 else stands_still, born, step - born)
+
+
+def _lines(mask: FreezeMask) -> np.ndarray:
+    """What is frozen, bool that spreads to ``[rows, columns]``."""
+    if mask.bits is not None or (mask.frozen_rows.size and mask.frozen_cols.size):
+        return mask.frozen_flags()
+    n_rows, n_cols = mask.matrix_shape
+    by_row = not mask.frozen_cols.size
+    lines = np.zeros((n_rows, 1) if by_row else (1, n_cols), bool)
+    lines.reshape(-1)[mask.frozen_rows if by_row else mask.frozen_cols] = True
+    return lines

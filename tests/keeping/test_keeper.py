@@ -101,8 +101,8 @@ def test_what_does_most_harm_stands_still(grain: Any, options: dict[str, Any]) -
     both = (keeper.plan, expected)
     differing = sum((one.dense() ^ other.dense()).sum() for one, other in _side_by_side(*both, named))
     assert differing <= 0.01 * grains.total, "but for rounding"
-    assert abs(keeper.log[0].frozen - 0.2) < 0.02 and keeper.log[0].step == 5
-    assert keeper.log[0].margin == pytest.approx(float(torch.stack(_margins(model)).mean()), rel=1e-4)
+    assert 0 <= 0.2 - keeper.log[0].frozen < 0.03 and keeper.log[0].step == 5
+    assert keeper.log[0].margin == pytest.approx(float(refusal_margins(model, SAFETY).mean()), rel=1e-5)
 
 
 def _side_by_side(one: sf.FreezePlan, other: sf.FreezePlan, named: dict[str, Tensor]) -> list[tuple[Any, Any]]:
@@ -349,7 +349,9 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
                 layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", True))
                 layer.self_attn.attention_dropout = 0.0
         optimizer = optimizer_of(model)
-        keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "None of the inputs")  # of the margin before training
+            keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=1)
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.01)
         optimizer.step()
@@ -496,7 +498,10 @@ def test_bad_optimizers() -> None:
     [
         (lambda model, batch: (model.lm_head.weight * 0).sum(), "the margin is flat: its gradient is 0"),
         (lambda model, batch: torch.tensor(1.0), "keep returned a value without a graph"),
-        (lambda model, batch: (model.lm_head.weight * 0).sqrt().sum(), "values of 'lm_head.weight' are NaN or infinite"),
+        (
+            lambda model, batch: (model.lm_head.weight * 0).sqrt().sum(),
+            "values of 'lm_head.weight' are NaN or infinite",
+        ),
     ],
 )
 def test_margins_that_tell_nothing(keep: Any, words: str) -> None:
