@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import find_units
 from safefreeze_kernels.integrations.transformers import load_model
 
@@ -87,30 +86,7 @@ def test_arms_and_a_run(world: worlds.World, monkeypatch: pytest.MonkeyPatch) ->
     assert find_units(model).n_layers == 4 and torch.isfinite(torch.tensor(found["attack off"]))
 
 
-@pytest.mark.parametrize("grain", ["row", "unit", "element"])
-def test_the_share_of_weights_with_most_harm_is_frozen(world: worlds.World, grain: str) -> None:
-    """Random ones are as many of the same tensors."""
-    groups = closed_loop.Groups(experiment.make_model(world), grain)
-    draw = torch.Generator().manual_seed(0)
-    harm = {name: torch.randn(shape, generator=draw) for name, shape in groups.shapes.items()}
-    worst = next(name for name in harm if name.endswith("layers.1.mlp.up_proj.weight"))
-    harm[worst][7] += 100.0
-    plan = groups.plan(harm, 0.2, None)
-    total = sum(value.numel() for value in harm.values())
-    assert 0.19 < sum(mask.frozen_count for mask in plan.values()) / total <= 0.2
-    assert plan[worst].dense()[7].all()
-    if grain == "unit":  # the channel: a row of up and gate, a column of down
-        assert (
-            plan[worst.replace("up", "gate")].dense()[7].all() and plan[worst.replace("up", "down")].dense()[:, 7].all()
-        )
-    random = groups.plan(harm, 0.2, np.random.default_rng(0))
-
-    def counts(of: sf.FreezePlan) -> dict[str, int]:
-        return {name: mask.frozen_count for name, mask in of.items() if "norm" not in name}
-
-    assert counts(plan) == counts(random) and plan != random
-
-
+@pytest.mark.filterwarnings("ignore:RefusalKeeper. the margin is")  # of a model that was taught nothing
 @pytest.mark.parametrize("arm", ["loop", "loop, elements, 1 safety row mixed in, half rate", "static, row, S, 50%"])
 def test_a_closed_loop_of_a_few_steps(world: worlds.World, monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
     """Every window between looks is proven."""

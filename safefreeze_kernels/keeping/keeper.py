@@ -184,8 +184,19 @@ class RefusalKeeper:
         )  # fmt: skip
         return self.log[-1]
 
-    def _freeze(self, plan: FreezePlan) -> None:
-        self.optimizer.set_freeze(plan, keep_state=True, thawed=self.thawed)
+    def _freeze(self, plan: FreezePlan, thawed: Thawed | None = None) -> None:
+        self.optimizer.set_freeze(plan, keep_state=True, thawed=thawed or self.thawed)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within, the optimizer freezes the base plan alone, and nothing else of it changes: a state dict that it gives
+        can be loaded before there is a keeper."""
+        plan = self.plan
+        self._freeze(self.base, "kept")
+        try:
+            yield
+        finally:
+            self._freeze(plan)
 
     def _rows(self) -> Pass:
         count = min(self.prompts, len(self._pool))
@@ -293,7 +304,10 @@ class RefusalKeeper:
         try:
             if state_dict["version"] != _VERSION:
                 raise ValueError(f"version {state_dict['version']}, this package reads {_VERSION}")
-            plan = FreezePlan({name: _read(entry) for name, entry in state_dict["plan"].items()})
+            plan = FreezePlan(
+                (name, entry if isinstance(entry, FreezeMask) else _read(entry))
+                for name, entry in state_dict["plan"].items()
+            )
             log = [KeeperLook(**one) for one in state_dict["log"]]
             draw = np.random.default_rng()
             draw.bit_generator.state = state_dict["draw"]
@@ -312,6 +326,13 @@ class RefusalKeeper:
     def __repr__(self) -> str:
         last = f"margin {self.log[-1].margin:.2f}, {self.log[-1].frozen:.1%} frozen" if self.log else "no look yet"
         return f"RefusalKeeper({self.grains.grain}, every {self.every} steps: {last})"
+
+
+def keepers_of(optimizer: Any) -> list[RefusalKeeper]:
+    """The keepers that act after the steps of an optimizer."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, RefusalKeeper)]
 
 
 def _bare_model(model: torch.nn.Module) -> torch.nn.Module:
