@@ -2,9 +2,9 @@
 
 World, model, fine-tuning, stopping rule and exam are those of `experiment.py`. The loop is the package's
 `RefusalKeeper`: every few steps it takes the gradient of the refusal margin on calibration prompts, and those rows
-stand still until the next look to which the optimizer's present direction does most harm. Its rivals: as many rows drawn at
-random, gentler learning rates, safety rows mixed into the batches, and plans frozen throughout that rank all weights.
-One JSON file a seed.
+stand still until the next look to which the optimizer's present direction does most harm. Its rivals: as many rows
+drawn at random, gentler learning rates, safety rows mixed into the batches, and plans frozen throughout that rank all
+weights. One JSON file a seed.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def looks(keeping: KeeperCallback) -> list[Any]:
 
 @pytest.mark.parametrize("freeze", [plan(), sf.FreezePlan()], ids=["base", "alone"])
 def test_under_trainer(tmp_path: Path, freeze: sf.FreezePlan) -> None:
-    """A look is due after optimizer steps, whatever accumulates. Resumed within a window, a run is the same to the bit."""
+    """A look is due after optimizer steps, whatever accumulates; resumed within a window, a run is the same."""
     whole, keeping = trainer(tmp_path, freeze)
     whole.train()
     assert [look[0] for look in looks(keeping)] == [2, 4, 6, 8]
