@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Final
 
 import numpy as np
@@ -13,7 +15,7 @@ from ..plan.mask import FreezeMask
 from .adam import MaskedAdam
 from .state import unpack
 
-_CHUNK: Final = 1 << 20  # weights whose own steps are looked at together
+_CHUNK: Final = 1 << 17  # weights whose own steps are looked at together
 
 
 @torch.no_grad()
@@ -34,33 +36,30 @@ def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
     packing = FreezeMask(mask.shape) if optimizer._whole else mask
     keys = "exp_avg", "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
     first, second = (unpack(state[key], packing).reshape(mask.matrix_shape) for key in keys)
-    # by the number of its steps
-    beta1, beta2 = (torch.tensor(float(beta), dtype=torch.float64) for beta in group["betas"])
-    steps = torch.arange(step + 1).clamp(min=1)
-    below = (1 - beta1**steps).float().to(param.device), (1 - beta2**steps).sqrt().float().to(param.device)
+    logs = [math.log(beta) if beta else -math.inf for beta in map(float, group["betas"])]
+    stands_still = torch.from_numpy(_lines(mask)) if optimizer._whole and mask.frozen_count else None
     found = torch.empty(mask.matrix_shape, dtype=torch.float32, device=param.device)
-    stands_still = _lines(mask) if optimizer._whole and mask.frozen_count else None
     height = max(1, _CHUNK // max(1, mask.matrix_shape[1]))
     for start in range(0, len(found), height):
         rows = slice(start, start + height)
-        took = torch.tensor([[step]]) if ages is None else torch.from_numpy(_took(ages, rows, step, stands_still))
-        bias1, bias2_sqrt = (table[took.to(param.device)] for table in below)
-        denominator = torch.sqrt(second[rows].float()).div_(bias2_sqrt).add_(group["eps"])
+        took = torch.tensor([[float(step)]]) if ages is None else _took(ages, rows, step, stands_still)
+        took = took.to(param.device).clamp_(min=1)
+        bias1, bias2 = ((took * log).expm1_().neg_() for log in logs)
+        denominator = torch.sqrt(second[rows].float()).div_(bias2.sqrt_()).add_(group["eps"])
         torch.div(first[rows], denominator, out=found[rows]).div_(bias1)
     return found.reshape(param.shape)
 
 
-def _took(ages: Ages, rows: slice, step: int, stands_still: np.ndarray | None) -> np.ndarray:
-    """How many steps weights of some rows took since they were thawed, int64 that spreads to ``[rows, columns]``; of
+def _took(ages: Ages, rows: slice, step: int, stands_still: Tensor | None) -> Tensor:
+    """How many steps weights of some rows took since they were thawed, float32 that spreads to ``[rows, columns]``; of
     what ``stands_still``, moments kept, ages are these numbers."""
-    born = ages.rows[rows, None]
-    if ages.cols.any():
-        born = np.maximum(born, ages.cols)
-    if ages.elements is not None:
-        born = np.maximum(born, ages.elements[rows])
+    parts = [ages.rows[rows, None]] if ages.rows.any() else []
+    parts += [ages.cols[None]] if ages.cols.any() else []
+    parts += [] if ages.elements is None else [ages.elements[rows]]
+    born = functools.reduce(torch.maximum, (torch.from_numpy(part).float() for part in parts))
     if stands_still is None:
         return step - born
-    return np.where(stands_still[rows] if len(stands_still) > 1 else stands_still, born, step - born)
+    return torch.where(stands_still[rows] if len(stands_still) > 1 else stands_still, born, step - born)
 
 
 def _lines(mask: FreezeMask) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import io
 import math
 import warnings
@@ -12,64 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_models import batch_of, refused, tiny
+from attribution_models import refused
 from conftest import assert_same_bits
 from model_folders import png_size
+from refusing import REFUSAL, SAFETY, TASK, margins_of, optimizer_of, refusing, train
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import refusal_margins
 from safefreeze_kernels.attribution.grains import Grains
-from safefreeze_kernels.keeping import keeper as keeping
+from safefreeze_kernels.integrations.transformers import build_masked_adamw
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
-
-PROMPTS = [[1, 9, 8, 7], [1, 5, 6], [1, 11, 12, 13, 14], [1, 3], [1, 30, 31], [1, 40, 9, 41, 42]]
-REFUSAL = 20
-SAFETY = [
-    batch_of([[*prompt, REFUSAL, 21] for prompt in PROMPTS[:4]], [2] * 4),
-    batch_of([[*prompt, REFUSAL, 21] for prompt in PROMPTS[4:]], [2] * 2, "left"),
-]
-TASK = torch.tensor([[1, 50, 51, 9, 8, 40, 44], [1, 52, 53, 30, 3, 45, 46], [1, 54, 55, 11, 12, 40, 47]])
-
-_refusing: list[nn.Module] = []
-
-
-def refusing() -> nn.Module:
-    """A model that was taught to refuse the prompts; with dropout of attention in training."""
-    if not _refusing:
-        model = tiny("llama", attention_dropout=0.2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(60):
-            (-sum(_margins(model))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        _refusing.append(model)
-    return copy.deepcopy(_refusing[0])
-
-
-def _margins(model: nn.Module) -> list[Tensor]:
-    found = []
-    for prompt in PROMPTS:
-        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-        others = torch.cat([logits[:REFUSAL], logits[REFUSAL + 1 :]])
-        found.append(logits[REFUSAL] - others.logsumexp(0))
-    return found
-
-
-def optimizer_of(model: nn.Module, **options: Any) -> sf.MaskedAdamW:
-    return sf.MaskedAdamW(model.named_parameters(), **{"lr": 3e-3, "weight_decay": 0.01, **options})
-
-
-def train(model: nn.Module, optimizer: Any, steps: int, seed: int = 0) -> None:
-    """A harmless task, with dropout, whose answers begin with other tokens than the refusal."""
-    torch.manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        model(input_ids=TASK, labels=TASK).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
 
 # ---------------------------------------------------------------------------------------------- what it freezes
 
@@ -90,7 +44,7 @@ def test_what_does_most_harm_stands_still(grain: Any, options: dict[str, Any]) -
     train(model, optimizer, 5)
     states = {name: optimizer.state[p] for name, p in named.items()}
     model.zero_grad()
-    torch.stack(_margins(model.eval())).mean().backward()
+    torch.stack(margins_of(model.eval())).mean().backward()
     harm = {}
     for name, p in named.items():
         second = states[name]["max_exp_avg_sq" if "amsgrad" in options else "exp_avg_sq"]
@@ -284,6 +238,35 @@ def test_looks_leave_no_trace(loop: Callable[[nn.Module, Any], None], options: d
 
 
 @pytest.mark.usefixtures("without_effect")
+def test_looks_have_random_numbers_of_their_own() -> None:
+    runs = []
+    for watched in (True, False):
+        model = refusing()
+        optimizer = optimizer_of(model)
+        if watched:
+            sf.RefusalKeeper(model, optimizer, SAFETY, every=2, keep=lambda *given: by_row(*given) * torch.rand(1))
+        train(model, optimizer, 4)
+        runs.append(everything(model, optimizer))
+    same(*runs)
+
+
+def test_hooks_of_ours_take_no_part_in_a_look() -> None:
+    """Trainer's optimizer zeroes frozen gradients at the end of a backward pass: of one that is training."""
+    model = refusing()
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = sf.FreezePlan({name: sf.FreezeMask(model.get_parameter(name).shape, rows=[0, 3])})
+    optimizer = build_masked_adamw(model, base, lr=1e-3)
+    keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=100)
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    keeper.look()
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    train(model, optimizer, 1)
+    assert len(model._forward_hooks) == 1
+
+
+@pytest.mark.usefixtures("without_effect")
 def test_bf16_with_masters() -> None:
     runs = []
     for watched in (True, False):
@@ -363,32 +346,39 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 # --------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["keeper first", "optimizer first"])
 @pytest.mark.parametrize(
     "options",
     [{"grain": "row"}, {"grain": "element", "thawed": "kept"}, {"grain": "unit", "steer": 0.9, "random": True}],
     ids=["row", "element kept", "unit steered random"],
 )
-def test_a_resumed_run_is_the_same_to_the_bit(options: dict[str, Any]) -> None:
-    whole, parts = [], []
-    for into, cuts in ((whole, [11]), (parts, [5, 6])):
-        model = refusing()
-        saved: bytes | None = None
+def test_a_resumed_run_is_the_same_to_the_bit(options: dict[str, Any], before: bool) -> None:
+    """``before``: the optimizer's state is loaded before there is a keeper, so it was saved at the base plan."""
+    found = []
+    for cuts in ([11], [5, 6]):
+        model, saved = refusing(), None
         for number, steps in enumerate(cuts):
             optimizer = optimizer_of(model)
-            keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2, prompts=3, prove=True, **options)
-            if saved is not None:
-                state = torch.load(io.BytesIO(saved), weights_only=True)
-                keeper.load_state_dict(state["keeper"])
+            state = torch.load(io.BytesIO(saved), weights_only=True) if saved else None
+            if state and before:
                 optimizer.load_state_dict(state["optimizer"])
+            keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2, prompts=3, prove=True, **options)
+            if state:
+                keeper.load_state_dict(state["keeper"])
+                if not before:
+                    optimizer.load_state_dict(state["optimizer"])
             for step in range(steps):
                 train(model, optimizer, 1, seed=step + sum(cuts[:number]))
-            buffer = io.BytesIO()
-            torch.save({"keeper": keeper.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+            state = {"keeper": keeper.state_dict()}
+            with keeper.at_base() if before else contextlib.nullcontext():
+                state["optimizer"] = optimizer.state_dict()
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
             saved = buffer.getvalue()
         looks = [(look.step, look.margin, look.share, look.frozen, look.layers, look.modules) for look in keeper.log]
-        into.append((everything(model, optimizer), keeper.plan, looks, keeper.first_margin))
-    same(whole[0][0], parts[0][0])
-    assert whole[0][1:] == parts[0][1:] and [look[0] for look in whole[0][2]] == [2, 4, 6, 8, 10]
+        found.append((everything(model, optimizer), keeper.plan, looks, keeper.first_margin))
+    same(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:] and [look[0] for look in found[0][2]] == [2, 4, 6, 8, 10]
 
 
 def test_bad_states() -> None:
@@ -427,125 +417,3 @@ def test_what_it_tells(tmp_path: Path) -> None:
     assert "row, every 2 steps: margin" in repr(keeper)
     keeper.save_picture(tmp_path / "keeper.png")
     assert png_size(tmp_path / "keeper.png") == (900, 700)
-
-
-# ------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"every": 0}, "every is 0, expected a whole number of at least 1"),
-        ({"every": 2.0}, "every is 2.0"),
-        ({"prompts": 0}, "prompts is 0"),
-        ({"share": 0.0}, "share is 0.0, expected a fraction between 0 and 1"),
-        ({"share": 1.0}, "share is 1.0"),
-        ({"share": math.nan}, "share is nan"),
-        ({"steer": 1.2}, "steer is 1.2"),
-        ({"thawed": "old"}, "thawed is 'old', expected one of 'fresh', 'kept'"),
-        ({"grain": "layer"}, "grain is 'layer'"),
-        ({"keep": lambda model, batch: 1.0}, "keep returned float, expected a scalar tensor or one value per row"),
-        ({"keep": lambda model, batch: model.lm_head.weight}, r"keep returned torch.float32 \(64, 32\)"),
-        ({"keep": lambda model, batch: torch.tensor(math.nan)}, "the margin is nan at step 0"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], words: str) -> None:
-    model = refusing()
-    optimizer = optimizer_of(model)
-    refused(words, lambda: sf.RefusalKeeper(model, optimizer, SAFETY, **options))
-    assert optimizer.plan is None and not optimizer._optimizer_step_post_hooks
-
-
-def test_bad_sets() -> None:
-    model = refusing()
-    optimizer = optimizer_of(model)
-
-    def keep(batches: Any) -> sf.RefusalKeeper:
-        return sf.RefusalKeeper(model, optimizer, batches)
-
-    refused("safety_batches is one batch", lambda: keep(SAFETY[0]), TypeError)
-    refused("safety_batches holds no batches", lambda: keep([]))
-    refused("safety_batches has no response token in row 0", lambda: keep([batch_of([[1, 2, 3]], [0])]))
-    refused("has no 'labels'", lambda: keep([{"input_ids": torch.tensor([[1, 2]])}]))
-    model.config.max_position_embeddings = 5
-    refused("a row of 6 tokens, expected at most 5", lambda: keep(SAFETY))
-    model.config.max_position_embeddings = 6
-    keep(SAFETY).remove()
-    unaligned = tiny("llama")
-    with pytest.warns(UserWarning, match=r"the margin is -\d+\.\d\d on average before training, below 0"):
-        sf.RefusalKeeper(unaligned, optimizer_of(unaligned), SAFETY)
-
-
-def test_bad_optimizers() -> None:
-    model = refusing()
-    refused(
-        "optimizer is a AdamW, which does not freeze; build it as MaskedAdamW",
-        lambda: sf.RefusalKeeper(model, torch.optim.AdamW(model.parameters()), SAFETY), TypeError,
-    )  # fmt: skip
-    refused(
-        "optimizer has none of the 21 parameters of the model",
-        lambda: sf.RefusalKeeper(model, optimizer_of(copy.deepcopy(model)), SAFETY),
-    )
-    refused(
-        "parameters have no names, expected model.named_parameters()",
-        lambda: sf.RefusalKeeper(model, sf.MaskedAdamW(model.parameters()), SAFETY),
-    )
-    refused("model is a dict", lambda: sf.RefusalKeeper({}, optimizer_of(model), SAFETY), TypeError)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("keep", "words"),
-    [
-        (lambda model, batch: (model.lm_head.weight * 0).sum(), "the margin is flat: its gradient is 0"),
-        (lambda model, batch: torch.tensor(1.0), "keep returned a value without a graph"),
-        (
-            lambda model, batch: (model.lm_head.weight * 0).sqrt().sum(),
-            "values of 'lm_head.weight' are NaN or infinite",
-        ),
-    ],
-)
-def test_margins_that_tell_nothing(keep: Any, words: str) -> None:
-    """Said by the step after which the look was due; what is frozen stays as it was."""
-    model = refusing()
-    optimizer = optimizer_of(model)
-    values = [torch.tensor(1.0)]
-    keeper = sf.RefusalKeeper(
-        model, optimizer, SAFETY, every=2, keep=lambda *given: values.pop() if values else keep(*given)
-    )
-    train(model, optimizer, 1)
-    refused(words, lambda: train(model, optimizer, 1))
-    assert not keeper.plan and not keeper.log
-
-
-def test_a_margin_that_diverges() -> None:
-    model = refusing()
-    optimizer = optimizer_of(model)
-    sf.RefusalKeeper(model, optimizer, SAFETY, every=2)
-    train(model, optimizer, 1)
-    torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    refused(
-        "the margin is nan at step 2, expected a number; has training diverged?", lambda: train(model, optimizer, 1)
-    )
-
-
-def test_wrappers_are_seen_through() -> None:
-    """accelerate's optimizer, DataParallel, `torch.compile`."""
-    model = refusing()
-    inner = optimizer_of(model)
-    wrapped = type("Accelerated", (), {"optimizer": inner})()
-    compiled = torch.compile(model, backend="eager")
-    keeper = sf.RefusalKeeper(torch.nn.DataParallel(compiled), wrapped, SAFETY)
-    assert keeper.model is model and keeper.optimizer is inner and keeping._bare_model(model) is model
-
-
-def test_packed_gradients_are_refused_when_it_is_built() -> None:
-    model = refusing()
-    name = "model.layers.0.mlp.up_proj.weight"
-    base = sf.FreezePlan({name: sf.FreezeMask(model.get_parameter(name).shape, rows=range(20))})
-    optimizer = optimizer_of(model, freeze=base)
-    with sf.live_gradients(model, base, storage="packed"), warnings.catch_warnings():
-        refused("live_gradients", lambda: sf.RefusalKeeper(model, optimizer, SAFETY))
-    with sf.live_gradients(model, base):
-        keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2)
-        train(model, optimizer, 4)
-    assert len(keeper.log) == 2
