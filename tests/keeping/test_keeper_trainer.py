@@ -31,7 +31,7 @@ def trainer(folder: Path, freeze: sf.FreezePlan, **options: Any) -> tuple[Traine
     run = Trainer(
         model=model(), args=arguments(folder, **settings), train_dataset=dataset(),
         optimizer_cls_and_kwargs=masked_adamw(freeze, lr=1e-2, weight_decay=0.1),
-        callbacks=[keeping, FreezeCallback(freeze)],
+        callbacks=[keeping, FreezeCallback(freeze, raw_norm=True)],
     )  # fmt: skip
     return run, keeping
 
@@ -51,6 +51,8 @@ def test_under_trainer(tmp_path: Path, freeze: sf.FreezePlan) -> None:
     assert [(entry["step"], entry["keeper_margin"], entry["keeper_frozen"]) for entry in logged] == [
         look[:3] for look in looks(keeping)
     ]
+    if freeze:  # norms are those of the training, not of a look
+        assert all("raw_grad_norm" in entry for entry in whole.state.log_history if "loss" in entry)
     assert png_size(tmp_path / "keeper.png") == (900, 700)
     assert whole.optimizer.optimizer.plan == freeze and not whole.optimizer.optimizer._optimizer_step_post_hooks
     saved = sf.FreezePlan.load(tmp_path / "checkpoint-3" / "refusal_keeper.safetensors")
