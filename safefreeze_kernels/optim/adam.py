@@ -140,6 +140,8 @@ class MaskedAdam(Optimizer):
             ValueError: a hyper-parameter became NaN or negative; a gradient does not fit. Nothing was changed then.
         """
         if torch.compiler.is_compiling():
+            if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+                return untraced_step(_observed_step, self, closure)
             if self._launch.traceable:
                 return traced_step(self._launch.plans, self._handle.number, closure)
             return untraced_step(MaskedAdam._step, self, closure)
@@ -156,6 +158,11 @@ class MaskedAdam(Optimizer):
 
     takes_packed_gradients = True  # `packed.refuse_step` looks for it
     step.hooked = True  # type: ignore[attr-defined]  # so torch does not wrap it once more
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """As in torch. A step that was traced in a graph would not run it: the graph is made anew."""
+        self._handle = Handle(self._launch_plans, self._update)
+        return super().register_step_post_hook(hook)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None

@@ -236,6 +236,25 @@ def test_looks_leave_no_trace(loop: Callable[[nn.Module, Any], None], options: d
     same(runs[0][0], runs[1][0])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_steps() -> None:
+    """It looks after them too, also after one that was traced before there was a keeper."""
+    model = refusing()
+    optimizer = optimizer_of(model)
+    step = torch.compile(optimizer.step, backend="eager")
+
+    def train_compiled(steps: int) -> None:
+        for _ in range(steps):
+            model(input_ids=TASK, labels=TASK).loss.backward()
+            step()
+            optimizer.zero_grad()
+
+    train_compiled(3)
+    keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2)
+    train_compiled(5)
+    assert [look.step for look in keeper.log] == [2, 4] and keeper.plan
+
+
 @pytest.mark.usefixtures("without_effect")
 def test_looks_have_random_numbers_of_their_own() -> None:
     runs = []
