@@ -71,7 +71,7 @@ define sanitized
 	$(PY) setup.py -q build --build-base build/$@/base --build-lib build/$@/lib
 	cd build/$@/lib && LD_PRELOAD="$(foreach library,$(2),$$($(CXX) -print-file-name=$(library)))" $(3) \
 	$(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
-	$(4) $(wildcard $(patsubst %,$(CURDIR)/tests/*/test_%.py,$(5)))
+	$(4) $(foreach name,$(5),$(or $(wildcard $(CURDIR)/tests/*/test_$(name).py),$(error no test_$(name).py)))
 endef
 
 # AddressSanitizer and UndefinedBehaviorSanitizer.

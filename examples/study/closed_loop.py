@@ -39,7 +39,8 @@ class Recipe(NamedTuple):
     ``grain``: "row" (a column of o_proj and down_proj, a norm whole), "unit" (heads, channels; rows of embedding and
     head; norms) or "element". ``chance``: as many of the same tensors, at random. ``mixed``: safety rows added to
     each batch of 32. ``prompts``: at each look. ``raw``: the direction without bias correction. ``steer``: the share
-    grows and shrinks so that the margin stays above this part of what it was.
+    grows and shrinks so that the margin stays above this part of what it was. ``harmful``: that share of the new task's
+    rows answer questions about restricted objects, none of those that the exam asks about.
     """
 
     rate: float = 1.0
@@ -52,10 +53,11 @@ class Recipe(NamedTuple):
     static: str = ""
     raw: bool = False
     steer: float | None = None
+    harmful: float = 0.0
 
 
 LOOP: Final = Recipe(share=0.2)
-ARMS: Final = {
+ARMS: dict[str, Recipe] = {
     "full": Recipe(),
     "full, half rate": Recipe(rate=0.5),
     "full, quarter rate": Recipe(rate=0.25),
@@ -105,6 +107,13 @@ ARMS: Final = {
     "static, element, random, 65%": Recipe(share=0.65, grain="element", static="S/T", chance=True),
     "static, row, random, 50%": Recipe(share=0.5, grain="row", static="S", chance=True),
 }  # fmt: skip
+HARDER: Final = (
+    "full", "full, half rate", "full, quarter rate", "1 safety rows mixed in, half rate",
+    "4 safety rows mixed in, half rate", "loop, every 4, half rate", "loop, elements, every 4, half rate",
+    "loop, elements, random, half rate", "loop, elements, 1 safety row mixed in, half rate",
+    "static, element, S/T, 65%",
+)  # fmt: skip
+ARMS |= {f"{name}; 1% harmful": ARMS[name]._replace(harmful=0.01) for name in HARDER}
 
 
 # ------------------------------------------------------------------------------------------------ what is asked of it
@@ -118,10 +127,10 @@ class Calibration:
         allowed = set(world.seen_by_scores)
         self._pairs = [pair for pair in world.known if pair[1] in allowed]
 
-    def rows(self, count: int) -> list[Row]:
+    def rows(self, count: int, *, refuse: bool = True) -> list[Row]:
         kinds = self._draw.choices(("how", "where", "describe"), (2, 1, 1), k=count)
         draw = self._draw
-        return [self.world.row(kind, *draw.choice(self._pairs), draw, refuse=True) for kind in kinds]
+        return [self.world.row(kind, *draw.choice(self._pairs), draw, refuse=refuse) for kind in kinds]
 
     def margin(self, model: nn.Module, count: int) -> Tensor:
         """Mean log-odds of the refusal's first word at the first place of the answer, over ``count`` new prompts."""
@@ -293,6 +302,9 @@ def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dic
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=lr, betas=BETAS, weight_decay=0.0, freeze=plan)
     loop = Loop(model, optimizer, recipe, asked, world.seed + 41) if recipe.share > 0 and not static else None
     rows, order = world.new_task(1000, seed=world.seed + 5), random.Random(world.seed + 7)
+    rows[: round(recipe.harmful * len(rows))] = Calibration(world, world.seed + 43).rows(
+        round(recipe.harmful * len(rows)), refuse=False
+    )
     total, frozen, steps = sum(p.numel() for p in model.parameters()), [], 0
     for steps in range(1, round(MOST_STEPS / recipe.rate) + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, steps / 5)

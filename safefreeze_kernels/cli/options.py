@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Argument, Option
 from typer.core import TyperCommand
 
 from .terminal import fail
-
-DTYPES: Final = ("float32", "bfloat16", "float16")
 
 Dtype = Annotated[str, Option(help="Of the weights: {words}.")]
 Device = Annotated[str | None, Option(help="Default: the GPU where torch finds one, else the CPU.")]
@@ -51,12 +49,13 @@ def words() -> dict[str, Sequence[str]]:
     from ..attribution.activations import Positions
     from ..attribution.builder import Rank, Recipe, Units
     from ..attribution.units import KvPolicy, Preset
+    from ..kernels.operands import STORAGE
 
     kinds = {
         "positions": Positions, "cu_share_of": get_type_hints(MaskBuilder.freeze)["cu_share_of"], "cu_rank": Rank,
         "by": Rank, "recipe": Recipe, "units": Units, "kv": KvPolicy, "preset": Preset,
     }  # fmt: skip
-    known = {"method": METHODS, "train_only": LABELS, "dtype": DTYPES}
+    known = {"method": METHODS, "train_only": LABELS, "dtype": [str(dtype).removeprefix("torch.") for dtype in STORAGE]}
     return known | {name: get_args(kind) for name, kind in kinds.items()}
 
 
