@@ -64,19 +64,38 @@ class FreezeMask:
         row_index = _checked_indices(rows, n_rows, "rows")
         col_index = _checked_indices(cols, n_cols, "cols")
         frozen = _checked_elements(elements, self.shape)
-        if frozen is not None:
-            frozen[row_index] = True
-            frozen[:, col_index] = True
-            row_index = np.flatnonzero(frozen.all(axis=1))
-            col_index = np.flatnonzero(frozen.all(axis=0))
-            frozen[row_index] = False
-            frozen[:, col_index] = False
+        self._settle(row_index, col_index, None if frozen is None else pack_bits(frozen))
+
+    @classmethod
+    def from_bits(
+        cls, shape: Sequence[int], bits: np.ndarray, rows: Indices = None, cols: Indices = None
+    ) -> FreezeMask:
+        """The mask whose elements come as bits: eight times as fast as from bools, where rows fill whole bytes.
+
+        Args:
+            shape, rows, cols: as in the class.
+            bits: as `FreezeMask.bits`: uint8, one bit per element. Copied; bits after the last element do not count.
+
+        Raises:
+            ValueError: another dtype or number of bytes; what the class raises.
+        """
+        mask = cls(shape, rows, cols)
+        size = (mask.numel + 7) // 8
+        if bits.dtype != np.uint8 or bits.shape != (size,):
+            raise ValueError(f"FreezeMask.from_bits: bits is {bits.dtype} {bits.shape}, expected uint8 ({size},)")
+        mask._settle(mask._rows, mask._cols, bits.copy())
+        return mask
+
+    def _settle(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
+        """Keep what is frozen in canonical form; ``bits`` may be changed."""
+        n_rows, n_cols = self.matrix_shape
         if n_rows * n_cols == 0:
-            row_index = col_index = _NONE
-        elif row_index.size == n_rows or col_index.size == n_cols:
-            row_index, col_index = np.arange(n_rows), _NONE
-        bits = pack_bits(frozen) if frozen is not None and frozen.any() else None
-        self._set(row_index, col_index, bits)
+            rows, cols, bits = _NONE, _NONE, None
+        elif bits is not None:
+            rows, cols, bits = _canonical(rows, cols, bits, self.matrix_shape)
+        if n_rows * n_cols and (rows.size == n_rows or cols.size == n_cols):
+            rows, cols = np.arange(n_rows), _NONE
+        self._set(rows, cols, bits)
 
     def _set(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
         self._rows: np.ndarray = rows
@@ -340,6 +359,34 @@ def _as_array(given: Any) -> Any:
     if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
         return given.dtype
     return given.detach().cpu().numpy()
+
+
+def _canonical(
+    rows: np.ndarray, cols: np.ndarray, bits: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Whole rows and whole columns among what is frozen, and the bits of the rest, or None."""
+    n_rows, n_cols = shape
+    bytewise = n_cols % 8 == 0
+    lines = bits.reshape(n_rows, -1) if bytewise else unpack_bits(bits, shape)
+    if rows.size:
+        lines[rows] = 255 if bytewise else True
+    if cols.size:
+        flags = np.zeros(n_cols, bool)
+        flags[cols] = True
+        lines |= pack_bits(flags) if bytewise else flags
+    full = np.bitwise_and.reduce(lines, axis=1)
+    rows = np.flatnonzero(full == 255 if bytewise else full)
+    across = np.bitwise_and.reduce(lines, axis=0)
+    if across.any():
+        cols = np.flatnonzero(unpack_bits(across, (n_cols,)) if bytewise else across)
+        lines &= ~across
+    else:
+        cols = _NONE
+    if rows.size:
+        lines[rows] = 0
+    if not lines.any():
+        return rows, cols, None
+    return rows, cols, bits if bytewise else pack_bits(lines)
 
 
 def pack_bits(flags: np.ndarray) -> np.ndarray:
