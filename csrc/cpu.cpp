@@ -301,7 +301,7 @@ void expand_bits(int64_t frozen_bits, Place place, int64_t n, uint8_t* __restric
 // One block of a run: `n` elements, `done` of the run's came before.
 struct Block {
   const RunPart& part;
-  int64_t part_index;
+  int64_t set;   // of scalars
   Place place;   // in the tensor
   Place packed;  // in its packed twin
   int64_t n;
@@ -321,7 +321,8 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
   const Chunk& chunk = work.chunks[chunk_index];
   const RunPart& part = work.parts[chunk.part];
   const int32_t* cols = at<const int32_t>(part.cols);
-  const int32_t* packed_cols = at<const int32_t>(part.packed_cols);
+  const bool same = cols && part.packed_cols == part.cols;  // the packed twin is as the tensor is
+  const int32_t* packed_cols = same ? nullptr : at<const int32_t>(part.packed_cols);
   const bool shared = part.shared != 0;
   // put_by_bits writes back what lies between picks
   const uint16_t* col_bits = picks_by_bits && !shared ? at<const uint16_t>(part.col_bits) : nullptr;
@@ -330,7 +331,8 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
     int64_t rows = 1;
     if (cols && !packed_cols && 2 * run.count <= block) {
       while (r + rows < chunk.end && (rows + 1) * run.count <= block &&
-             work.runs[r + rows].packed == run.packed + rows * run.count) {
+             work.runs[r + rows].set == run.set &&
+             (same || work.runs[r + rows].packed == run.packed + rows * run.count)) {
         ++rows;
       }
     }
@@ -353,13 +355,14 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
         place.picks = n;
       }
       place.shared = shared;
-      Place packed{run.packed + (packed_cols ? 0 : done)};
+      Place packed = place;
+      if (!same) packed = Place{run.packed + (packed_cols ? 0 : done)};
       packed.shared = shared;
       if (packed_cols) {
         packed.cols = packed_cols + done;
         packed.picks = n;
       }
-      if (n) step(Block{part, chunk.part, place, packed, n * rows, done});
+      if (n) step(Block{part, run.set, place, packed, n * rows, done});
       done += n;
     }
     r += rows;
@@ -525,7 +528,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     if (grad == 0) return;
     const DType dtype = static_cast<DType>(launch.param_dtype[b.part.tensor]);
     const DType state = static_cast<DType>(launch.state_dtype[b.part.tensor]);
-    const Scalars& scalars = launch.scalars[launch.scalar_set[b.part_index]];
+    const Scalars& scalars = launch.scalars[launch.scalar_set[b.set]];
     const uint8_t* frozen = nullptr;
     if (b.part.frozen_bits) {
       expand_bits(b.part.frozen_bits, b.place, b.n, flag_stage);

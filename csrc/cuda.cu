@@ -252,7 +252,7 @@ struct AdamWTask {
     const TilePart of = launch.work.parts[t.part];
     AdamWTensor from = launch.tensors[t.tensor];
     int64_t g = launch.grads[t.tensor].data;
-    const int32_t set = launch.scalar_set[t.part];
+    const int32_t set = launch.scalar_set[t.set];
     from.param += t.start * param;
     from.exp_avg += t.packed * state;
     from.exp_avg_sq += t.packed * state;

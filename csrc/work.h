@@ -17,14 +17,15 @@ struct Run {
   int64_t start;
   int64_t packed;
   int64_t count;
+  int64_t set;  // of scalars
 };
 
-// Runs of one part of the list: one tensor, one scalar set.
+// What the runs of one part of the list share.
 struct RunPart {
   int64_t tensor;       // row of the address tables
   int64_t cols;         // address of int32[count], picked columns; 0: the run is contiguous
   int64_t col_bits;     // address of the same picks, one bit per column, 16 to a word; 0: too sparse to be read so
-  int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...
+  int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...; `cols`: the same
   int64_t shared;       // whether other parts visit elements between this one's, perhaps in another thread
   int64_t frozen_bits;  // address of one bit per tensor element, readable 8 bytes past the end; 0: none
 };
@@ -54,7 +55,7 @@ struct Runs {
 constexpr int tile_elements = 8192;
 struct Tile {
   int64_t start, packed;
-  int32_t tensor, part, count, at;
+  int32_t tensor, part, count, at, set, unused;
 };
 struct TilePart {
   int64_t cols, packed_cols, frozen_bits, shared;  // as in RunPart, in device memory
@@ -86,7 +87,7 @@ struct AdamWLaunch {
   const DenseTensor* grads;    // the only addresses that change from step to step
   const int32_t* param_dtype;  // DType per tensor, of parameter and gradient
   const int32_t* state_dtype;  // DType per tensor
-  const int32_t* scalar_set;   // per part
+  const int32_t* scalar_set;   // per set: which scalars it takes
   const Scalars* scalars;
   bool l2, amsgrad;
   bool stochastic;  // how bf16 and f16 parameters without remainders are rounded; else to nearest, ties to even

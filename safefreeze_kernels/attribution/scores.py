@@ -7,8 +7,7 @@ import inspect
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .activations import FORMULAS, ActivationMoments, Positions, contrast, formula_scores
+from .activations import FORMULAS, ActivationMoments, Positions, contrast, evaluating, formula_scores
 from .batches import read_passes
 from .collecting import Collector, Partial, Scored, UnitValues, collect, merge_ranks
 from .files import read_tensors, stamped, write_tensors
@@ -388,7 +387,7 @@ def score_units(
     fingerprint = _fingerprint(weights)
     job = _Job(model, layout, positions, refuse, comply, rows_per_gradient)
     about = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
-    with torch.inference_mode(False), _evaluating(model):  # totals of inference mode could not be added to outside it
+    with torch.inference_mode(False), evaluating(model):  # totals of inference mode could not be added to outside it
         collectors = [chosen.collector(job, word) for word in SETS]
         file = Partial(resume, every, about, group)
         counts = [
@@ -434,7 +433,7 @@ def refusal_margins(
         ValueError: no batches, a row without prompt or response, a token beyond the vocabulary.
     """
     margin = Margin(_tokens("refuse_token", refuse_token), None)
-    with _evaluating(model):
+    with evaluating(model):
         found = [margin.of(model, one) for one in read_passes(batches, "safety")]
     if not found:
         raise ValueError("refusal_margins: batches holds none (an empty or used-up iterable), expected at least one")
@@ -483,18 +482,6 @@ def _first_tokens(safety: Iterable[Mapping[str, Tensor]], group: ProcessGroup | 
     if not tokens:
         raise ValueError("score_units: safety holds no batches (an empty list), expected at least one")
     return sorted(tokens)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module's own mode, since some may have been in eval mode on purpose."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # ------------------------------------------------------------------------------------------------- weights

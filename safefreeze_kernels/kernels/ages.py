@@ -17,7 +17,8 @@ from ..plan.mask import FreezeMask
 class Ages:
     """When the live elements of one tensor were thawed, counted in that tensor's own steps; 0 = live from the start.
 
-    An element is as old as the youngest of its row, its column and itself.
+    An element is as old as the youngest of its row, its column and itself. Of what is frozen while its moments are
+    kept, the number is how many steps it took before: thawed, it may count on from there. Else it is 0.
     """
 
     rows: np.ndarray  # int64 [rows]
@@ -80,14 +81,60 @@ class Ages:
             ages.elements[np.ix_(rows, cols)] = self.elements
         return ages
 
-    def after(self, old: FreezeMask, new: FreezeMask, step: int) -> Ages:
-        """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now."""
+    def after(
+        self, old: FreezeMask, new: FreezeMask, step: int, *, was_whole: bool = False, whole: bool = False,
+        counts_on: bool = False,
+    ) -> Ages:  # fmt: skip
+        """Ages once ``new`` replaces ``old`` after ``step`` steps: what ``new`` thaws is born now or, if it
+        ``counts_on``, as many steps ago as it took. State is whole, so that frozen moments are kept, or was until now.
+        """
+        for axis, numbers in enumerate((self.rows, self.cols)):
+            other = (self.cols, self.rows)[axis]
+            was, now = (_lines(mask, axis) for mask in (old, new))
+            if was is not None and now is not None and self.elements is None and not other.any():
+                changed = _changed(numbers, was, now, step, was_whole=was_whole, whole=whole, counts_on=counts_on)
+                return Ages(other.copy(), changed) if axis else Ages(changed, other.copy())
+        if was_whole or whole:  # rows and columns pause at different times: each element has its own count
+            flags = old.frozen_flags()
+            born = np.maximum(self.rows[:, None], self.cols[None, :])  # of which one is 0 where something is kept
+            born = born if self.elements is None else np.maximum(born, self.elements)
+            found = Ages.none(new)
+            found.elements = _changed(
+                born, flags, new.frozen_flags(), step, was_whole=was_whole, whole=whole, counts_on=counts_on
+            )
+            return found
         rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
+        rows[old.frozen_rows] = cols[old.frozen_cols] = 0  # what earlier versions left there
         rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
         cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
-        was = old.frozen_elements
-        if was is not None:
-            thawed = was & ~new.frozen_flags()
+        flags = old.frozen_elements
+        if flags is not None:
             elements = np.zeros(old.matrix_shape, np.int64) if elements is None else elements.copy()
-            elements[thawed] = step
+            elements[flags & ~new.frozen_flags()] = step
         return Ages(rows, cols, elements)
+
+
+def _lines(mask: FreezeMask, axis: int) -> np.ndarray | None:
+    """Which rows (``axis`` 0) or columns are frozen, bool; None: something else is frozen too."""
+    size, across = mask.matrix_shape[axis], mask.matrix_shape[1 - axis]
+    lines, others = (mask.frozen_rows, mask.frozen_cols)[:: 1 - 2 * axis]
+    everything = others.size == across and size > 0
+    if mask.bits is not None or (others.size and not everything):
+        return None
+    frozen = np.full(size, everything)
+    frozen[lines] = True
+    return frozen
+
+
+def _changed(
+    numbers: np.ndarray, was: np.ndarray, now: np.ndarray, step: int, *, was_whole: bool, whole: bool, counts_on: bool
+) -> np.ndarray:
+    """`Ages` of lines or elements of which ``was`` were frozen and ``now`` are. From when a thing was born to how many
+    steps it took, and back, is the same difference."""
+    numbers = numbers if was_whole else np.where(was, 0, numbers)
+    numbers = np.where(was != now, step - numbers, numbers)
+    if not counts_on:
+        numbers[was & ~now] = step
+    if not whole:
+        numbers[now] = 0
+    return numbers

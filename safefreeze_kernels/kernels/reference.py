@@ -122,7 +122,7 @@ class ReferenceBackend:
         trained = [None if g is None else p for p, g in zip(operands.params, operands.grads, strict=True)]
         for visit in _visits(work, trained):
             part, here, there = visit.part, visit.here, visit.there
-            param, row = operands.params[part.tensor], rows[scalar_set[visit.index]]
+            param, row = operands.params[part.tensor], rows[scalar_set[visit.set]]
             state = [tensors[part.tensor] for tensors in moments]  # type: ignore[index]
             old_p = visit.matrix[here]
             grad = operands.grads[part.tensor]
@@ -201,11 +201,11 @@ class ReferenceBackend:
 
 
 class _Visit:
-    """A part of a list, seen from a tensor: its ``matrix``, the places ``here`` in that and ``there`` in its packed
-    twin, and which of them the list visits: ``chosen``, bool [rows, cols]; None: all."""
+    """What a part of a list has of one set of scalars, seen from a tensor: its ``matrix``, the places ``here`` in that
+    and ``there`` in its packed twin, and which of them the list visits: ``chosen``, bool [rows, cols]; None: all."""
 
-    def __init__(self, index: int, part: Part, frozen: bool, tensor: Tensor) -> None:
-        self.index, self.part, self.matrix = index, part, _matrix(tensor, part)
+    def __init__(self, number: int, part: Part, frozen: bool, tensor: Tensor) -> None:
+        self.set, self.part, self.matrix = number, part, _matrix(tensor, part)
         self.here = _places(part.rows, part.cols, tensor.device)
         self.there = _places(part.packed_rows, part.packed_cols, tensor.device)
         self.chosen: Tensor | None = None
@@ -224,10 +224,10 @@ class _Visit:
 
 
 def _visits(work: WorkList, tensors: Sequence[Tensor | None]) -> Iterator[_Visit]:
-    for index, part in enumerate(work.parts):
+    for number, part in work.by_set():
         tensor = tensors[part.tensor]
         if tensor is not None:
-            yield _Visit(index, part, work.frozen, tensor)
+            yield _Visit(number, part, work.frozen, tensor)
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any, Final
 import numpy as np
 
 from ..plan.mask import pack_bits
-from .parts import Part, WorkList, cut
+from .parts import Part, RunTable, WorkList, cut
 
 # Mirrors of the structs in csrc/work.h.
 RUN_PART: Final = np.dtype(
     [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
 )
-RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
+RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8"), ("set", "i8")])
 CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
 CHUNK_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
@@ -42,17 +42,20 @@ class Runs:
         self.native: Any = None
         self._keep: list[np.ndarray] = []
         self.parts = np.zeros(len(work.parts), RUN_PART)
-        runs, chunks = [np.zeros(0, RUN)], [np.zeros(0, CHUNK)]
-        n_runs = 0
         for index, (part, shared) in enumerate(zip(work.parts, work.shared(), strict=True)):
+            cols = self._address(part.cols, np.int32)
+            # State of the tensor's own shape has its columns in the same places; kernels know that by the address.
+            same = part.packed_cols is part.cols
             self.parts[index] = (
-                part.tensor, self._address(part.cols, np.int32), self._address(_column_bits(part), np.uint8),
-                self._address(part.packed_cols, np.int32), shared, self._address(part.frozen_bits, np.uint8),
+                part.tensor, cols, self._address(_column_bits(part), np.uint8),
+                cols if same else self._address(part.packed_cols, np.int32), shared,
+                self._address(part.frozen_bits, np.uint8),
             )  # fmt: skip
-            runs.append(_runs(work, part))
-            chunks.append(_chunks(runs[-1]["count"], index, n_runs))
-            n_runs += len(runs[-1])
-        self.runs, self.chunks = np.concatenate(runs), np.concatenate(chunks)
+        table = _short(work, work.runs())
+        self.chunks = _chunks(table)
+        self.runs = np.empty(table.start.size, RUN)
+        for name in RUN.names or ():
+            self.runs[name] = getattr(table, name)
 
     @property
     def nbytes(self) -> int:
@@ -78,22 +81,27 @@ def _column_bits(part: Part) -> np.ndarray | None:
     return pack_bits(flags)
 
 
-def _runs(work: WorkList, part: Part) -> np.ndarray:
-    """Rows of `RUN`. Those of neighbours are not longer than a chunk."""
-    start, packed, count = part.runs()
-    if part.cols is None and count.max(initial=0) > CHUNK_ELEMENTS:
-        run, offset, count = cut(count, CHUNK_ELEMENTS)
-        start, packed = start[run] + offset, packed[run] + offset
-    runs = np.empty(start.size, RUN)
-    runs["start"], runs["count"] = start, count
-    runs["packed"] = work.gapless_places(part, start) if work.gapless(part) else packed
-    return runs
+def _short(work: WorkList, table: RunTable) -> RunTable:
+    """Runs, those of neighbours cut so that none is longer than a chunk; and their places in a gapless twin."""
+    picks = np.array([part.cols is not None for part in work.parts], bool)
+    if (table.count > CHUNK_ELEMENTS).any():
+        longest = np.where(picks[table.part], np.maximum(table.count, 1), CHUNK_ELEMENTS)
+        run, offset, count = cut(table.count, longest)
+        table = table.take(run)
+        table = table._replace(start=table.start + offset, packed=table.packed + offset, count=count)
+    for part, here in zip(work.parts, table.of_parts(len(work.parts)), strict=True):
+        if work.gapless(part):
+            table.packed[here] = work.gapless_places(part, table.start[here])
+    return table
 
 
-def _chunks(count: np.ndarray, part: int, first: int) -> np.ndarray:
-    """Rows of `CHUNK` for runs of ``count`` elements, the first of which is run ``first`` of the list."""
-    group = (np.cumsum(count) - 1) // CHUNK_ELEMENTS
-    begin = np.concatenate([np.zeros(min(count.size, 1), np.int64), np.flatnonzero(np.diff(group)) + 1])
+def _chunks(table: RunTable) -> np.ndarray:
+    """Rows of `CHUNK`."""
+    before = np.cumsum(table.count) - table.count  # elements
+    new_part = np.diff(table.part, prepend=-1) != 0
+    within = before + table.count - 1 - before[new_part][np.cumsum(new_part) - 1]
+    begin = np.flatnonzero(new_part | (np.diff(within // CHUNK_ELEMENTS, prepend=-1) != 0))
     chunks = np.empty(begin.size, CHUNK)
-    chunks["part"], chunks["begin"], chunks["end"] = part, first + begin, first + np.append(begin[1:], count.size)
+    chunks["part"], chunks["begin"] = table.part[begin], begin
+    chunks["end"] = np.append(begin[1:], table.count.size)[: begin.size]
     return chunks

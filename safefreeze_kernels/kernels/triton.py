@@ -91,6 +91,13 @@ def _tile(tiles):
 
 
 @triton.jit
+def _set(tiles):
+    """The set of scalars of this program's tile."""
+    row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
+    return tl.load(row.to(tl.pointer_type(tl.int32)) + 8)
+
+
+@triton.jit
 def _part(parts, part, at, start, LISTS: tl.constexpr, BITS: tl.constexpr):
     """Addresses of the tile's lists and of its first bit, 0 where there are none; and whether parts interleave."""
     row = parts + part.to(tl.int64) * _PART_WORDS
@@ -200,7 +207,7 @@ def adamw_kernel(
         v_max_at = tl.load(row + 3) + packed * _size(STATE)
     if ROUNDING == "remainder":
         remainder_at = tl.load(row + 4) + packed * 2
-    row_of_scalars = scalars + tl.load(scalar_set + part) * _SCALAR_WORDS
+    row_of_scalars = scalars + tl.load(scalar_set + _set(tiles)) * _SCALAR_WORDS
     s = _scalars(row_of_scalars, multiplier)
     obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols
     if BITS:  # a frozen element's old bytes are stored again, which nobody else may change meanwhile

@@ -146,6 +146,8 @@ def _cases() -> Iterator[Case]:
         yield Case("adamw_", layout, BF16, options=stochastic)
         yield Case("adamw_", layout, BF16, options={"packed_grads": True, "state": FP32})
         yield Case("adamw_", layout, FP32, options={"amsgrad": True, "state": BF16})
+        yield Case("adamw_", layout, FP32, options={"whole_state": True})
+        yield Case("adamw_", layout, BF16, options={"whole_state": True, "state": BF16, **remainder})
         yield Case("norm", layout, BF16, frozen=True, options={"kind": "sum_of_squares"})
         yield Case("norm", layout, FP32, options={"kind": "sum_of_absolutes"})
         yield Case("norm", layout, FP16, frozen=True, options={"kind": "largest_absolute"})
@@ -154,6 +156,8 @@ def _cases() -> Iterator[Case]:
             for frozen in (True, False):
                 yield Case("gather", layout, dtype, frozen=frozen)
                 yield Case("scatter_", layout, dtype, frozen=frozen)
+            yield Case("gather", layout, dtype, options={"whole_state": True})
+            yield Case("scatter_", layout, dtype, options={"whole_state": True})
     for dtype in DTYPES:
         for state in (FP32, BF16):
             yield Case("adamw_", "everything", dtype, options={"state": state, "amsgrad": True, "l2": True})
@@ -169,6 +173,7 @@ def _cases() -> Iterator[Case]:
             yield Case("adamw_", "everything", dtype, offset=offset, options={"packed_grads": True})
             yield Case("gather", "everything", dtype, frozen=True, offset=offset)
             yield Case("scatter_", "everything", dtype, offset=offset)
+            yield Case("adamw_", "everything", dtype, offset=offset, options={"whole_state": True, "amsgrad": True})
         yield Case("zero_", "everything", dtype, offset=(0, 1, 0))
         yield Case("scale_", "everything", dtype, offset=(0, 1, 0), options={"factor": 0.5})
         yield Case("norm", "everything", dtype, offset=(0, 1, 0), options={"kind": "sum_of_squares"})
@@ -190,6 +195,8 @@ def _cases() -> Iterator[Case]:
     yield Case("adamw_", "everything", BF16, options={**stochastic, "seed": 2**63 + 5, "on_device": True})
     for options in ({}, {"amsgrad": True}, {"master": "remainder"}, {"rounding": "stochastic"}, {"capturable": True}):
         yield Case("MaskedAdamW", "", BF16, options=options)
+        for thawed in ("fresh", "kept"):
+            yield Case("MaskedAdamW", "", BF16, options={**options, "thawed": thawed})
     yield Case("MaskedAdamW", "", FP32, options={"state_dtype": BF16})
     for dtype in DTYPES:
         yield Case("guard", "", dtype)
@@ -278,11 +285,11 @@ def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype,
 def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
     """Runs one operation of the contract, on tensors drawn from the case's name."""
     options = dict(case.options)
-    special = options.pop("special", False)
+    special, whole = options.pop("special", False), options.get("whole_state", False)
     rng = np.random.default_rng(sum(map(ord, str(case))))
     memory = Memory(device)
     masks, ages = zip(*LAYOUTS[case.layout], strict=True)
-    work = compile_frozen(masks) if case.frozen else compile_live(masks, ages)
+    work = compile_frozen(masks) if case.frozen else compile_live(masks, ages, whole_state=whole)
     at_tensor, at_grad, at_packed = case.offset
     packings = [(mask, "packed_grads" in options and i % 3 != 1) for i, mask in enumerate(masks)]  # not of all tensors
 
@@ -329,11 +336,12 @@ def _adamw(
     at_tensor, _, at_packed = case.offset
     state, rounding = options.get("state", FP32), options.get("rounding", "nearest")
     amsgrad, l2 = options.get("amsgrad", False), options.get("l2", False)
+    shapes = [mask.shape if options.get("whole_state") else mask.packed_shape for mask in masks]
     params = [given("tensor", mask.shape, i, at_tensor, case.dtype, special=True) for i, mask in enumerate(masks)]
     device = params[0].device
 
     def moments(kind: str, dtype: torch.dtype) -> list[Tensor]:
-        return [given(kind, mask.packed_shape, i, at_packed, dtype) for i, mask in enumerate(masks)]
+        return [given(kind, shape, i, at_packed, dtype) for i, shape in enumerate(shapes)]
 
     first, second = moments("exp_avg", state), moments("exp_avg_sq", state)
     largest = moments("max_exp_avg_sq", state) if amsgrad else None
@@ -342,11 +350,11 @@ def _adamw(
     remainders: list[Tensor | None] | None = None
     if rounding == "remainder":
         remainders = []
-        for i, mask in enumerate(masks):
-            remainder = given("remainder", mask.packed_shape, i, at_packed, torch.int16)
-            drawn = rng.integers(-(2**15), 2**15, mask.packed_shape, np.int16)
+        for i, shape in enumerate(shapes):
+            remainder = given("remainder", shape, i, at_packed, torch.int16)
+            drawn = rng.integers(-(2**15), 2**15, shape, np.int16)
             remainders.append(remainder.copy_(torch.from_numpy(np.asarray(drawn))))
-    # Parts take turns with three sets of scalars.
+    # Sets take turns with three rows of scalars.
     rows = np.zeros(3, SCALARS)
     for i, step in enumerate((1, 2, 70)):
         rows[i] = adamw_scalars(
@@ -362,7 +370,7 @@ def _adamw(
     operands = AdamWOperands(params, first, second, largest, remainders, [3 * i + 1 for i in range(len(masks))])
     operands.grads, operands.packed_grads = grads, options["packed_grads"]  # type: ignore[assignment]
     backend.adamw_(
-        work, operands, scalars, np.arange(len(work.parts), dtype=np.int32) % 3, l2=l2, amsgrad=amsgrad,
+        work, operands, scalars, np.arange(len(work.born_of_set), dtype=np.int32) % 3, l2=l2, amsgrad=amsgrad,
         stochastic=rounding == "stochastic", seed=options.get("seed", 1234), **on_device,
     )  # fmt: skip
 
@@ -401,14 +409,18 @@ def _plans() -> tuple[FreezePlan, FreezePlan]:
 
 
 def _train(model: Model, backend: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Three steps, a change of plan, two steps."""
+    """Three steps, a change of plan, two steps; with ``thawed`` state is kept, and the plan changes at every step."""
     first, second = _plans()
+    change = {key: value for key, value in options.items() if key == "thawed"}
+    rest = {key: value for key, value in options.items() if key != "thawed"}
     optimizer = sf.MaskedAdamW(
-        model.named_parameters(), lr=0.01, weight_decay=0.1, freeze=first, backend=backend, **options
-    )
+        model.named_parameters(), lr=0.01, weight_decay=0.1, freeze=first, backend=backend, **rest
+    )  # fmt: skip
     for step in range(5):
-        plan = first if step < 3 else second
-        if step == 3:
+        plan = (first, second, FreezePlan())[step % 3] if change else first if step < 3 else second
+        if change:
+            optimizer.set_freeze(plan, keep_state=True, **change)
+        elif step == 3:
             optimizer.set_freeze(second)
         model.learn(step, plan)
         sf.clip_grad_norm_(model, 5.0, plan, backend=backend)

@@ -143,8 +143,8 @@ def integers_at(address: int, count: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(int(address))).copy()
 
 
-def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """(chunk, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
+def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray]]:
+    """(chunk, set, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
     listed = Runs.of(work)
     for chunk_index, chunk in enumerate(listed.chunks):
         part = listed.parts[chunk["part"]]
@@ -161,7 +161,7 @@ def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, i
                 flags = np.unpackbits(stored, count=mask.numel, bitorder="little").view(bool)[elements]
                 elements = elements[flags == work.frozen]
                 places = packed + np.arange(elements.size) if work.frozen else places[flags == work.frozen]
-            yield chunk_index, int(part["tensor"]), elements, places
+            yield chunk_index, int(run["set"]), int(part["tensor"]), elements, places
 
 
 @examples(150)
@@ -169,12 +169,14 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
     masks, ages, _ = random_case(seed, large)
     for work, chosen in (
         (compile_live(masks, ages), [~mask.dense() for mask in masks]),
+        (compile_live(masks, ages, whole_state=True), [~mask.dense() for mask in masks]),
         (compile_frozen(masks), [mask.dense() for mask in masks]),
     ):
+        whole = work.packed_sizes == [mask.numel for mask in masks]
         times = [np.zeros(mask.numel, np.int64) for mask in masks]
         taken = [np.zeros(size, np.int64) for size in work.packed_sizes]
         in_chunk = np.zeros(len(Runs.of(work).chunks), np.int64)
-        for chunk, tensor, elements, places in visits(work, masks):
+        for chunk, _, tensor, elements, places in visits(work, masks):
             assert elements.size == 0 or (elements.min() >= 0 and elements.max() < masks[tensor].numel)
             np.add.at(times[tensor], elements, 1)
             np.add.at(taken[tensor], places, 1)
@@ -186,8 +188,9 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
                 f"{times[tensor][wrong[0]]} times, expected {int(expected.reshape(-1)[wrong[0]])}"
             )
             assert taken[tensor].max(initial=0) <= 1, f"two elements of {mask} share a packed place"
-            assert work.packed_sizes[tensor] == (mask.frozen_count if work.frozen else math.prod(mask.packed_shape))
-            if work.frozen or mask.bits is None:
+            packed = mask.frozen_count if work.frozen else math.prod(mask.packed_shape)
+            assert whole or work.packed_sizes[tensor] == packed
+            if work.frozen or (mask.bits is None and not whole):
                 assert taken[tensor].min(initial=1) == 1, f"a packed place of {mask} belongs to no element"
         # every run is in exactly one chunk; a chunk never exceeds what a thread should take by a whole chunk
         runs = sorted(run for chunk in Runs.of(work).chunks for run in range(chunk["begin"], chunk["end"]))
@@ -208,12 +211,19 @@ def test_packed_places_follow_the_packed_shape(seed: int, large: bool) -> None:
             mask.live_rows.size, mask.live_cols.size
         )
         expected.append(place.reshape(-1))
-    for _, tensor, elements, places in visits(work, masks):
+    for _, _, tensor, elements, places in visits(work, masks):
         assert np.array_equal(places, expected[tensor][elements]), masks[tensor]
 
 
 @examples(60)
-def test_parts_hold_elements_of_one_age(seed: int, large: bool) -> None:
+def test_whole_state_lies_as_the_tensor_does(seed: int, large: bool) -> None:
+    masks, ages, _ = random_case(seed, large)
+    for _, _, tensor, elements, places in visits(compile_live(masks, ages, whole_state=True), masks):
+        assert np.array_equal(places, elements), masks[tensor]
+
+
+@examples(60)
+def test_sets_hold_elements_of_one_age(seed: int, large: bool) -> None:
     masks, ages, _ = random_case(seed, large)
     work = compile_live(masks, ages)
     expected = []
@@ -223,9 +233,9 @@ def test_parts_hold_elements_of_one_age(seed: int, large: bool) -> None:
             born = np.maximum(age.rows[:, None], age.cols[None, :])
             born = born if age.elements is None else np.maximum(born, age.elements)
         expected.append(born.reshape(-1))
-    for chunk, tensor, elements, _ in visits(work, masks):
-        part = Runs.of(work).chunks["part"][chunk]
-        assert (expected[tensor][elements] == work.born_of_part[part]).all(), masks[tensor]
+    for _, number, tensor, elements, _ in visits(work, masks):
+        assert work.tensor_of_set[number] == tensor
+        assert (expected[tensor][elements] == work.born_of_set[number]).all(), masks[tensor]
 
 
 def test_frozen_rows_cost_nothing() -> None:
@@ -355,11 +365,13 @@ def test_a_factor_of_one_or_more_changes_nothing(name: str, factor: float) -> No
 
 
 class Step:
-    """Inputs of one masked step, made from a seed; `run` makes it on a backend and returns everything it wrote."""
+    """Inputs of one masked step, made from a seed; `run` makes it on a backend and returns everything it wrote.
+    ``whole``: whether state is."""
 
-    def __init__(self, seed: int, large: bool) -> None:
+    def __init__(self, seed: int, large: bool, whole: bool = False) -> None:
         self.masks, self.ages, rng = random_case(seed, large)
-        self.work = compile_live(self.masks, self.ages)
+        self.work = compile_live(self.masks, self.ages, whole_state=whole)
+        shapes = [mask.shape if whole else mask.packed_shape for mask in self.masks]
         self.l2, self.amsgrad, decoupled = (bool(flag) for flag in rng.random(3) < 0.5)
         dtypes = dtypes_for(rng, self.masks)
         state_dtypes = [DTYPES[i] for i in rng.integers(0, 2, len(self.masks))]
@@ -368,8 +380,7 @@ class Step:
         self.state = []
         for nonnegative in (False, True, True)[: 3 if self.amsgrad else 2]:
             moments = [
-                torch.from_numpy(rng.standard_normal(mask.packed_shape, np.float32)).reshape(mask.packed_shape)
-                for mask in self.masks
+                torch.from_numpy(np.asarray(rng.standard_normal(shape, np.float32))).reshape(shape) for shape in shapes
             ]
             self.state.append(
                 [(m.abs() if nonnegative else m).to(d) for m, d in zip(moments, state_dtypes, strict=True)]
@@ -377,10 +388,10 @@ class Step:
         self.stochastic, self.seed = bool(rng.random() < 0.5), int(rng.integers(0, 2**63))
         self.numbers = rng.permutation(100)[: len(self.masks)].tolist()
         self.remainders = [
-            torch.from_numpy(rng.integers(-(2**15), 2**15, mask.packed_shape, np.int16)).reshape(mask.packed_shape)
+            torch.from_numpy(np.asarray(rng.integers(-(2**15), 2**15, shape, np.int16))).reshape(shape)
             if dtype == torch.bfloat16 and has
             else None
-            for mask, dtype, has in zip(self.masks, dtypes, rng.random(len(self.masks)) < 0.5, strict=True)
+            for shape, dtype, has in zip(shapes, dtypes, rng.random(len(self.masks)) < 0.5, strict=True)
         ]
         sets = [
             adamw_scalars(
@@ -391,7 +402,7 @@ class Step:
             for _ in range(3)
         ]  # fmt: skip
         self.scalars = np.array(sets, SCALARS)
-        self.scalar_set = rng.integers(0, 3, len(self.work.parts)).astype(np.int32)
+        self.scalar_set = rng.integers(0, 3, len(self.work.born_of_set)).astype(np.int32)
 
     def run(self, backend: Any, in_place: bool = False, packed: Sequence[bool] = ()) -> list[list[Tensor]]:
         """``packed``: of which tensors the gradients are."""
@@ -438,10 +449,24 @@ def test_the_step_touches_live_elements_with_a_gradient_only(name: str, seed: in
         assert_same_bits(after, before, f"frozen part of {mask}", where=still)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@examples(60)
+def test_whole_state_is_not_touched_where_frozen(name: str, seed: int, large: bool) -> None:
+    step = Step(seed, large, whole=True)
+    _, remainders, *state = step.run(BY_NAME[name])
+    for index, mask in enumerate(step.masks):
+        held = [(before[index], after[index]) for before, after in zip(step.state, state, strict=True)]
+        held += [(step.remainders[index], remainders[index])] if step.remainders[index] is not None else []
+        for before, after in held:
+            still = torch.ones(mask.shape, dtype=torch.bool) if step.grads[index] is None else mask.dense()
+            assert_same_bits(after, before, f"frozen part of the state of {mask}", where=still)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["packed", "whole"])
 @pytest.mark.parametrize("name", COMPILED)
 @examples(150)
-def test_the_compiled_step_is_the_specification(name: str, seed: int, large: bool) -> None:
-    step = Step(seed, large)
+def test_the_compiled_step_is_the_specification(name: str, whole: bool, seed: int, large: bool) -> None:
+    step = Step(seed, large, whole)
     step.check(step.run(BY_NAME[name]), step.run(BY_NAME["reference"]), f"{name} against reference", any_nan=True)
 
 
@@ -572,12 +597,12 @@ def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dty
     start, grad = (torch.from_numpy(rng.standard_normal(shape, np.float32)).to(dtype) for _ in range(2))
     scalars = np.array(
         [
-            adamw_scalars(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=4 - part.born, decoupled=True)
-            for part in work.parts
+            adamw_scalars(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=4 - born, decoupled=True)
+            for born in work.born_of_set.tolist()
         ],
         SCALARS,
     )
-    scalar_set = np.arange(len(work.parts), dtype=np.int32)
+    scalar_set = np.arange(len(scalars), dtype=np.int32)
 
     def run() -> dict[str, Tensor]:
         p, m, v = start.clone(), torch.zeros(shape), torch.zeros(shape)
