@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from . import attribution, integrations
-    from .attribution import MaskBuilder, score_units
+    from .attribution import MaskBuilder, score_units, score_weights
     from .attribution.watch import RefusalWatch
     from .grads.clip import clip_grad_norm_, zero_frozen_grads_
     from .grads.live import live_gradients
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
     "RefusalKeeper", "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations",
-    "live_gradients", "memory_plan", "profile_step", "score_units", "snapshot", "zero_frozen_grads_",
+    "live_gradients", "memory_plan", "profile_step", "score_units", "score_weights", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -36,7 +36,7 @@ _HOMES: Final = {
     "live_gradients": ".grads.live",
     **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim.adam"),
     "guard": ".optim.guard",
-    **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
+    **dict.fromkeys(("MaskBuilder", "score_units", "score_weights"), ".attribution"),
     "RefusalKeeper": ".keeping.keeper",
     "RefusalWatch": ".attribution.watch",
     "FrozenDriftError": ".proof.drift",

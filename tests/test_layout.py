@@ -158,6 +158,7 @@ PUBLIC = {
     "FrozenDriftError": (),
     "attribution": ("read_labels",),
     "score_units": (),
+    "score_weights": (),
     "MaskBuilder": ("freeze",),
     "info": (),
     "integrations": ("transformers",),

@@ -286,7 +286,13 @@ def encode_pairs(
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise TypeError(f"encode_pairs: pair {number} is {pair!r}, expected (prompt, response), two strings")
-        ids, start = _encode_pair(tokenizer, *pair)
+        ids, start, prompt = _encode_pair(tokenizer, *pair)
+        if start < prompt // 2:
+            raise ValueError(
+                f"encode_pairs: pair {number} begins with {start} of the {prompt} tokens of its prompt alone, expected "
+                "all but a few; does the tokenizer truncate at the left? Set its truncation_side to 'right', or drop "
+                "the pair"
+            )
         if start >= min(len(ids), max_length):
             raise ValueError(
                 f"encode_pairs: pair {number} has {start} prompt and {len(ids) - start} response tokens, "
@@ -300,8 +306,8 @@ def encode_pairs(
     return [_pad(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
 
 
-def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """Token ids of prompt and response, and where the response starts."""
+def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int, int]:
+    """Token ids of prompt and response, where the response starts, and how many tokens the prompt alone has."""
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -314,7 +320,7 @@ def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int],
         asked, whole = prompt, prompt + response + (tokenizer.eos_token or "")
     before, ids = (list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in (asked, whole))
     start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
-    return ids, start
+    return ids, start, len(before)
 
 
 def _pad(encoded: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:

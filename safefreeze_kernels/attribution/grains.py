@@ -8,18 +8,19 @@ the whole model exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.mask import FreezeMask
+from ..plan.mask import FreezeMask, pack_bits
 from ..plan.plan import FreezePlan
 from .units import Piece, Shape, UnitLayout, check_word, find_units
 
 Grain = Literal["row", "unit", "element"]
+Within = Literal["model", "tensor"]
 
 _CHUNK: Final = 1 << 18  # elements that are looked at together
 _CODES: Final = 1 << 16
@@ -200,6 +201,10 @@ class Grains:
     def _width(self, name: str) -> int:
         return FreezeMask(self.shapes[name]).matrix_shape[1]
 
+    def lines(self, name: str) -> int:
+        """How many sums `reduce` makes of a parameter."""
+        return math.prod(self.shapes[name]) if self.grain == "element" else len(self._lines[name].groups)
+
     def means(self, reduced: Mapping[str, Tensor]) -> np.ndarray:
         """Mean value per weight of each group, float64; 0 for a group none of whose weights train.
 
@@ -230,7 +235,12 @@ class Grains:
     # -- plans -----------------------------------------------------------------------------------------------
 
     def plan(
-        self, reduced: Mapping[str, Tensor], share: float, *, seed: int | Sequence[int] | None = None
+        self,
+        reduced: Mapping[str, Tensor] | np.ndarray,
+        share: float,
+        *,
+        within: Within = "model",
+        seed: int | Sequence[int] | None = None,
     ) -> FreezePlan:
         """Freeze the groups whose values are highest on average, up to a share of all weights.
 
@@ -239,38 +249,49 @@ class Grains:
 
         Args:
             reduced: what `reduce` made of each parameter; of grain ``"element"`` also the values themselves, which are
-                then told apart as float32.
+                then told apart as float32 (each is asked for three times, and need not be kept); of other grains also
+                what `means` made of it.
             share: above 0, at most 1.
+            within: take the share of the whole ``"model"``, or of each ``"tensor"`` by itself (of units: of the heads,
+                KV heads and channels of each layer; of vectors: of all of them).
             seed: freeze as many at random instead: in each parameter (in each layer, of units; of vectors, among those
                 of the same size) as many as would have been.
 
         Raises:
-            ValueError: a share out of range; values that are NaN, infinite, or all 0.
+            ValueError: a share out of range; values that are NaN, infinite, or all 0 where they are ranked.
         """
-        if not 0 < share <= 1:
+        check_word("Grains.plan", "within", within, get_args(Within))
+        if isinstance(share, bool) or not isinstance(share, int | float | np.number) or not 0 < share <= 1:
             raise ValueError(f"Grains.plan: share is {share!r}, expected a fraction above 0, at most 1")
-        if missing := [name for name in self.shapes if name not in reduced]:
-            raise ValueError(f"Grains.plan: no values of {missing[0]!r}, expected those of every parameter that trains")
         draw = None if seed is None else np.random.default_rng(seed)
-        masks = self._elements(reduced, share, draw) if self.grain == "element" else self._groups(reduced, share, draw)
+        if isinstance(reduced, np.ndarray):
+            masks = self._groups(reduced, share, within, draw)
+        elif missing := [name for name in self.shapes if name not in reduced]:
+            raise ValueError(f"Grains.plan: no values of {missing[0]!r}, expected those of every parameter that trains")
+        elif self.grain == "element":
+            masks = self._elements(reduced, share, within, draw)
+        else:
+            masks = self._groups(self.means(reduced), share, within, draw)
         about: dict[str, Any] = {"grain": self.grain, "share": share}
         return FreezePlan(masks, about if seed is None else {**about, "random": seed})
 
     def _groups(
-        self, reduced: Mapping[str, Tensor], share: float, draw: np.random.Generator | None
+        self, means: np.ndarray, share: float, within: Within, draw: np.random.Generator | None
     ) -> dict[str, FreezeMask]:
-        means = self.means(reduced)
+        words, counts = zip(*self._families, strict=True)
+        families = np.repeat(np.unique(words, return_inverse=True)[1], counts)
         if not means.any():
             raise _all_zero()
-        order = np.argsort(-means, kind="stable")
-        chosen = np.zeros(len(order), bool)
-        chosen[order[np.cumsum(self.sizes[order]) <= share * self.total * (1 + 1e-12)]] = True
+        chosen = np.zeros(len(means), bool)
+        for members in _kinds(families if within == "tensor" else np.zeros_like(families)):
+            if not means[members].any():
+                raise _all_zero(words[np.searchsorted(np.cumsum(counts), members[0], "right")])
+            order = members[np.argsort(-means[members], kind="stable")]
+            most = share * self.sizes[members].sum() * (1 + 1e-12)
+            chosen[order[np.cumsum(self.sizes[order]) <= most]] = True
         if draw is not None:
-            words, counts = zip(*self._families, strict=True)
-            kinds = np.stack([np.repeat(np.unique(words, return_inverse=True)[1], counts), self.sizes])
-            of_kind = np.unique(kinds, axis=1, return_inverse=True)[1].reshape(-1)
-            order, ends = np.argsort(of_kind, kind="stable"), np.cumsum(np.bincount(of_kind))
-            for members in np.split(order, ends[:-1]):
+            alike = np.unique(np.stack([families, self.sizes]), axis=1, return_inverse=True)[1].reshape(-1)
+            for members in _kinds(alike):
                 chosen[members] = draw.permutation(chosen[members])
         return {name: mask for name in self.shapes if (mask := self._mask(name, chosen)).frozen_count}
 
@@ -287,29 +308,39 @@ class Grains:
         return FreezeMask(shape, elements=spread.reshape(shape))
 
     def _elements(
-        self, values: Mapping[str, Tensor], share: float, draw: np.random.Generator | None
+        self, values: Mapping[str, Tensor], share: float, within: Within, draw: np.random.Generator | None
     ) -> dict[str, FreezeMask]:
-        for name, shape in self.shapes.items():
-            if values[name].numel() != math.prod(shape):
+        def read(name: str) -> Tensor:
+            found, size = values[name], math.prod(self.shapes[name])
+            if found.numel() != size:
                 raise ValueError(
-                    f"Grains.plan: values of {name!r} are {tuple(values[name].shape)}, expected one for each weight "
-                    f"of {shape}"
+                    f"Grains.plan: values of {name!r} are {tuple(found.shape)}, expected one for each weight of "
+                    f"{self.shapes[name]}"
                 )
-        flat = {name: values[name].detach().reshape(-1) for name in self.shapes}
-        cut, equal = _cut(flat, round(share * self.total))
+            return found.detach().reshape(-1)
+
         masks = {}
-        for name, part in flat.items():
-            flags, equal = _above(part, cut, equal)
-            if draw is not None:
-                draw.shuffle(flags)
-            if flags.any():
-                masks[name] = FreezeMask(self.shapes[name], elements=flags.reshape(self.shapes[name]))
+        for names in [[name] for name in self.shapes] if within == "tensor" else [list(self.shapes)]:
+            count = round(share * sum(math.prod(self.shapes[name]) for name in names))
+            cut, equal = _cut(read, names, count)
+            for name in names if count else ():
+                flags, equal = _above(read(name), cut, equal)
+                if draw is not None:
+                    draw.shuffle(flags)
+                if flags.any():
+                    masks[name] = FreezeMask.from_bits(self.shapes[name], pack_bits(flags))
         return masks
 
     def __repr__(self) -> str:
         what = "" if self.grain == "element" else f" in {len(self.sizes)} groups"
         known = " of unknown layout" if self.layout is None and self.grain == "row" else ""
         return f"Grains({self.grain}: {self.total} weights{what}{known})"
+
+
+def _kinds(of: np.ndarray) -> list[np.ndarray]:
+    """The places of each kind of number, in ascending order of the number."""
+    order = np.argsort(of, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(of))[:-1])
 
 
 # ----------------------------------------------------------------------------------------- the highest elements
@@ -331,15 +362,17 @@ def _codes(values: Tensor) -> Tensor:
     return codes
 
 
-def _cut(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
+def _cut(read: Callable[[str], Tensor], names: Sequence[str], count: int) -> tuple[int, int]:
     """The key above which elements are chosen, and how many of those that have it; found by counting, not sorting.
 
     Raises:
         ValueError: NaN, infinite or only zero values.
     """
-    coded = all(part.dtype == torch.int16 for part in values.values())
+    coded = True
     seen = np.zeros(_CODES, np.int64)
-    for name, part in values.items():
+    for name in names:
+        part = read(name)
+        coded &= part.dtype == torch.int16
         own = np.zeros(_CODES, np.int64)
         for keys in _split_keys(part):
             own += _counts((keys if keys.dtype == torch.int16 else keys >> 16).int() + _CODES // 2)
@@ -347,14 +380,14 @@ def _cut(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
             raise _not_finite(name)
         seen += own
     if seen[_CODES // 2] == seen.sum():  # what is smaller than any number a code tells from 0 counts as 0
-        raise _all_zero()
+        raise _all_zero("" if len(names) > 1 else names[0])
     code, equal = _from_the_top(seen, count)
     code -= _CODES // 2
     if coded:
         return code, equal
     seen = np.zeros(_CODES, np.int64)
-    for part in values.values():
-        for keys in _split_keys(part):
+    for name in names:
+        for keys in _split_keys(read(name)):
             seen += _counts(keys[keys >> 16 == code] & (_CODES - 1))
     low, equal = _from_the_top(seen, equal)
     return code * _CODES + low, equal
@@ -397,5 +430,7 @@ def _not_finite(name: str) -> ValueError:
     return ValueError(f"Grains: values of {name!r} are NaN or infinite, expected finite ones")
 
 
-def _all_zero() -> ValueError:
-    return ValueError("Grains: all values are 0, expected some that tell weights apart")
+def _all_zero(where: str = "") -> ValueError:
+    values = f"all values of {where!r}" if where else "all values"
+    remedy = "; rank within the model" if where else ""
+    return ValueError(f"Grains: {values} are 0, expected some that tell weights apart{remedy}")

@@ -6,6 +6,7 @@ not touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple
@@ -17,10 +18,12 @@ from .activations import Counted, UnitInputs, at_least_float32, model_device, sa
 from .batches import Pass
 from .collecting import Collector, Count, Scored, UnitValues, zero_totals
 from .gradients import aliases, lent, stream_gradients
+from .grains import Grains
 from .units import Piece, UnitLayout
 
 _CHUNK: Final = 1 << 22  # elements of a gradient in float32 at a time
 _FLOOR: Final = 0.001
+_VALUES: Final = "sum and number of values"  # among totals of parameters: no parameter has such a name
 
 #: The logits float32 ``[n, vocabulary]`` of the True positions of a bool ``[rows, tokens]``, in their order.
 Logits = Callable[[Tensor], Tensor]
@@ -245,6 +248,65 @@ def decision_ratio(safety: GradientSums, utility: GradientSums) -> Scored:
         )
     ratio = (part / (u + floor) for part, u in zip(safety.sums, needed, strict=True))
     return safety.sums, needed, UnitValues(*ratio)
+
+
+class WeightSquares(Collector):
+    """Σ over passes of g² of every weight, g = ∂ mean value / ∂w, where a value is a margin or a loss.
+
+    Args:
+        grains: of the weights. Of grain ``"element"`` each has a sum, float32 of its parameter's shape; else each line,
+            as `Grains.reduce` has it.
+        value: what is derived of a pass, one-dimensional.
+        rows: per pass.
+    """
+
+    def __init__(self, model: torch.nn.Module, grains: Grains, value: Callable[[Pass, Logits], Tensor], rows: int):
+        self.model, self.grains, self.value, self.rows = model, grains, value, rows
+        places = {name: parameter.device for name, parameter in model.named_parameters()}
+        self.totals = {
+            name: torch.zeros(shape, device=places[name])
+            if grains.grain == "element"
+            else grains.nothing(name, places[name])
+            for name, shape in grains.shapes.items()
+        } | zero_totals(model_device(model), **{_VALUES: 2})
+
+    def take(self, one: Pass) -> int:
+        """One forward and one backward pass."""
+        counted = 0
+
+        def mean(model: torch.nn.Module) -> Tensor:
+            nonlocal counted
+            values = self.value(one, partial(_logits, model, one))
+            counted = len(values)
+            return values.mean()
+
+        found = stream_gradients(self.model, self.grains.shapes, mean, self._add)
+        self.totals[_VALUES] += torch.stack([found * counted, torch.full_like(found, counted)])
+        return counted
+
+    def _add(self, name: str, _: Tensor, gradient: Tensor) -> None:
+        total = self.totals[name]
+        if self.grains.grain != "element":
+            total += self.grains.reduce(name, at_least_float32(gradient).square_())
+            return
+        for part, into in zip(gradient.reshape(-1).split(_CHUNK), total.view(-1).split(_CHUNK), strict=True):
+            wide = part.to(into.dtype)
+            into.addcmul_(wide, wide)
+
+    def complaints(self, word: str, count: Count) -> Iterator[str]:
+        """Gradients must be finite, and some of them not 0."""
+        highest = {name: float(self.totals[name].max()) for name in self.grains.shapes}
+        for name, value in highest.items():
+            if not math.isfinite(value):
+                yield _not_finite(f"gradients of {name!r}, or their squares, are", word)
+        if not any(highest.values()):
+            yield f"all gradients on the {word} set are 0, expected some that tell weights apart"
+
+    @property
+    def mean(self) -> float:
+        """Of all values."""
+        total, count = self.totals[_VALUES].tolist()
+        return float(total / max(count, 1))
 
 
 # --------------------------------------------------------------------------------- gradients of activations

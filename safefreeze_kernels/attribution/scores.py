@@ -159,7 +159,7 @@ class UnitScores:
             )
         weights = _unit_weights(model, layout)
         if self.model_fingerprint and not any(weight.is_meta for weight in weights.values()):
-            found = _fingerprint(weights)
+            found = weights_fingerprint(weights)
             if found != self.model_fingerprint:
                 raise ValueError(
                     f"UnitScores.check: the model's weights have fingerprint {found[:12]}…, expected "
@@ -374,8 +374,8 @@ def score_units(
     chosen = _METHODS[method]
     layout = find_units(model)
     weights = _unit_weights(model, layout)
-    _check_weights(weights)
-    refuse, comply = _tokens("refuse_token", refuse_token), _tokens("comply_token", comply_token)
+    check_weights(weights)
+    refuse, comply = token_ids("refuse_token", refuse_token), token_ids("comply_token", comply_token)
     if refuse is None and "comply_token" in chosen.options:
         refuse = _first_tokens(safety, group)
     if refuse and comply and set(refuse) & set(comply):
@@ -384,7 +384,7 @@ def score_units(
         )
     options |= {"refuse_token": refuse, "comply_token": comply}
     settings = {word: options[word] for word in chosen.options}
-    fingerprint = _fingerprint(weights)
+    fingerprint = weights_fingerprint(weights)
     job = _Job(model, layout, positions, refuse, comply, rows_per_gradient)
     about = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
     with torch.inference_mode(False), evaluating(model):  # totals of inference mode could not be added to outside it
@@ -432,7 +432,7 @@ def refusal_margins(
     Raises:
         ValueError: no batches, a row without prompt or response, a token beyond the vocabulary.
     """
-    margin = Margin(_tokens("refuse_token", refuse_token), None)
+    margin = Margin(token_ids("refuse_token", refuse_token), None)
     with evaluating(model):
         found = [margin.of(model, one) for one in read_passes(batches, "safety")]
     if not found:
@@ -455,7 +455,7 @@ def _check_options(method: str, options: Mapping[str, Any], every: int) -> None:
             )
 
 
-def _tokens(word: str, given: int | Sequence[int] | None) -> list[int] | None:
+def token_ids(word: str, given: int | Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
     try:
@@ -493,7 +493,7 @@ def _unit_weights(model: torch.nn.Module, layout: UnitLayout) -> dict[str, Tenso
     return {name: parameters[name] for name in layout.parameters}
 
 
-def _check_weights(weights: Mapping[str, Tensor]) -> None:
+def check_weights(weights: Mapping[str, Tensor]) -> None:
     names: dict[int, str] = {}
     for name, weight in weights.items():
         if weight.is_meta:
@@ -515,7 +515,7 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     """sha256 over shapes and a fixed sample of each parameter, rounded to bfloat16 so that casts do not count."""
     digest = hashlib.sha256()
     steps = torch.arange(_SAMPLE) * 2654435761  # a prime: spread over rows and columns whatever their numbers

@@ -53,7 +53,9 @@ def summarize(plan: Mapping[str, FreezeMask], fingerprint: str) -> str:
     console.print(f"frozen share, fingerprint {fingerprint[:12]}", highlight=False)
     whole = sum(mask.numel > 0 and mask.live_count == 0 for mask in plan.values())
     if whole:
-        console.print(f"{whole} of {len(plan)} parameters {'is' if whole == 1 else 'are'} frozen whole", highlight=False)
+        console.print(
+            f"{whole} of {len(plan)} parameters {'is' if whole == 1 else 'are'} frozen whole", highlight=False
+        )
     console.print(table)
     live = sum(mask.live_count for mask in plan.values())
     total = sum(mask.numel for mask in plan.values())
