@@ -187,7 +187,7 @@ class Grains:
         matrix = values.detach().reshape(blocks, -1, len(groups) // blocks if axis == "cols" else self._width(name))
         sums = [matrix.new_zeros(0, dtype=wide)]
         for block in matrix:  # a copy in float64 of a few rows at a time
-            parts = block.split(max(1, _CHUNK // block.shape[1]))
+            parts = torch.split(block, max(1, _CHUNK // block.shape[1]))
             if axis == "rows":
                 sums += [part.sum(1, dtype=wide) for part in parts]
             else:
@@ -357,7 +357,7 @@ def _keys(values: Tensor) -> Tensor:
 def _codes(values: Tensor) -> Tensor:
     """The upper 16 bits of the keys."""
     codes = torch.empty(values.shape, dtype=torch.int16, device=values.device)
-    for part, into in zip(values.split(_CHUNK), codes.split(_CHUNK), strict=True):
+    for part, into in zip(torch.split(values, _CHUNK), torch.split(codes, _CHUNK), strict=True):
         into.copy_(_keys(part) >> 16)
     return codes
 
@@ -394,7 +394,7 @@ def _cut(read: Callable[[str], Tensor], names: Sequence[str], count: int) -> tup
 
 
 def _split_keys(part: Tensor) -> Iterator[Tensor]:
-    return map(_keys, part.split(_CHUNK))
+    return map(_keys, torch.split(part, _CHUNK))
 
 
 def _counts(numbers: Tensor) -> np.ndarray:

@@ -289,7 +289,8 @@ class WeightSquares(Collector):
         if self.grains.grain != "element":
             total += self.grains.reduce(name, at_least_float32(gradient).square_())
             return
-        for part, into in zip(gradient.reshape(-1).split(_CHUNK), total.view(-1).split(_CHUNK), strict=True):
+        pieces = (torch.split(tensor, _CHUNK) for tensor in (gradient.reshape(-1), total.view(-1)))
+        for part, into in zip(*pieces, strict=True):
             wide = part.to(into.dtype)
             into.addcmul_(wide, wide)
 

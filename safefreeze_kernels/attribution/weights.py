@@ -122,8 +122,12 @@ class WeightScores:
         """Weights."""
         return sum(map(math.prod, self.shapes.values()))
 
+    def counted(self, word: str) -> str:
+        """How much of a set was scored, in words."""
+        return f"{self.sets[word].n_positions:,} {word} {'prompts' if word == 'safety' else 'tokens'}"
+
     def __repr__(self) -> str:
-        over = ", ".join(f"{one.n_positions:,} {word}" for word, one in self.sets.items())
+        over = ", ".join(map(self.counted, self.sets))
         by = "" if self.grain == "element" else " by rows"
         return f"WeightScores({self.total:,} weights of {len(self.shapes)} parameters{by}; {self.method} over {over})"
 
@@ -339,16 +343,20 @@ class WeightSelection:
         about: dict[str, Any] = {"selection": selection} | ({} if self.seed is None else {"random_like": self.seed})
         about |= {"method": scores.method, "scored": {word: text for word, text in known.items() if text}}
         # what is not frozen is part of the picture too, and a plan does not name it
-        return FreezePlan(plan, about | {"weights": dict(scores.shapes)})
+        return FreezePlan(plan, about | {"weights": [[name, list(shape)] for name, shape in scores.shapes.items()]})
 
     def random_like(self, seed: int) -> WeightSelection:
         """A control: as many rows or elements of the same tensors, at random (of units: of the same kind and layer; of
         vectors: as many of the same size)."""
         return replace(self, seed=int(seed))
 
+    def __str__(self) -> str:
+        what = f"highest {self.form}" if self.seed is None else f"random (seed {self.seed})"
+        within = "" if self.within == "model" else " in each tensor"
+        return f"{self.share:.1%} of {self.scores.total:,} weights by {self.grain}{within}, {what}"
+
     def __repr__(self) -> str:
-        what = f"{self.share:.1%} of {self.scores.total:,} weights by {self.grain}"
-        return f"WeightSelection({what}, {f'highest {self.form}' if self.seed is None else f'random {self.seed}'})"
+        return f"WeightSelection({self})"
 
 
 # ----------------------------------------------------------------------------------------------------- scoring
