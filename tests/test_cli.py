@@ -285,7 +285,8 @@ def test_score_writes_what_score_weights_returns(weighed: Scored, model: Loaded)
         expected = sf.score_weights(network, *sets, batches(tokenizer, load_pairs("utility")[:4]))
     mine = WeightScores.load(path)
     for word, one in expected.sets.items():
-        assert all(torch.equal(mine.sets[word].values[name], value) for name, value in one.values.items()), word
+        for name, value in one.values.items():  # a model's memory lies elsewhere each time, which may round otherwise
+            torch.testing.assert_close(mine.sets[word].values[name], value, rtol=1e-4, atol=1e-12)
     total = sum(float(value.sum()) for value in expected.safety.values.values())
     q_proj = sum(float(v.sum()) for name, v in expected.safety.values.items() if "q_proj" in name)
     assert cells(text, "q_proj")[0][:2] == ["3,072", f"{100 * q_proj / total:.2f}"]

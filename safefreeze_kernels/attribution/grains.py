@@ -350,6 +350,9 @@ def _keys(values: Tensor) -> Tensor:
     """Int32 that compare as float32 values do, 0 and -0 alike; codes are their own."""
     if values.dtype == torch.int16:
         return values
+    bits = values.float().view(torch.int32)
+    if not bits.numel() or bits.min() >= 0:  # nothing below 0, and no -0: they compare as they are
+        return bits
     bits = (values.float() + 0.0).view(torch.int32)
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
