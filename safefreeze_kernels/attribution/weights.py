@@ -45,7 +45,7 @@ class SquaredGradients:
 
     Args:
         values: name -> sums: float32 of the parameter's shape; of scores by rows float64 ``[lines]``, as `Grains` has
-            them.
+            them; on the CPU.
         mean: of what the gradients are of: the refusal margin of the safety set, the loss per response token of others.
         n_positions: margins or tokens the mean is over.
         fingerprint: sha256 over the set's rows in their order; "" = not known.
@@ -455,7 +455,7 @@ def _squares(
     if count.passes == 0:
         raise ValueError(f"score_units: {word} holds no batches (an empty or used-up iterable), expected at least one")
     collector.check(word, count)
-    values = {name: collector.totals[name] for name in grains.shapes}
+    values = {name: collector.totals[name].cpu() for name in grains.shapes}
     return SquaredGradients(values, collector.mean, count.positions, count.fingerprint)
 
 
