@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import weakref
 from pathlib import Path
@@ -26,12 +27,14 @@ from safefreeze_kernels.attribution import (
     score_weights,
 )  # fmt: skip
 from safefreeze_kernels.attribution.batches import read_passes
+from safefreeze_kernels.attribution.files import write_tensors
 from safefreeze_kernels.attribution.saliency import Margin
 from safefreeze_kernels.attribution.units import unit_masks
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:score_weights. the mean refusal margin:UserWarning"),  # of random models
+    pytest.mark.filterwarnings("ignore:score_weights. 1 parameters have no gradient:UserWarning"),  # a saturated gate
 ]
 
 
@@ -328,6 +331,18 @@ def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     scores.save(tmp_path / "scores")
     found = safetensors.torch.load_file(tmp_path / "scores")
     assert set(found) == {"safety:odd", "safety:ü"} and torch.equal(found["safety:ü"], scores.safety.values["ü"])
+
+
+def test_tensors_of_a_file_are_aligned(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.rand(2, dtype=torch.float64), "c": torch.rand(3)}
+    write_tensors(tmp_path / "mixed", tensors, {"format": "some"})
+    raw = (tmp_path / "mixed").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + size])
+    assert size % 8 == 0 and entries["__metadata__"] == {"format": "some"}
+    assert all(entries[name]["data_offsets"][0] % tensor.element_size() == 0 for name, tensor in tensors.items())
+    found = safetensors.torch.load_file(tmp_path / "mixed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_files_are_checked(tmp_path: Path) -> None:
