@@ -496,10 +496,7 @@ def test_bad_optimizers() -> None:
     [
         (lambda model, batch: (model.lm_head.weight * 0).sum(), "the margin is flat: its gradient is 0"),
         (lambda model, batch: torch.tensor(1.0), "keep returned a value without a graph"),
-        (
-            lambda model, batch: (model.lm_head.weight * 0).sqrt().sum(),
-            "values of 'lm_head.weight' are NaN or infinite",
-        ),
+        (lambda model, batch: (model.lm_head.weight * 0).sqrt().sum(), "values of 'lm_head.weight' are NaN or infinite"),
     ],
 )
 def test_margins_that_tell_nothing(keep: Any, words: str) -> None:
