@@ -1,0 +1,110 @@
+"""``python -m benchmarks.changing``: what it costs that a plan changes every few steps.
+
+SmolLM2-135M in float32. At every change a fifth of the rows, or of the single elements, is drawn anew. What a change
+takes is `set_freeze`, and what the step after it takes longer than the next one, since lists are made there. That next
+step is timed beside the step of an optimizer that was built under the same plan. Writes results/changing-*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.nn import Parameter
+
+import safefreeze_kernels as sf
+from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
+from safefreeze_kernels.measure.timing import milliseconds
+
+from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
+
+SHARE: Final = 0.2
+Params = Mapping[str, Parameter]
+
+
+def rows_plan(params: Params, draw: np.random.Generator) -> sf.FreezePlan:
+    """A fifth of the rows of every parameter."""
+    return sf.FreezePlan({name: sf.FreezeMask(p.shape, rows=draw.random(len(p)) < SHARE) for name, p in params.items()})
+
+
+def elements_plan(params: Params, draw: np.random.Generator) -> sf.FreezePlan:
+    """A fifth of the elements of every parameter."""
+    return sf.FreezePlan(
+        {
+            name: sf.FreezeMask(p.shape, elements=draw.random(p.shape, dtype=np.float32) < SHARE)
+            for name, p in params.items()
+        }
+    )
+
+
+PLANS: Final[Mapping[str, Callable[[Params, np.random.Generator], sf.FreezePlan]]] = {
+    "rows": rows_plan, "elements": elements_plan,
+}  # fmt: skip
+
+
+def copies(params: Params) -> dict[str, Parameter]:
+    """Parameters of their own, with the same gradients."""
+    found = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+    for name, p in found.items():
+        p.grad = params[name].grad
+    return found
+
+
+def measure(params: Params, kind: str, keep_state: bool, rounds: int) -> dict[str, Any]:
+    """Times of one kind of plan, in one mode of `set_freeze`."""
+    draw, plans = np.random.default_rng(0), PLANS[kind]
+    changing = sf.MaskedAdamW(copies(params).items(), lr=1e-4)
+    changing.step()
+    times: dict[str, list[float]] = {name: [] for name in ("set_freeze", "first step", "step", "step, never changed")}
+    for number in range(-1, rounds):
+        plan = plans(params, draw)
+        still = sf.MaskedAdamW(copies(params).items(), lr=1e-4, freeze=plan)
+        if keep_state:
+            still.set_freeze(plan, keep_state=True)
+        still.step()
+        calls = {
+            "set_freeze": lambda plan=plan: changing.set_freeze(plan, keep_state=keep_state),
+            "first step": changing.step, "step": changing.step, "step, never changed": still.step,
+        }  # fmt: skip
+        for name, call in calls.items():
+            spent = milliseconds(call)
+            if number >= 0:
+                times[name].append(spent)
+    step = times["step, never changed"]
+    change = [a + b - c for a, b, c in zip(times["set_freeze"], times["first step"], times["step"], strict=True)]
+    found: dict[str, Any] = {f"{name}, ms": as_entry(values) for name, values in times.items()}
+    found["change / step"] = ratio_entry(change, step)
+    found["step after / step, never changed"] = ratio_entry(times["step"], step)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.changing", description=__doc__)
+    parser.add_argument("--rounds", type=at_least_one, default=7)
+    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    _, model, _ = load_model(PACKAGED)
+    params = dict(model.named_parameters())
+    draw = torch.Generator().manual_seed(0)
+    for p in params.values():
+        p.grad = torch.randn(p.shape, generator=draw)
+    cases = {}
+    for kind in PLANS:
+        for mode in ("packed", "kept"):
+            name = f"{kind}, state {mode}"
+            cases[name] = measure(params, kind, mode == "kept", given.rounds)
+            for what, entry in cases[name].items():
+                print_entry(f"{name:24} {what:34}", entry)
+    report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
+    save_result("changing", describe_machine(given.threads), report, given.output)
+
+
+if __name__ == "__main__":
+    main()
