@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .cases import CASES, shrink
-from .measure import RESULTS, Bench, at_least_one, describe_machine
+from .measure import Bench, at_least_one, describe_machine, results_folder
 from .report import WIDTH, Report
 
 FEWEST_ROUNDS: Final = 15  # of a run whose results are kept
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = not given.quick and not given.only and given.rounds >= FEWEST_ROUNDS
     report = Report(describe_machine(given.threads), bench, settings, full)
     report.print(console)
-    folder = given.output or (RESULTS if report.full else None)
+    folder = given.output or (results_folder() if report.full else None)
     for path in report.save(folder) if folder else ():
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     return 0 if report.right else 1

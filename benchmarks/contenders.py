@@ -50,6 +50,8 @@ class Inputs:
         self.tensors = tensors
         self._seed = seed
         self._device = torch.device(device)
+        #: asked for by name: with "auto" one that is missing would be replaced unseen
+        self.backend = self._device.type
         self.names = [f"layers.{i}.weight" for i in range(tensors.count)]
         self._cache: dict[Any, Any] = {}
 
@@ -133,6 +135,7 @@ class Runner:
 
     def __init__(self, contender: Contender, inputs: Inputs) -> None:
         self.contender, self.inputs = contender, inputs
+        self.backend = inputs.backend
         self.masks = inputs.masks(contender.freeze)
         self.optimizer: Any = None
         self.params = [Parameter(start.clone()) for start in inputs.start(contender.weights)]
@@ -258,9 +261,9 @@ def _live_line_bytes(mask: sf.FreezeMask, itemsize: int) -> int:
 # ------------------------------------------------------------------------------------------------- the methods
 
 
-def _masked(runner: Runner, backend: str = "auto", master: str | None = None) -> Callable[[], Any]:
+def _masked(runner: Runner, backend: str = "", master: str | None = None) -> Callable[[], Any]:
     runner.optimizer = sf.MaskedAdamW(
-        runner.named.items(), **HYPER, freeze=runner.plan, backend=backend,
+        runner.named.items(), **HYPER, freeze=runner.plan, backend=backend or runner.backend,
         state_dtype=DTYPES[runner.contender.state], master=master,
     )  # fmt: skip
     return runner.optimizer.step
@@ -289,7 +292,7 @@ def _clip_and_step(runner: Runner, ours: bool) -> Callable[[], Any]:
 
     def run() -> None:
         if ours:
-            sf.clip_grad_norm_(model, limit, runner.plan, optimizer=runner.optimizer)
+            sf.clip_grad_norm_(model, limit, runner.plan, optimizer=runner.optimizer, backend=runner.backend)
         else:
             torch.nn.utils.clip_grad_norm_(runner.params, limit)
         step()
@@ -318,7 +321,7 @@ def _multiply(runner: Runner) -> Callable[[], Any]:
 
 def _zero(runner: Runner) -> Callable[[], Any]:
     model, plan = _model(runner.named), runner.plan
-    return lambda: sf.zero_frozen_grads_(model, plan)
+    return lambda: sf.zero_frozen_grads_(model, plan, backend=runner.backend)
 
 
 def _model(named: Mapping[str, Parameter]) -> torch.nn.Module:

@@ -46,7 +46,7 @@ from safefreeze_kernels.measure.timing import (
 )
 
 from .cases import Case, Contender
-from .contenders import CHECKED_STEPS, Inputs, ResultDiffersError, Runner, UnavailableError
+from .contenders import CHECKED_STEPS, Inputs, Runner, UnavailableError
 
 __all__ = ["MOST_FOREIGN", "MOST_SPREAD", "Bandwidth", "Bench", "Machine", "Quietness", "Timed", "describe_machine"]
 
@@ -321,6 +321,24 @@ class Bench:
                     _attempt(partial(run, group, rounds, seed=number), group)
                 self._done(group)
 
+    def restore(self, found: dict[str, Any]) -> None:
+        """Take what another process measured, as `Report.to_dict` wrote it."""
+        by_name = {timed.case.name: timed for timed in self.timed}
+        for entry in found["cases"]:
+            timed = by_name[entry["name"]]
+            timed.trouble, timed.wrong = entry["trouble"], entry["verdict"] == "WRONG"
+            timed.peaks = tuple(entry["peaks"]) if "peaks" in entry else None
+            for side, times, size in (
+                ("contender_run", "times_ns", "bytes_moved"),
+                ("against_run", "against_ns", "against_bytes"),
+            ):
+                run = entry.get(side, {"times_ns": []})
+                setattr(timed, times, run["times_ns"])
+                setattr(timed, size, run.get("bytes_moved"))
+        for what, times in found["bandwidth_times_ns"].items():
+            self.bandwidth.times_ns[what] += times
+        self.state_bytes |= {who: (size["held"], size["expected"]) for who, size in found["state_bytes"].items()}
+
     def _groups(self) -> list[list[Timed]]:
         """What is built at once."""
         if self._device == "cuda":
@@ -404,10 +422,10 @@ def _attempt(act: Callable[[], T], group: Sequence[Timed], who: Contender | None
     """``act()``; if that shows ``who`` to be wrong or not available, its cases in ``group`` are marked; None: all."""
     try:
         return act()
-    except (ResultDiffersError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the other cases are measured
         for timed in group:
             if who in (None, timed.case.contender, timed.case.against):
-                timed.trouble = str(error)
+                timed.trouble = str(error) or type(error).__name__
                 timed.wrong = not isinstance(error, UnavailableError | BackendUnavailableError)
         return None
 
@@ -438,6 +456,11 @@ def print_entry(label: str, entry: dict[str, float]) -> None:
     print(f"{label} {entry['median']:8.3f}  ({entry['quartile_1']:.3f} to {entry['quartile_3']:.3f})")
 
 
+def results_folder() -> Path:
+    """Where results go unless told otherwise: the folder that OUT names, or results/."""
+    return Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+
+
 def save_json(path: Path, found: Any) -> None:
     """The old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -447,8 +470,8 @@ def save_json(path: Path, found: Any) -> None:
 
 
 def save_result(kind: str, machine: Machine, found: dict[str, Any], folder: Path | None = None) -> None:
-    """Write ``kind-machine.json`` to ``folder`` (default: results/), the machine first."""
-    path = (folder or RESULTS) / f"{kind}-{machine.slug}.json"
+    """Write ``kind-machine.json`` to ``folder`` (default: `results_folder`), the machine first."""
+    path = (folder or results_folder()) / f"{kind}-{machine.slug}.json"
     save_json(path, {"cpu": machine.cpu, "cores": machine.cores, **found})
     print(f"Written to {path}")
 

@@ -210,6 +210,8 @@ class Report:
         }  # fmt: skip
         if timed.reported:
             entry |= {"checked_equal": True, "ratio": _rounded(timed.ratio.median)}
+        if timed.peaks is not None:
+            entry["peaks"] = timed.peaks
         if timed.reported and timed.times_ns:
             entry |= {
                 "ratio_interval_95": [_rounded(x) for x in timed.ratio[1:]],

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from benchmarks import gpu
 from benchmarks.cases import FUSED, Case, TensorSet
@@ -20,20 +19,23 @@ from benchmarks.measure import Timed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(folder: Path, only: str) -> tuple[int, dict[str, Any]]:
-    status = gpu.main(["--measure", "--device", "cpu", "--tiny", "--only", only, "--output", str(folder)])
-    (written,) = folder.glob("*.json")
-    found: dict[str, Any] = json.loads(written.read_text())
+ROWS = "rows of 1024"
+
+
+def run(folder: Path, group: str) -> tuple[int, dict[str, Any]]:
+    """Exit status of a group's run, and what it wrote."""
+    status = gpu.main(["--group", group, "--device", "cpu", "--tiny", "--output", str(folder)])
+    found: dict[str, Any] = json.loads(gpu.part_file(folder, group).read_text())
     return status, found
 
 
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(tmp_path, "7.5% of (rows|elements)|clip|zero_frozen|masters|triton / cuda$|peak")
+    status, found = run(tmp_path, "more shares")
     assert status == 0
     rows = {row["name"]: row for row in found["cases"]}
-    assert len(rows) == 8
+    assert rows.keys() == {case.name for case in gpu.GROUPS["more shares"]}
     for name, row in rows.items():
-        if name.startswith(("triton", "peak")):
+        if name.startswith("peak"):
             assert row["verdict"] == "skipped"
             assert row["trouble"]
             assert "ratio" not in row
@@ -44,10 +46,31 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             assert low <= row["ratio"] <= high
             assert len(row["contender_run"]["times_ns"]) == len(row["against_run"]["times_ns"]) == 6
     assert {"machine", "date", "commit", "versions", "backends"} <= found.keys()
-    assert next(tmp_path.glob("*.png")).stat().st_size > 5000
     shown = capsys.readouterr().out
-    assert "7.5% of rows / nothing frozen" in shown
-    assert max(len(line) for line in shown.splitlines() if not line.startswith("wrote ")) <= 96
+    assert "20% of rows / nothing frozen" in shown
+    assert max(map(len, shown.splitlines())) <= 96
+
+
+def test_groups_end_in_one_report(tmp_path: Path) -> None:
+    """Whatever ran until a run was killed is in it; nothing is lost on the way from a process to the report."""
+    given = gpu.parse(["--device", "cpu", "--tiny", "--output", str(tmp_path)])
+    assert gpu.gather(given, []) is None
+    parts = [run(tmp_path, name)[1] for name in (ROWS, "Triton")]
+    report = gpu.gather(given, [{"step": "build", "status": 0}])
+    assert report is not None
+    (path,) = tmp_path.glob("*-partial.json")
+    found = json.loads(path.read_text())
+    assert found["steps"] == [{"step": "build", "status": 0}]
+    kept = [{**row, "verdict": None} for row in found["cases"]]
+    for case in kept:  # shares of a copy are of all groups' copies
+        for side in ("contender_run", "against_run"):
+            case[side] = {key: value for key, value in case.get(side, {}).items() if not key.startswith("share_of")}
+    for row in (row for part in parts for row in part["cases"]):
+        same = next(case for case in kept if case["name"] == row["name"])
+        for side in ("contender_run", "against_run"):
+            assert {key: row.get(side, {}).get(key) for key in same[side]} == same[side]
+        assert (row["trouble"], row.get("ratio")) == (same["trouble"], same.get("ratio"))
+    assert report.save(tmp_path)[1].stat().st_size > 5000
 
 
 @pytest.mark.parametrize("when", ["check", "check_frozen"])
@@ -55,18 +78,34 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     right = getattr(Runner, when)
 
     def sabotaged(self: Runner) -> None:
-        if self.contender.freeze.kind == "rows":
+        if self.contender.freeze.share == 0.075:
             with torch.no_grad():
                 self.params[1][self.masks[1].rows] += 1.0
         right(self)
 
     monkeypatch.setattr(Runner, when, sabotaged)
-    status, found = run(tmp_path, "7.5% of rows / nothing")
+    status, found = run(tmp_path, ROWS)
     assert status == 1
-    (row,) = found["cases"]
+    right_one, row, _ = found["cases"]
+    assert right_one["verdict"] == "-"
     assert row["verdict"] == "WRONG"
     assert "ratio" not in row
     assert "layers.1.weight" in row["trouble"]
+
+
+def test_any_error_of_a_case_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Runner.warm_up
+
+    def broken(self: Runner) -> None:
+        if self.contender.freeze.share == 0.075:
+            raise KeyError("something nobody thought of")
+        plain(self)
+
+    monkeypatch.setattr(Runner, "warm_up", broken)
+    status, found = run(tmp_path, ROWS)
+    assert status == 1
+    assert ["something nobody" in row["trouble"] for row in found["cases"]] == [False, True, False]
+    assert ["ratio" in row for row in found["cases"]] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -92,17 +131,44 @@ def test_verdicts(ratio: float | None, target: float | None, share: float | None
     assert timed.verdict(1000.0, judged=False) == ("skipped" if ratio is None else "-")
 
 
-def test_steps_have_limits_and_do_not_stop_each_other() -> None:
-    console = Console(quiet=True)
-    python = [sys.executable, "-c"]
-    for command, limit, status, outcome in (
-        ([*python, "raise SystemExit(3)"], 20, 3, "exit status 3"),
-        ([*python, "import time; time.sleep(30)"], 1, 124, "took too long"),
-        (["no-such-tool-anywhere"], 5, 127, "no-such-tool-anywhere was not found"),
-        ([*python, "import os; raise SystemExit(os.environ['A'] != 'b')"], 20, 0, "ok"),
-    ):
-        done = gpu.Step("step", command, limit, {"A": "b"}).run(console)
-        assert (done["status"], done["outcome"]) == (status, outcome)
+@pytest.mark.parametrize(
+    ("command", "limit", "at_least", "status", "outcome"),
+    [
+        ("raise SystemExit(3)", 20, 0, 3, "exit status 3"),
+        ("import time; print('begun', flush=True); time.sleep(30)", 3, 0, 124, "took too long"),
+        ("", 20, 0, 127, "no-such-tool-anywhere was not found"),
+        ("import os; raise SystemExit(os.environ['A'] != 'b')", 20, 0, 0, "ok"),
+        ("print('7 passed, 2 skipped in 1s')", 20, 7, 0, "ok"),
+        ("print('7 passed, 2 skipped in 1s')", 20, 8, 1, "7 tests passed, expected 8 at least"),
+    ],
+)
+def test_what_a_step_says(
+    tmp_path: Path, command: str, limit: float, at_least: int, status: int, outcome: str
+) -> None:  # fmt: skip
+    called = [sys.executable, "-c", command] if command else ["no-such-tool-anywhere"]
+    done = gpu.Step("build", "a step", called, limit, {"A": "b"}, at_least).run(gpu.Log(tmp_path / "deep" / "log"))
+    assert (done["status"], done["outcome"]) == (status, outcome)
+    kept = (tmp_path / "deep" / "log").read_text()
+    assert outcome in kept
+    assert ("begun" in kept) == (status == 124)
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    step = gpu.Step("build", "a step", [sys.executable, "-c", command], 3)
+    assert step.run(gpu.Log(tmp_path / "log"))["status"] == 124
+    number = int((tmp_path / "log").read_text().splitlines()[1])
+    status = Path(f"/proc/{number}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_log_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_LOG_BYTES", 10)
+    log = gpu.Log(tmp_path / "log")
+    log.write("12345678")
+    log.write("abcdefgh")
+    assert (tmp_path / "log").read_text() == "12345678ab"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -111,6 +177,31 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU was found" in capsys.readouterr().out
 
 
-def test_the_whole_takes_less_than_nine_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert sum(step.limit for step in gpu.steps()) + gpu.parse([]).seconds + 40 <= 9 * 60
+def test_the_order() -> None:
+    """Most valuable first, and every part; without a GPU what needs one is left out."""
+    given = gpu.parse([])
+    assert tuple(dict.fromkeys(step.part for step in gpu.steps(given, "90"))) == gpu.PARTS
+    rehearsed = gpu.steps(gpu.parse(["--device", "cpu", "--tiny"]), "")
+    assert {step.part for step in rehearsed} == {"build", "priority", "sass", "live", "others"}
+    assert [step.name for step in gpu.steps(gpu.parse(["--part", "memcheck", "build"]), "90")] == ["build", "memcheck"]
+    (check,) = gpu.steps(gpu.parse(["--part", "memcheck"]), "90")
+    assert check.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_time_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each step takes: priority cases end in time, and the whole does."""
+    clock = 0.0
+    began: dict[str, tuple[float, float]] = {}
+
+    def slow(self: gpu.Step, log: gpu.Log) -> dict[str, Any]:
+        nonlocal clock
+        began[self.name] = clock, self.limit
+        clock += self.limit
+        return {"step": self.name, "outcome": "took too long", "seconds": self.limit, "status": 124}
+
+    monkeypatch.setattr(gpu.Step, "run", slow)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock)
+    assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 1
+    assert clock <= gpu.WHOLE_S
+    last = list(gpu.PRIORITY)[-1]
+    assert sum(began[last]) <= gpu.PRIORITY_S

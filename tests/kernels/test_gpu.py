@@ -30,14 +30,17 @@ PLAN = sf.FreezePlan(
 SHAPES = {"w": (300, 256), "v": (64, 500), "b": (33,)}
 
 
-def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    return {
-        name: nn.Parameter(random_normal(i, *shape, dtype=dtype).to(device))
-        for i, (name, shape) in enumerate(SHAPES.items())
-    }
+def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """A module: of a plain dict nobody can tell that it is the same as before, so lists would be made anew."""
+    return nn.ParameterDict(
+        {
+            name: nn.Parameter(random_normal(i, *shape, dtype=dtype).to(device))
+            for i, (name, shape) in enumerate(SHAPES.items())
+        }
+    )
 
 
-def give_gradients(params: dict[str, Any], step: int) -> None:
+def give_gradients(params: Any, step: int) -> None:
     """In place where there is one: a graph reads them where they were."""
     for i, p in enumerate(params.values()):
         grad = random_normal(100 * step + i, *p.shape, dtype=p.dtype).to(p.device)
@@ -111,7 +114,7 @@ def test_clip_and_step_in_a_graph(backend: str) -> None:
     settings: dict[str, Any] = {"freeze": PLAN, "capturable": True, "backend": backend}
     opt, other = sf.MaskedAdamW(graphed.items(), lr=lr, **settings), sf.MaskedAdamW(plain.items(), lr=0.1, **settings)
 
-    def train(params: dict[str, Any], optimizer: sf.MaskedAdamW) -> Tensor:
+    def train(params: Any, optimizer: sf.MaskedAdamW) -> Tensor:
         norm = sf.clip_grad_norm_(params, 0.5, PLAN, optimizer=optimizer, backend=backend)
         optimizer.step()
         return norm
@@ -149,14 +152,14 @@ def test_the_callers_stream_is_used(backend: str) -> None:
         give_gradients(params, step)
         give_gradients(expected, step)
         opts[1].step()
+        for p in params.values():
+            p.grad.fill_(float("nan"))  # until the stream gets to them
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for p in params.values():
-                p.grad.mul_(1.0)
             torch.cuda._sleep(20_000_000)
-            for p in params.values():
-                p.grad.add_(1.0).sub_(1.0).copy_(expected[next(n for n in SHAPES if params[n] is p)].grad)
+            for name, p in params.items():
+                p.grad.copy_(expected[name].grad)
             opts[0].step()
         torch.cuda.current_stream().wait_stream(side)
     for name in SHAPES:
@@ -166,7 +169,7 @@ def test_the_callers_stream_is_used(backend: str) -> None:
 @over_backends
 def test_devices_mix_in_an_optimizer_and_nowhere_else(backend: str) -> None:
     """One launch for each device; a norm over several, or a gradient elsewhere, is refused."""
-    params = {"w": parameters(GPU)["w"], "b": parameters(torch.device("cpu"))["b"]}
+    params = nn.ParameterDict({"w": parameters(GPU)["w"], "b": parameters(torch.device("cpu"))["b"]})
     plan = sf.FreezePlan({"w": PLAN["w"]})
     opt = sf.MaskedAdamW(params.items(), lr=0.1, freeze=plan)
     give_gradients(params, 0)
