@@ -168,13 +168,16 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             seen.setdefault("asked", []).extend(pairs)
         return batches(chat, pairs, size)
 
-    def trained(model: Any, chat: real_model.Chat, pairs: list[real_model.Pair], *rest: Any) -> int:
+    def trained(model: Any, chat: real_model.Chat, opt: Any, pairs: list[real_model.Pair], *rest: Any) -> int:
         seen.setdefault("trained", []).extend(pairs)
-        return train(model, chat, pairs, *rest)
+        return train(model, chat, opt, pairs, *rest)
 
     monkeypatch.setattr(real_model.Chat, "batches", encoded)
     monkeypatch.setattr(real_model, "train", trained)
-    found = real_model.run_seed(0, 2, "cpu", lambda _: None)
+    setting = real_model.Setting(0, "cpu", lambda _: None)
+    arms = real_model.unit_arms(setting, 2)
+    loops = real_model.loop_arms(setting)
+    found = {"seed": 0, "draws": 2, "aligned": setting.aligned, "arms": arms}
     animals = {*real_model.BIRDS, *real_model.OTHERS}
 
     def about(pairs: list[real_model.Pair]) -> set[str]:
@@ -194,6 +197,10 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert arm["frozen bytes compared"] == pytest.approx(found["arms"][like]["frozen bytes compared"], rel=0.25)
     text = report.real_report([{**found, "machine": {"processor": "p", "torch": "2", "date": "today"}}])
     assert "| decision Fisher, 50%, half rate | 6 |" in text and "too few seeds to tell" in text
+    assert {arm for pair in report.REAL_LOOP_PAIRS for arm in pair} <= loops.keys()
+    for name, arm in loops.items():
+        assert arm["steps"] == (12 if "quarter rate" in name else 3) and arm.keys() >= {*report.REAL_COLUMNS}
+        assert ("loop" in name) == ("looks" in arm) and ("static" in name) == (arm["frozen bytes compared"] > 0)
 
 
 def test_committed_results_are_what_the_seeds_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
