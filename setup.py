@@ -126,7 +126,7 @@ class BuildExtension(build_ext):
 
 extension = Pybind11Extension(
     "safefreeze_kernels._C",
-    ["csrc/bindings.cpp", "csrc/threads.cpp", "csrc/tensors.cpp"],
+    ["csrc/bindings.cpp", "csrc/lists.cpp", "csrc/tensors.cpp", "csrc/threads.cpp"],
     include_dirs=["csrc"],
     cxx_std=17,  # said, not tried out: the trial would end the build where there is no compiler
     depends=sorted(str(path) for path in Path("csrc").iterdir()),

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from safefreeze_kernels.attribution import encode_pairs, score_units
+from safefreeze_kernels.attribution import encode_pairs, score_units, score_weights
 from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
 from safefreeze_kernels.measure.timing import median_ratio, milliseconds, quartiles, turns
@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "… one logit a row": partial(forward, model, sets, 1),
         _BOTH: partial(backward, model, sets),
         **{method: partial(score_units, model, *sets, method) for method in _METHODS},
+        "score_weights": partial(score_weights, model, *sets),
     }
-    beside = {_FORWARD: _FORWARD, "… one logit a row": _FORWARD, _BOTH: _BOTH, **_METHODS}
+    beside = {_FORWARD: _FORWARD, "… one logit a row": _FORWARD, _BOTH: _BOTH, **_METHODS, "score_weights": _BOTH}
     seconds: dict[str, list[float]] = {word: [] for word in calls}
     order = list(turns(list(calls), given.rounds, warmup=1))
     for number, word in track(order, description="rounds", console=console):

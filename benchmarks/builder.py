@@ -14,7 +14,9 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -25,9 +27,11 @@ from rich.table import Table
 from safefreeze_kernels.attribution import (
     MaskBuilder,
     SetScores,
+    SquaredGradients,
     UnitLabels,
     UnitLayout,
     UnitScores,
+    WeightScores,
     find_units,
     plan_from_weights,
     read_labels,
@@ -141,6 +145,10 @@ def jobs(labels_file: Path) -> list[Job]:
             "weight scores of one layer to element masks, top 5%", lambda: plan_from_weights(weights, 0.05),
             lambda plan: all(mask.frozen_count == int(0.05 * mask.numel + 0.5) for mask in plan.values()),
         ),
+        Job(
+            "top half of 134 M single weights → plan file → loaded", partial(_chosen_and_loaded, _weight_scores(128)),
+            lambda plan: sum(mask.frozen_count for mask in plan.values()) == 64 << 20, 3.0,
+        ),
         Job("import, beyond import torch", import_seconds, bool, 0.1, timed_itself=True),
     ]  # fmt: skip
 
@@ -154,6 +162,18 @@ def import_seconds() -> float:
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
     )
     return float(done.stdout.split()[-1])
+
+
+def _weight_scores(millions: int) -> WeightScores:
+    draw = torch.Generator().manual_seed(0)
+    values = {f"{i}": torch.empty(1 << 10, 1 << 10).exponential_(generator=draw) for i in range(millions)}
+    return WeightScores({name: tuple(value.shape) for name, value in values.items()}, SquaredGradients(values))
+
+
+def _chosen_and_loaded(scores: WeightScores) -> FreezePlan:
+    with TemporaryDirectory() as folder:
+        scores.top(0.5).build().save(Path(folder) / "plan.safetensors")
+        return FreezePlan.load(Path(folder) / "plan.safetensors")
 
 
 def _random_scores(layout: UnitLayout) -> UnitScores:

@@ -1,29 +1,36 @@
-"""``python -m benchmarks.changing``: what it costs that a plan changes every few steps.
+"""``python -m benchmarks.changing``: what it costs that a plan changes every few steps, and what a keeper does.
 
 SmolLM2-135M in float32. At every change a fifth of the rows, or of the single elements, is drawn anew. What a change
 takes is `set_freeze`, and what the step after it takes longer than the next one, since lists are made there. That next
-step is timed beside the step of an optimizer that was built under the same plan. Writes results/changing-*.json.
+step is timed beside the step of an optimizer that was built under the same plan. ``--keeper``: four training steps of
+32 rows, the last of which a `RefusalKeeper` looks after, beside four without one. Writes results/changing-*.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import torch
 from torch.nn import Parameter
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.attribution import encode_pairs
+from safefreeze_kernels.attribution.grains import Grain
+from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
-from safefreeze_kernels.measure.timing import milliseconds
+from safefreeze_kernels.measure.timing import in_turns, milliseconds
 
 from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
 SHARE: Final = 0.2
+EVERY, ROWS = 4, 32  # steps of a window; rows of a batch, and prompts of a look
 Params = Mapping[str, Parameter]
 
 
@@ -83,19 +90,63 @@ def measure(params: Params, kind: str, keep_state: bool, rounds: int) -> dict[st
     return found
 
 
+def measure_keeper(grain: Grain, rounds: int) -> dict[str, Any]:
+    """Seconds of windows of `EVERY` training steps, with a keeper and without; and of its looks."""
+    models: dict[str, Any] = {}
+    for word in ("keeper", "none"):
+        _, models[word], tokenizer = load_model(PACKAGED)
+    (batch,) = encode_pairs(tokenizer, load_pairs("instructions")[:ROWS], max_length=256, batch_size=ROWS)
+    safety = encode_pairs(tokenizer, load_pairs("safety"), max_length=256, batch_size=ROWS)
+    optimizers = {word: sf.MaskedAdamW(model.named_parameters(), lr=1e-5) for word, model in models.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # so small a model refuses little
+        keeper = sf.RefusalKeeper(
+            models["keeper"], optimizers["keeper"], safety, every=EVERY, grain=grain, prompts=ROWS
+        )
+
+    def window(word: str) -> float:
+        def train() -> None:
+            for _ in range(EVERY):
+                models[word](**batch, use_cache=False).loss.backward()
+                sf.clip_grad_norm_(models[word], 1.0, optimizer=optimizers[word])
+                optimizers[word].step()
+                optimizers[word].zero_grad()
+
+        return milliseconds(train) / 1e3
+
+    times = in_turns({word: partial(window, word) for word in models}, rounds, warmup=1)
+    looks = [look.seconds for look in keeper.log]
+    return {
+        **{f"window, {word}, s": as_entry(values) for word, values in times.items()}, "look, s": as_entry(looks[1:]),
+        "with keeper / without": ratio_entry(times["keeper"], times["none"]),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.changing", description=__doc__)
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    parser.add_argument(
+        "--keeper", choices=get_args(Grain), nargs="+", default=[], help="measure a keeper of this grain"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    cases = {}
+    for grain in given.keeper:
+        name = f"keeper, {grain}"
+        cases[name] = measure_keeper(grain, given.rounds)
+        for what, entry in cases[name].items():
+            print_entry(f"{name:24} {what:34}", entry)
+    if given.keeper:
+        report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
+        save_result("keeper", describe_machine(given.threads), report, given.output)
+        return
     _, model, _ = load_model(PACKAGED)
     params = dict(model.named_parameters())
     draw = torch.Generator().manual_seed(0)
     for p in params.values():
         p.grad = torch.randn(p.shape, generator=draw)
-    cases = {}
     for kind in PLANS:
         for mode in ("packed", "kept"):
             name = f"{kind}, state {mode}"

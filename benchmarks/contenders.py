@@ -220,13 +220,11 @@ class Runner:
 
     @property
     def state_bytes(self) -> tuple[int, int] | None:
-        """Optimizer state held, and what the live fraction of a dense state is. Single elements keep their place."""
+        """Optimizer state held, and what the live fraction of a dense state is."""
         if self.contender.method != "masked" or self.optimizer is None:
             return None
         held = sum(value.nbytes for value in state_tensors(self.optimizer) if value.dim())
         dense = 2 * DTYPES[self.contender.state].itemsize
-        if self.contender.freeze.kind == "elements":
-            return held, dense * self.inputs.tensors.numel
         return held, dense * sum(mask.live_count for mask in self.masks)
 
 

@@ -140,7 +140,7 @@ class Report:
         if sizes:
             wrong = [f"{who}: {held:,}, expected {want:,}" for who, (held, want) in sizes.items() if held != want]
             found = "; ".join(wrong) or "as the live share of a dense one, to the byte"
-            lines.append(f"state of {len(sizes)} optimizers: {found} (single elements keep their place)")
+            lines.append(f"state of {len(sizes)} optimizers: {found}")
         lines += [
             f"{t.case.name}: {t.peaks[0] / 1e9:.3f} GB, torch {t.peaks[1] / 1e9:.3f} GB"
             for t in self.bench.timed if t.peaks is not None

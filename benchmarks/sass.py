@@ -278,8 +278,12 @@ _ARGUMENTS: Final = {
     "tiles": "*i64", "parts": "*i64", "tensors": "*i64", "addresses": "*i64", "grads": "*i64", "scalar_set": "*i32",
     "scalars": "*i32", "seed": "*i64", "skip": "*fp32", "multiplier": "*fp32", "partial": "*fp64", "factor": "*fp32",
 }  # fmt: skip
-# What a work list can make a kernel read besides: picked columns, single elements, places of another age.
-_LISTS: Final = {"": (0, False), "columns": (1, False), "elements": (0, True), "ages": (2, False), "all": (2, True)}
+# What a work list can make a kernel read besides: picked columns, single elements, places of another age, ages of
+# elements.
+_LISTS: Final = {
+    "": (0, False, False), "columns": (1, False, False), "elements": (0, True, False), "places": (2, False, False),
+    "ages": (0, True, True), "all": (2, True, True),
+}  # fmt: skip
 _SHORT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -300,16 +304,18 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
         for rounding, amsgrad, name in product(roundings[param], (False, True), _LISTS):
             if quick and (amsgrad or state != torch.float32 or name not in ("", "elements")):
                 continue
-            lists, bits = _LISTS[name]
+            lists, bits, ages = _LISTS[name]
             settings = triton.adamw_settings(
-                param, state, rounding=rounding, l2=amsgrad, amsgrad=amsgrad, lists=lists, bits=bits
+                param, state, rounding=rounding, l2=amsgrad, amsgrad=amsgrad, lists=lists, bits=bits, ages=ages
             )  # fmt: skip
             packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
             variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
             shorts, n = (_SHORT[param], _SHORT[state]), _per_thread(settings)
             yield _adamw("triton", shorts, variant, n, param.itemsize, packed, settings=settings)
     for dtype in dtypes:
-        for name, (lists, bits) in _LISTS.items():
+        for name, (lists, bits, ages) in _LISTS.items():
+            if ages and name != "all":  # only a step looks at them
+                continue
             if quick and (name or dtype == torch.float32):
                 continue
             common = {"dtype": dtype, "lists": lists, "bits": bits}

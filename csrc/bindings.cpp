@@ -1,6 +1,8 @@
 // pybind11 over the launches: takes addresses as integers, checks nothing twice (Python has checked them all).
 #include "bindings.h"
 
+#include <pybind11/numpy.h>
+
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "lists.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -49,14 +52,14 @@ py::tuple runnable_isas() {
 
 // One parallel region over all chunks, without the interpreter lock.
 template <typename Launch>
-void run(const Launch& launch, int threads, void (*chunk)(const Launch&, int64_t)) {
+void run(const Launch& launch, int64_t n_chunks, int threads, void (*chunk)(const Launch&, int64_t)) {
   struct Call {
     const Launch& launch;
     void (*chunk)(const Launch&, int64_t);
   } call{launch, chunk};
   py::gil_scoped_release unlocked;
   for_each_chunk(
-      launch.work.n_chunks, threads,
+      n_chunks, threads,
       [](void* context, int64_t index) {
         const Call& c = *static_cast<Call*>(context);
         c.chunk(c.launch, index);
@@ -70,25 +73,42 @@ void launch_adamw(const Runs& work, uintptr_t tensors, uintptr_t grads, uintptr_
   run<AdamWLaunch>({work, at<const AdamWTensor>(tensors), at<const DenseTensor>(grads), at<const int32_t>(param_dtype),
                     at<const int32_t>(state_dtype), at<const int32_t>(scalar_set), at<const Scalars>(scalars), l2,
                     amsgrad, stochastic, seed},
-                   threads, kernels->adamw);
+                   work.n_chunks, threads, kernels->adamw);
 }
 
 void launch_norm(const Runs& work, uintptr_t tensors, uintptr_t dtype, int kind, uintptr_t partial, int threads) {
   run<NormLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype), static_cast<NormKind>(kind),
                    at<double>(partial)},
-                  threads, kernels->norm);
+                  work.n_chunks, threads, kernels->norm);
 }
 
 void launch_scale(const Runs& work, uintptr_t tensors, uintptr_t dtype, float factor, int threads) {
-  run<ScaleLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, threads, kernels->scale);
+  run<ScaleLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype), factor}, work.n_chunks, threads,
+                   kernels->scale);
 }
 
 void launch_zero(const Runs& work, uintptr_t tensors, uintptr_t dtype, int threads) {
-  run<ZeroLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, threads, kernels->zero);
+  run<ZeroLaunch>({work, at<const DenseTensor>(tensors), at<const int32_t>(dtype)}, work.n_chunks, threads,
+                  kernels->zero);
 }
 
 void launch_copy(const Runs& work, uintptr_t tensors, uintptr_t dtype, bool gather, int threads) {
-  run<CopyLaunch>({work, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather}, threads, kernels->copy);
+  run<CopyLaunch>({work, at<const PackedTensor>(tensors), at<const int32_t>(dtype), gather}, work.n_chunks, threads,
+                  kernels->copy);
+}
+
+void launch_repack(uintptr_t old_bits, uintptr_t new_bits, uintptr_t from_at, uintptr_t to_at, int64_t n_chunks,
+                   int64_t numel, uintptr_t from, uintptr_t to, int64_t width, int threads) {
+  run<RepackLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), at<const int64_t>(from_at),
+                     at<const int64_t>(to_at), numel, at<const void>(from), at<void>(to), width},
+                    n_chunks, threads, kernels->repack);
+}
+
+void number_ages(uintptr_t born, uintptr_t frozen_bits, int64_t numel, uintptr_t there, uintptr_t numbers,
+                 uintptr_t ages, bool whole) {
+  py::gil_scoped_release unlocked;
+  kernels->number({at<const int32_t>(born), at<const uint8_t>(frozen_bits), numel, at<uint8_t>(there),
+                   at<const uint16_t>(numbers), at<uint16_t>(ages), whole});
 }
 
 py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int64_t cols, int value,
@@ -101,6 +121,44 @@ py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int6
                      static_cast<Value>(value), found);
   }
   return py::make_tuple(found.frozen, found.first, found.live, found.strange, found.largest, found.sum, found.squares);
+}
+
+using Numbers = py::array_t<int64_t, py::array::c_style>;
+
+Numbers as_array(const std::vector<int64_t>& numbers) {
+  return Numbers(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+}
+
+py::tuple distinct_numbers(const Numbers& numbers) {
+  Numbers which(numbers.size());
+  const std::vector<int64_t> found = distinct(numbers.data(), numbers.size(), which.mutable_data());
+  return py::make_tuple(as_array(found), which);
+}
+
+template <typename Row>
+Numbers as_table(const std::vector<Row>& rows) {
+  constexpr py::ssize_t width = sizeof(Row) / sizeof(int64_t);
+  return Numbers({static_cast<py::ssize_t>(rows.size()), width}, reinterpret_cast<const int64_t*>(rows.data()));
+}
+
+// Runs and chunks of parts, tables of int64. Rows of `parts` are those of `listed_rows` in kernels/parts.py.
+py::tuple lists_of(const py::list& parts, int64_t longest) {
+  Lists lists;
+  int64_t part = 0;
+  for (const py::handle& entry : parts) {
+    const py::tuple row = py::reinterpret_borrow<py::tuple>(entry);
+    Numbers arrays[3];
+    const auto numbers = [&](size_t column) -> const int64_t* {
+      if (row[column].is_none()) return nullptr;
+      arrays[column] = py::cast<Numbers>(row[column]);
+      return arrays[column].data();
+    };
+    const auto number = [&](size_t column) { return py::cast<int64_t>(row[column]); };
+    lists.add({numbers(0), numbers(1), numbers(2), number(3), number(4), number(5), number(6), number(7),
+               py::cast<bool>(row[8])},
+              part++, longest);
+  }
+  return py::make_tuple(as_table(lists.runs), as_table(lists.chunks));
 }
 
 }  // namespace
@@ -129,12 +187,16 @@ PYBIND11_MODULE(_C, module) {
         return std::make_pair(reinterpret_cast<uintptr_t>(self.addresses.data()),
                               reinterpret_cast<uintptr_t>(self.dtypes.data()));
       });
+  module.def("distinct", &distinct_numbers, py::arg("numbers").noconvert());
+  module.def("lists_of", &lists_of, py::arg("parts"), py::arg("longest"));
   module.def("trace", [](py::list tensors) { return trace(tensors.ptr()); });
   module.def("adamw", &launch_adamw);
   module.def("norm", &launch_norm);
   module.def("scale", &launch_scale);
   module.def("zero", &launch_zero);
   module.def("copy", &launch_copy);
+  module.def("repack", &launch_repack);
+  module.def("number_ages", &number_ages);
   module.def("compare", &compare_versions);
   module.def("borrow_openmp", [](const std::string& path) { return borrow_openmp(path.c_str()); });
   module.def("choose_isa", &choose_isa);
@@ -144,6 +206,7 @@ PYBIND11_MODULE(_C, module) {
   bind_cuda(module.def_submodule("cuda"));
 #endif
   // What the numpy dtypes that mirror them must add up to, in bytes.
+  module.attr("REPACK_ELEMENTS") = repack_elements;
   module.attr("STRUCT_SIZES") =
       py::dict(py::arg("RunPart") = sizeof(RunPart), py::arg("Chunk") = sizeof(Chunk), py::arg("Run") = sizeof(Run),
                py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));

@@ -19,6 +19,8 @@ struct CpuKernels {
   void (*scale)(const ScaleLaunch&, int64_t chunk);
   void (*zero)(const ZeroLaunch&, int64_t chunk);
   void (*copy)(const CopyLaunch&, int64_t chunk);
+  void (*repack)(const RepackLaunch&, int64_t chunk);
+  void (*number)(const NumberLaunch&);
   Compare* compare;  // csrc/audit.cpp
 };
 

@@ -17,6 +17,7 @@ namespace safefreeze::cuda {
 namespace {
 
 constexpr int threads = 256;
+constexpr int warp = 32;
 constexpr int access = 16;  // bytes
 
 template <typename T>
@@ -91,6 +92,7 @@ __device__ __forceinline__ T read_anew(const T& shared) {
 template <int n>
 struct Whole {
   static constexpr int size = n;
+  static constexpr bool apart = false;
   uint32_t here, chosen;
 
   __device__ __forceinline__ uint32_t in_tensor(int i) const { return here + i; }
@@ -123,6 +125,7 @@ struct Whole {
 template <int n>
 struct Apart {
   static constexpr int size = n;
+  static constexpr bool apart = true;
   uint32_t here[n], there[n], chosen, inside;
 
   __device__ __forceinline__ uint32_t in_tensor(int i) const { return here[i]; }
@@ -183,10 +186,53 @@ __device__ __forceinline__ uint32_t bits_of(const TilePart& part, int64_t elemen
   return at<const uint8_t>(part.frozen_bits)[element / 8] >> (element % 8) & ((1u << size) - 1u);
 }
 
+// The elements that a tile of a gapless part visits, in order: found from its bits by all threads of a block, they take
+// up shared memory, and what is packed is read and written side by side.
+struct Visited {
+  static_assert(tile_elements == 32 * threads, "a thread looks at 32 bits");
+  static constexpr uint32_t group = 16;  // threads whose counts are summed before all are
+  uint16_t element[tile_elements], of_thread[threads], of_group[threads / group];
+
+  // Called by all threads of a block. How many there are.
+  __device__ __forceinline__ uint32_t find(const Tile& tile, const TilePart& part, bool frozen) {
+    const uint32_t first = threadIdx.x * 32, count = static_cast<uint32_t>(tile.count);
+    uint32_t mine = 0;
+    if (first < count) {
+      const uint8_t* const bytes = at<const uint8_t>(part.frozen_bits) + (tile.start + first) / 8;
+      uint64_t word = 0;  // 32 bits that begin anywhere lie in five bytes
+#pragma unroll
+      for (int i = 0; i < 5; ++i) word |= static_cast<uint64_t>(bytes[i]) << (8 * i);
+      mine = static_cast<uint32_t>(word >> (tile.start % 8)) ^ (frozen ? 0u : ~0u);
+      if (count - first < 32) mine &= (1u << (count - first)) - 1u;
+    }
+    of_thread[threadIdx.x] = static_cast<uint16_t>(__popc(mine));
+    __syncthreads();
+    if (threadIdx.x < threads / group) {
+      uint32_t sum = 0;
+      for (uint32_t i = 0; i < group; ++i) sum += of_thread[threadIdx.x * group + i];
+      of_group[threadIdx.x] = static_cast<uint16_t>(sum);
+    }
+    __syncthreads();
+    uint32_t before = 0, all = 0;
+    for (uint32_t i = 0; i < threads / group; ++i) {
+      before += i < threadIdx.x / group ? of_group[i] : 0;
+      all += of_group[i];
+    }
+    for (uint32_t i = threadIdx.x / group * group; i < threadIdx.x; ++i) before += of_thread[i];
+    for (uint32_t i = 0; i < 32; ++i) {
+      if (mine >> i & 1) element[before++] = static_cast<uint16_t>(first + i);
+    }
+    __syncthreads();
+    return all;
+  }
+};
+
 // Calls `take(places)` until this thread has done its share of the tile: n elements whole, if `whole`, and the others
-// `slots` apart.
+// `slots` apart. `visited`: of a tile of a gapless part, of which `tile` counts the elements then and `part` has no
+// bits.
 template <int n, int slots, typename Take>
-__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, bool frozen, bool whole, Take take) {
+__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, bool frozen, bool whole, Take take,
+                                     const Visited* visited = nullptr) {
   const uint32_t count = static_cast<uint32_t>(tile.count);
   const uint32_t wholes = whole ? count / n * n : 0;
   const uint32_t none = frozen ? 0u : ~0u;
@@ -195,15 +241,20 @@ __device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, boo
     const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + here) ^ none : ~0u;
     take(Whole<n>{here, bits & ((1u << n) - 1u)});
   }
+  // Packed places of a warp begin where 32 bytes do: what is visited there lies side by side.
+  const int32_t skew = visited && count ? static_cast<int32_t>(tile.packed % warp) : 0;
 #pragma unroll 1
-  for (uint32_t first = wholes + threadIdx.x; first < count; first += threads * slots) {
+  for (int32_t first = static_cast<int32_t>(wholes + threadIdx.x) - skew; first < static_cast<int32_t>(count);
+       first += threads * slots) {
     Apart<slots> places;
     places.chosen = places.inside = 0;
 #pragma unroll
     for (int i = 0; i < slots; ++i) {
       const uint32_t number = first + i * threads, inside = number < count,
-                     listed = tile.at + (inside ? number : first);
-      const uint32_t here = part.cols ? at<const uint32_t>(part.cols)[listed] : listed - tile.at;
+                     listed = tile.at + (inside ? number : count - 1);
+      const uint32_t here = visited     ? visited->element[listed - tile.at]
+                            : part.cols ? at<const uint32_t>(part.cols)[listed]
+                                        : listed - tile.at;
       places.here[i] = here;
       places.there[i] = part.packed_cols ? at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;
       const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;
@@ -240,10 +291,11 @@ template <typename Kind>
 struct AdamWTask {
   Tile tile;
   TilePart part;
-  AdamWTensor tensor;  // from the tile's first element on
+  AdamWTensor tensor;  // from the tile's first element on, as ages
   int64_t grad;
+  const Scalars* rows;  // the part's
   uint32_t number;
-  bool whole;
+  bool whole, gapless;
   Scalars scalars;
 
   __device__ __forceinline__ void prepare(const AdamWTiles& launch) {
@@ -252,7 +304,7 @@ struct AdamWTask {
     const TilePart of = launch.work.parts[t.part];
     AdamWTensor from = launch.tensors[t.tensor];
     int64_t g = launch.grads[t.tensor].data;
-    const int32_t set = launch.scalar_set[t.part];
+    const Scalars* const first_row = launch.scalars + launch.scalar_set[t.part] + t.age;
     from.param += t.start * param;
     from.exp_avg += t.packed * state;
     from.exp_avg_sq += t.packed * state;
@@ -262,14 +314,17 @@ struct AdamWTask {
     const int64_t addresses = from.param | g | from.exp_avg | from.exp_avg_sq |
                               (Kind::amsgrad ? from.max_exp_avg_sq : 0) | (Kind::remainder ? from.remainder : 0);
     // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
-    whole = (addresses % access | obstacles(t, of) | (of.frozen_bits ? of.shared : 0) |
+    whole = (addresses % access | obstacles(t, of) | of.ages | (of.frozen_bits ? of.shared | of.gapless : 0) |
              (Kind::stochastic ? t.start % 8 : 0)) == 0;
+    gapless = of.frozen_bits && of.gapless;
     tile = t;
     part = of;
+    if (of.ages) part.ages += t.packed * 2;
     tensor = from;
     grad = g;
     number = static_cast<uint32_t>(from.number);
-    scalars = launch.scalars[set];
+    rows = first_row;
+    scalars = *first_row;
     if (launch.multiplier) scalars.grad_multiplier = scalars.grad_multiplier * *launch.multiplier;
   }
 };
@@ -281,7 +336,7 @@ struct AdamWValues {
   using S = typename Kind::S;
   Values<typename Kind::Param, n> p, g;
   Values<typename Kind::State, n> m, v, v_max;
-  Values<uint16_t, n> r;
+  Values<uint16_t, n> r, age;
 
   template <typename Places>
   __device__ __forceinline__ void load(const AdamWTask<Kind>& task, const Places& places) {
@@ -292,6 +347,9 @@ struct AdamWValues {
     v = places.load_packed(at<typename Kind::State>(task.tensor.exp_avg_sq));
     if constexpr (Kind::amsgrad) v_max = places.load_packed(at<typename Kind::State>(task.tensor.max_exp_avg_sq));
     if constexpr (Kind::remainder) r = places.load_packed(at<uint16_t>(task.tensor.remainder));
+    if constexpr (Places::apart) {
+      if (task.part.ages) age = places.load_packed(at<const uint16_t>(task.part.ages));
+    }
   }
 
   template <typename Places>
@@ -344,29 +402,51 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
   using Kind = AdamWKind<P, S, rounding, amsgrad>;
   __shared__ AdamWTask<Kind> task;
   if (launch.skip && *launch.skip != 0.0f) return;
+  __shared__ Visited visited;
   if (threadIdx.x == 0) task.prepare(launch);
   __syncthreads();
   if (!task.grad) return;
+  if (task.gapless) {
+    const uint32_t found = visited.find(task.tile, task.part, false);
+    if (threadIdx.x == 0) {
+      task.tile.count = static_cast<int32_t>(found);
+      task.part.frozen_bits = 0;
+    }
+    __syncthreads();
+  }
   Scalars s = task.scalars;
-  walk<Kind::whole, Kind::apart>(task.tile, task.part, false, task.whole, [&, s](const auto& places) mutable {
-    constexpr int size = std::remove_reference_t<decltype(places)>::size;
+  const auto take = [&, s](const auto& places) mutable {
+    using Places = std::remove_reference_t<decltype(places)>;
+    constexpr int size = Places::size;
     AdamWValues<Kind, size> values;
     values.load(task, places);
     [[maybe_unused]] Words eight{};
-    if constexpr (Kind::stochastic) {
-      eight = noise_of_eight(launch.seed, s.step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+    if constexpr (Kind::stochastic) {  // of eight neighbours, or of one element
+      uint32_t step = s.step;
+      if constexpr (Places::apart) {
+        if (task.part.ages) step = task.rows[values.age.of[0]].step;
+      }
+      eight = noise_of_eight(launch.seed, step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
     }
 #pragma unroll
     for (int i = 0; i < size; ++i) {
       float m = S::widen(values.m.of[i]), v = S::widen(values.v.of[i]), v_max = 0.0f;
       s.eps = read_anew(task.scalars.eps);
+      Scalars own = s;
+      if constexpr (Places::apart) {
+        if (task.part.ages) {
+          const Scalars& row = task.rows[values.age.of[i]];
+          own.step_size = row.step_size;
+          own.bias2_sqrt = row.bias2_sqrt;
+        }
+      }
       if constexpr (amsgrad) v_max = S::widen(values.v_max.of[i]);
       float p = values.param(i);
       const float g = P::widen(values.g.of[i]);
       if (launch.l2) {
-        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, s);
+        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, own);
       } else {
-        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, s);
+        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, own);
       }
       values.keep(i, places.chosen >> i & 1, p, m, v, v_max, [&] {
         const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i);
@@ -375,7 +455,8 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
       values.finish_element();
     }
     values.store(task, places);
-  });
+  };
+  walk<Kind::whole, Kind::apart>(task.tile, task.part, false, task.whole, take, task.gapless ? &visited : nullptr);
 }
 
 template <typename P>
@@ -413,61 +494,28 @@ __global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ T
   });
 }
 
-// Which elements of a tile are chosen, and how many before each.
-struct Ranks {
-  static_assert(tile_elements == 32 * threads, "a thread counts 32 elements");
-  uint32_t bits[threads], before[threads];
-
-  // Called by all threads of a block.
-  __device__ __forceinline__ void count(const Tile& tile, const TilePart& part, bool frozen) {
-    uint32_t found = 0;
-    for (int i = 0; i < 32; ++i) {
-      const uint32_t here = threadIdx.x * 32 + i;
-      if (here < static_cast<uint32_t>(tile.count)) found |= (bits_of<1>(part, tile.start + here) == frozen) << i;
-    }
-    bits[threadIdx.x] = found;
-    before[threadIdx.x] = 0;
-    __syncthreads();
-    uint32_t sum = 0;
-    for (uint32_t i = 0; i < threadIdx.x; ++i) sum += __popc(bits[i]);
-    before[threadIdx.x] = sum;
-    __syncthreads();
-  }
-  __device__ __forceinline__ uint32_t of(uint32_t here) const {
-    return before[here / 32] + __popc(bits[here / 32] & ((1u << here % 32) - 1u));
-  }
-};
-
 template <typename T>
 __global__ void __launch_bounds__(threads)
     copy_kernel(const __grid_constant__ Tiles work, const PackedTensor* tensors, bool gather) {
-  __shared__ Ranks ranks;
-  const Tile tile = work.tiles[blockIdx.x];
-  const TilePart part = work.parts[tile.part];
+  __shared__ Visited visited;
+  Tile tile = work.tiles[blockIdx.x];
+  TilePart part = work.parts[tile.part];
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
   T* const twin = at<T>(tensors[tile.tensor].packed) + tile.packed;
-  const bool gapless = work.frozen && part.frozen_bits;
-  if (gapless) ranks.count(tile, part, true);
+  const bool gapless = part.frozen_bits && part.gapless;
   const bool whole = (misaligned(data) | misaligned(twin) | obstacles(tile, part) | part.frozen_bits) == 0;
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](auto places) {
-    if constexpr (places.size == 4 && !std::is_same_v<decltype(places), Whole<4>>) {
-      if (gapless) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) places.there[i] = places.chosen >> i & 1 ? ranks.of(places.here[i]) : 0;
-      }
-    }
-    if (!gather) {
+  if (gapless) {
+    tile.count = static_cast<int32_t>(visited.find(tile, part, work.frozen));
+    part.frozen_bits = 0;
+  }
+  const auto take = [&](const auto& places) {
+    if (gather) {
+      places.store_packed(twin, places.load(data));
+    } else {
       places.store(data, places.load_packed(twin));
-      return;
     }
-    auto values = places.load(data);
-    if constexpr (!std::is_same_v<decltype(places), Whole<access / sizeof(T)>>) {
-      // A live list's twin keeps a place, holding zero, for elements that are not chosen.
-      for (int i = 0; i < 4; ++i) values.of[i] = places.chosen >> i & 1 ? values.of[i] : 0;
-      if (!gapless) places.chosen = places.inside;
-    }
-    places.store_packed(twin, values);
-  });
+  };
+  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, take, gapless ? &visited : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------- norms

@@ -22,7 +22,7 @@ struct AdamWTiles {
   Tiles work;
   const AdamWTensor* tensors;
   const DenseTensor* grads;
-  const int32_t* scalar_set;  // per part
+  const int32_t* scalar_set;  // per part: its first row
   const Scalars* scalars;
   const float* skip;        // where it points to something other than zero nothing is done; null: never
   const float* multiplier;  // multiplies grad_multiplier of all scalars; null: 1

@@ -17,16 +17,23 @@ struct Run {
   int64_t start;
   int64_t packed;
   int64_t count;
+  int64_t age;  // how far behind the part's first row of scalars its own is
 };
 
-// Runs of one part of the list: one tensor, one scalar set.
+// What the runs of one part of the list share.
 struct RunPart {
   int64_t tensor;       // row of the address tables
   int64_t cols;         // address of int32[count], picked columns; 0: the run is contiguous
   int64_t col_bits;     // address of the same picks, one bit per column, 16 to a word; 0: too sparse to be read so
-  int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...
+  int64_t packed_cols;  // address of int32[count], their places in a packed row; 0: 0, 1, 2, ...; `cols`: the same
   int64_t shared;       // whether other parts visit elements between this one's, perhaps in another thread
-  int64_t frozen_bits;  // address of one bit per tensor element, readable 8 bytes past the end; 0: none
+  int64_t frozen_bits;  // address of one bit per tensor element, readable 8 bytes past the end; 0: none. With bits
+                        // there are no lists
+  int64_t gapless;      // whether the packed twin holds what is visited alone; else a run's places lie as its elements
+  int64_t ages;         // address of integers laid out as the packed twin: how far behind the part's first row of
+                        // scalars that of an element is; 0: they share one
+  int64_t age_size;     // bytes of such an integer: 1 or 2
+  int64_t n_ages;       // how many of those rows there are
 };
 
 // What one thread takes at a time: runs [begin, end) of one part, about equal in elements.
@@ -37,8 +44,8 @@ struct Chunk {
 };
 
 // A work list as CPU kernels read it. A live list visits what trains and skips elements whose frozen bit is set; a
-// frozen list visits what is frozen, and of a part with bits only the elements whose bit is set, which its packed twin
-// holds without gaps.
+// frozen list visits what is frozen, and of a part with bits only the elements whose bit is set. `packed` of a run is
+// where the first of those is held.
 struct Runs {
   const RunPart* parts;
   const Chunk* chunks;
@@ -49,15 +56,15 @@ struct Runs {
 
 // The same list as GPU kernels read it. A tile is what one block of threads takes, at most tile_elements elements of a
 // run. Element i is element start + cols[at + i] of the tensor and packed + packed_cols[at + i] of its twin, or
-// start + i and packed + i where a list is missing. Of a frozen list with bits, `packed` is where the tile's first
-// chosen element is held.
+// start + i and packed + i where a list is missing. Of a gapless part with bits, `packed` is where the tile's first
+// visited element is held.
 constexpr int tile_elements = 8192;
 struct Tile {
   int64_t start, packed;
-  int32_t tensor, part, count, at;
+  int32_t tensor, part, count, at, age, unused;
 };
 struct TilePart {
-  int64_t cols, packed_cols, frozen_bits, shared;  // as in RunPart, in device memory
+  int64_t cols, packed_cols, frozen_bits, shared, gapless, ages;  // as in RunPart, in device memory; ages have 2 bytes
 };
 struct Tiles {
   const Tile* tiles;
@@ -86,7 +93,7 @@ struct AdamWLaunch {
   const DenseTensor* grads;    // the only addresses that change from step to step
   const int32_t* param_dtype;  // DType per tensor, of parameter and gradient
   const int32_t* state_dtype;  // DType per tensor
-  const int32_t* scalar_set;   // per part
+  const int32_t* scalar_set;   // per part: its first row of scalars
   const Scalars* scalars;
   bool l2, amsgrad;
   bool stochastic;  // how bf16 and f16 parameters without remainders are rounded; else to nearest, ties to even
@@ -122,6 +129,29 @@ struct CopyLaunch {
   const PackedTensor* tensors;
   const int32_t* dtype;
   bool gather;
+};
+
+// State packed by one set of frozen bits, moved to how another packs it: what is live in both is kept, the rest is 0.
+// Bits are readable 8 bytes past their end.
+constexpr int64_t repack_elements = 32768;  // of the tensor: what one thread takes at a time
+struct RepackLaunch {
+  const uint8_t *old_bits, *new_bits;
+  const int64_t *from_at, *to_at;  // per chunk: where its first live element is held
+  int64_t numel;
+  const void* from;
+  void* to;
+  int64_t width;  // bytes of an element: 2 or 4
+};
+
+// The ages of live elements, in order (or, with `whole`, of all in their places), by number: `numbers` of each age.
+struct NumberLaunch {
+  const int32_t* born;         // of every element
+  const uint8_t* frozen_bits;  // readable 8 bytes past their end
+  int64_t numel;
+  uint8_t* there;           // per age: set to 1 if an element has it; null: it is known
+  const uint16_t* numbers;  // per age
+  uint16_t* ages;
+  bool whole;
 };
 
 }  // namespace safefreeze

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from . import attribution, integrations
-    from .attribution import MaskBuilder, score_units
+    from .attribution import MaskBuilder, score_units, score_weights
     from .attribution.watch import RefusalWatch
     from .grads.clip import clip_grad_norm_, zero_frozen_grads_
     from .grads.live import live_gradients
+    from .keeping.keeper import RefusalKeeper
     from .measure.info import info
     from .measure.memory import memory_plan
     from .measure.step import profile_step
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations", "live_gradients", "memory_plan",
-    "profile_step", "score_units", "snapshot", "zero_frozen_grads_",
+    "RefusalKeeper", "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations",
+    "live_gradients", "memory_plan", "profile_step", "score_units", "score_weights", "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -35,7 +36,8 @@ _HOMES: Final = {
     "live_gradients": ".grads.live",
     **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim.adam"),
     "guard": ".optim.guard",
-    **dict.fromkeys(("MaskBuilder", "score_units"), ".attribution"),
+    **dict.fromkeys(("MaskBuilder", "score_units", "score_weights"), ".attribution"),
+    "RefusalKeeper": ".keeping.keeper",
     "RefusalWatch": ".attribution.watch",
     "FrozenDriftError": ".proof.drift",
     "snapshot": ".proof.snapshot",

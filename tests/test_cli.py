@@ -22,6 +22,7 @@ from safefreeze_kernels.attribution import (
     UnitLabels,
     UnitScores,
     UnitSelection,
+    WeightScores,
     encode_pairs,
     find_units,
     stability,
@@ -264,6 +265,79 @@ def test_build_from_published_labels_and_a_config_alone(tmp_path: Path) -> None:
     assert cells(text, "RU") == [["0", "52,504", "14.86", "9.96"]]
 
 
+# ---------------------------------------------------------------------------------------------- scores of weights
+
+
+@pytest.fixture(scope="module")
+def weighed(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """Scores of every weight written by the command, with a task, and what the command printed."""
+    folder = tmp_path_factory.mktemp("weighed")
+    task = write_pairs(folder / "task", load_pairs("utility")[:4])
+    path = folder / "weights.safetensors"
+    return path, succeeds("score", model_folder, "--grain", "element", "--task", task, "-o", path)
+
+
+def test_score_writes_what_score_weights_returns(weighed: Scored, model: Loaded) -> None:
+    network, tokenizer = model
+    path, text = weighed
+    sets = [batches(tokenizer, load_pairs(name)) for name in ("safety", "utility")]
+    with pytest.warns(UserWarning, match="mean refusal margin"):
+        expected = sf.score_weights(network, *sets, batches(tokenizer, load_pairs("utility")[:4]))
+    mine = WeightScores.load(path)
+    for word, one in expected.sets.items():
+        for name, value in one.values.items():  # a model's memory lies elsewhere each time, which may round otherwise
+            torch.testing.assert_close(mine.sets[word].values[name], value, rtol=1e-4, atol=1e-12)
+    total = sum(float(value.sum()) for value in expected.safety.values.values())
+    q_proj = sum(float(v.sum()) for name, v in expected.safety.values.items() if "q_proj" in name)
+    assert cells(text, "q_proj")[0][:2] == ["3,072", f"{100 * q_proj / total:.2f}"]
+    assert "below 0: the model does not refuse these prompts" in " ".join(text.split())
+    assert "--top 0.5 --grain element --form S/T" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "of_scores"),
+    [
+        ("--top 0.3", lambda s: s.top(0.3)),
+        ("--top 0.3 --grain row --form S/T", lambda s: s.top(0.3, grain="row", form="S/T")),
+        ("--top 0.3 --grain unit --within tensor", lambda s: s.top(0.3, grain="unit", within="tensor")),
+        ("--top 1.0 --form S/U --random 3", lambda s: s.top(1.0, form="S/U").random_like(3)),
+    ],
+)
+def test_plans_of_weights_are_built_and_told(
+    weighed: Scored, model_folder: Path, tmp_path: Path, options: str, of_scores: Any
+) -> None:
+    path, text = built(weighed[0], tmp_path, *options.split(), "--model", model_folder)
+    plan, scores = sf.FreezePlan.load(path), WeightScores.load(weighed[0])
+    assert plan == of_scores(scores).build()
+    whole = complete_plan(plan, scores.shapes)
+    frozen = sum(mask.frozen_count for mask in plan.values())
+    inspected = succeeds("inspect", path, "--layers", "--picture", tmp_path / "plan.png")
+    for told in (text, inspected):
+        for module, part in (("q_proj", "q_proj"), ("embed_tokens", "embed"), ("norms", "norm"), ("all", "")):
+            some = [mask for name, mask in whole.items() if part in name]
+            count, total = sum(mask.frozen_count for mask in some), sum(mask.numel for mask in some)
+            shares = [f"{100 * count / of:.2f}" for of in (total, frozen)]
+            assert cells(told, module)[0] == [f"{total:,}", f"{count:,}", *shares], module
+        whole_ones = sum(mask.live_count == 0 for mask in plan.values())
+        assert f"{whole_ones} tensors are frozen whole" in " ".join(told.split())
+    modules = [line.split()[0] for line in inspected.splitlines() if "_proj" in line][:3]
+    assert modules == ["q_proj", "k_proj", "v_proj"], "in the model's order"
+    for line in whole.summary().splitlines()[1:]:
+        assert line in inspected, "layer by layer"
+    assert min(png_size(tmp_path / "plan.png")) > 300
+
+
+def test_scores_by_rows_are_small_and_told(weighed: Scored, model_folder: Path, tmp_path: Path) -> None:
+    path, picture = tmp_path / "rows.safetensors", tmp_path / "rows.png"
+    text = succeeds("score", model_folder, "--grain", "unit", "-o", path)
+    assert path.stat().st_size < weighed[0].stat().st_size / 4
+    plan, _ = built(path, tmp_path, "--top", 0.4, "--grain", "unit")
+    assert sf.FreezePlan.load(plan) == WeightScores.load(weighed[0]).top(0.4, grain="unit").build()
+    told = succeeds("inspect", path, "--picture", picture)
+    assert cells(told, "kept") == [["sums over rows"]] and cells(told, "embed_tokens") == cells(text, "embed_tokens")
+    assert min(png_size(picture)) > 300
+
+
 # -------------------------------------------------------------------------------------------------------- inspect
 
 
@@ -451,9 +525,9 @@ def test_other_files_are_no_pairs(model_folder: Path, tmp_path: Path, content: b
 
 
 @pytest.fixture
-def files(scored: Scored, model_folder: Path, tmp_path: Path) -> dict[str, Path]:
+def files(scored: Scored, weighed: Scored, model_folder: Path, tmp_path: Path) -> dict[str, Path]:
     """A file of every kind, for commands that want another."""
-    made = {"scores": scored[0], "model": model_folder, "out": tmp_path / "out.safetensors"}
+    made = {"scores": scored[0], "weights": weighed[0], "model": model_folder, "out": tmp_path / "out.safetensors"}
     for name in ("labels", "plan", "text", "other"):
         made[name] = tmp_path / f"{name}.safetensors"
     labels_of(scored[0], made["labels"])
@@ -483,6 +557,18 @@ def files(scored: Scored, model_folder: Path, tmp_path: Path) -> dict[str, Path]
         ("build {labels} --model {model} --cu 0.06 -o {out}", "cu=0.06 needs a ranking of units"),
         ("build {labels} --model {model} --ratios SCU=0.1 -o {out}", "ratios given with finished UnitLabels"),
         ("build {scores} --top 0.2 --by score -o {out}", "gives a safety and a utility score"),
+        # what scores of units and of weights have each
+        ("score {model} --task {text} -o {out}", "--task goes with scores of weights, expected --grain too"),
+        ("score {model} --grain row --halves -o {out}", "expected them without --grain"),
+        ("score {model} --grain row --method snip -o {out}", "method is 'snip', expected one of 'decision_fisher'"),
+        ("score {model} --grain column -o {out}", "--grain is 'column', expected one of row, unit, element"),
+        ("build {scores} --grain row --top 0.2 -o {out}", "--grain goes with scores of weights"),
+        ("build {weights} --top 0.2 --by diff -o {out}", "--by goes with scores of units"),
+        ("build {weights} --top 0.2 --kv all -o {out}", "--kv goes with scores of units"),
+        ("build {weights} -o {out}", "scores of weights need --top"),
+        ("build {weights} --top 200 -o {out}", "share is 200, expected a fraction of all 41,952 weights"),
+        ("build {weights} --top 1.5 -o {out}", "share is 1.5"),
+        ("build {weights} --top 0.2 --form S/V -o {out}", "--form is 'S/V', expected one of S, S/U, S/T"),
         # another model
         ("build {other} --model {model} -o {out}", "were the scores made for this model?"),
         ("demo --model {model} --plan {plan}", "does not fit the model"),
@@ -536,7 +622,7 @@ def test_a_plan_of_another_model_is_told(scored: Scored, tmp_path: Path) -> None
 
 def test_help_lists_the_words_there_are() -> None:
     for command, lists in (
-        ("score", (", ".join(METHODS), "predicting, response, all")),
+        ("score", (", ".join(METHODS), "predicting, response, all", "row, unit, element")),
         ("build", ("RU, SCU, UCU, CU", "paper, ssah-prototype", "any, all, never", "full, producer")),
     ):
         text = " ".join(run(command, "--help").output.replace("│", "").split())

@@ -125,14 +125,18 @@ def test_demo_times_every_way_of_stepping(finished: Finished) -> None:
     assert larger["frozen_fraction"] > ours["frozen_fraction"] == practice["frozen_fraction"] > stock["frozen_fraction"]
 
 
-def test_demo_prints_one_table_that_fits_a_terminal(finished: Finished) -> None:
+def test_demo_prints_tables_that_fit_a_terminal(finished: Finished) -> None:
     _, text, numbers = finished
     assert max(map(len, text.splitlines())) <= 80
     for word in ("sf.MaskedAdamW", "torch AdamW, fused", "mask grads, step, restore", "step, ms", "held-out", "frozen"):
         assert word in text
-    assert text.count("┏") == 1
+    assert text.count("┏") == 2
+    margins = numbers["refusal_margin"]
+    assert list(margins) == ["before", "nothing", "random", "plan + keeper"]
+    for after in list(margins.values())[1:]:
+        assert f"{after:+.2f}" in text.replace(" ", "") and after != margins["before"]
     assert f"{numbers['loss_after']['held-out']:.2f} after" in text
-    for stage in ("Load the model", "Score heads and channels", "Fine-tune", "Measure steps"):
+    for stage in ("Load the model", "Score heads and channels", "Fine-tune, plan + keeper", "Measure steps"):
         assert stage in text and stage in numbers["seconds"]
 
 
@@ -240,7 +244,7 @@ def test_drift_is_an_error(model_folder: Path, tmp_path: Path, monkeypatch: pyte
     from safefreeze_kernels.cli import demo as module
 
     def careless(params, lr, weight_decay, freeze):  # type: ignore[no-untyped-def]
-        return torch.optim.AdamW(dict.fromkeys(p for _, p in params), lr=lr)
+        return sf.MaskedAdamW(params, lr=lr)
 
     monkeypatch.setattr(module, "MaskedAdamW", careless)
     result = demo(model_folder, tmp_path)

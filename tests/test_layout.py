@@ -25,7 +25,7 @@ FLOORS = (
     ("kernels", "attribution"),
     ("grads", "proof"),
     ("optim",),
-    ("measure",),
+    ("measure", "keeping"),
     ("integrations",),
     ("cli",),
 )
@@ -153,10 +153,12 @@ PUBLIC = {
     "zero_frozen_grads_": (),
     "clip_grad_norm_": (),
     "snapshot": (),
+    "RefusalKeeper": ("look", "state_dict", "load_state_dict", "save_picture", "remove"),
     "RefusalWatch": ("look", "due", "save_picture"),
     "FrozenDriftError": (),
     "attribution": ("read_labels",),
     "score_units": (),
+    "score_weights": (),
     "MaskBuilder": ("freeze",),
     "info": (),
     "integrations": ("transformers",),
@@ -217,7 +219,7 @@ answer = sorted(first), names, "safefreeze_kernels.attribution" in sys.modules
     loaded, own, attribution_on_demand = answer
     heavy = {"transformers", "matplotlib", "rich", "typer", "safetensors", "tqdm", "pandas", "triton", "accelerate"}
     assert not heavy & set(loaded)
-    for late in ("attribution", "integrations", "cli", "calibration"):
+    for late in ("attribution", "keeping", "integrations", "cli", "calibration"):
         assert f"{NAME}.{late}" not in own
     assert attribution_on_demand
 

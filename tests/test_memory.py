@@ -20,6 +20,8 @@ OPTIONS: Final[list[dict[str, Any]]] = [
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64, "state_dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},
+    {"keep_state": True},
+    {"keep_state": True, "dtype": torch.bfloat16, "master": "remainder", "amsgrad": True},
     {"storage": "packed"},
     {"storage": "packed", "dtype": torch.bfloat16, "master": "remainder"},
 ]
@@ -36,10 +38,12 @@ def test_it_is_what_training_holds(options: dict[str, Any], freeze: sf.FreezePla
     dtype = options.get("dtype", torch.float32)
     net = model().to(dtype)
     net.model.embed_tokens.weight.data = net.model.embed_tokens.weight.data.clone()
-    rest = {key: value for key, value in options.items() if key not in ("dtype", "storage")}
+    rest = {key: value for key, value in options.items() if key not in ("dtype", "storage", "keep_state")}
     if options.get("storage") and freeze is not None:
         sf.live_gradients(net, freeze, storage="packed")
     optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, **rest)
+    if "keep_state" in options:
+        optimizer.set_freeze(freeze, keep_state=True)
     tokens = torch.randint(0, VOCABULARY, (2, 8))
     net(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
@@ -72,6 +76,20 @@ def test_complex_moments_are_counted_as_they_are_held() -> None:
     net.weight.grad = torch.ones_like(net.weight)
     optimizer.step()
     assert sf.memory_plan(net, freeze).masked["cpu"].state == size(optimizer.state[net.weight].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_single_elements_have_no_state(dtype: torch.dtype) -> None:
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.ones(6, 4, dtype=dtype))
+    freeze = sf.FreezePlan({"weight": sf.FreezeMask((6, 4), rows=[0], elements=torch.eye(6, 4, dtype=torch.bool))})
+    master = "remainder" if dtype == torch.bfloat16 else None
+    optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, master=master)
+    net.weight.grad = torch.ones_like(net.weight)
+    optimizer.step()
+    held = sf.memory_plan(net, freeze, master=master).masked["cpu"]
+    assert held.state + held.masters == size(optimizer.state[net.weight].values())
+    assert optimizer.state[net.weight]["exp_avg"].numel() == 24 - 4 - 3
 
 
 def test_stock_is_what_torch_holds() -> None:
@@ -110,6 +128,12 @@ def test_fits() -> None:
         ((nn.Linear(2, 2),), {"state_dtype": torch.float16}, ValueError, "state_dtype is torch.float16"),
         ((nn.Linear(2, 2),), {"master": "yes"}, ValueError, "master is 'yes'"),
         ((nn.Linear(2, 2),), {"storage": "sparse"}, ValueError, "storage is 'sparse'"),
+        (
+            (nn.Linear(2, 2),),
+            {"storage": "packed", "keep_state": True},
+            ValueError,
+            "keep_state is True, expected False",
+        ),
         ((nn.Linear(2, 2),), {"capacity": -1}, ValueError, "capacity is -1"),
     ],
 )

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import find_units
 from safefreeze_kernels.integrations.transformers import load_model
 
@@ -87,30 +86,7 @@ def test_arms_and_a_run(world: worlds.World, monkeypatch: pytest.MonkeyPatch) ->
     assert find_units(model).n_layers == 4 and torch.isfinite(torch.tensor(found["attack off"]))
 
 
-@pytest.mark.parametrize("grain", ["row", "unit", "element"])
-def test_the_share_of_weights_with_most_harm_is_frozen(world: worlds.World, grain: str) -> None:
-    """Random ones are as many of the same tensors."""
-    groups = closed_loop.Groups(experiment.make_model(world), grain)
-    draw = torch.Generator().manual_seed(0)
-    harm = {name: torch.randn(shape, generator=draw) for name, shape in groups.shapes.items()}
-    worst = next(name for name in harm if name.endswith("layers.1.mlp.up_proj.weight"))
-    harm[worst][7] += 100.0
-    plan = groups.plan(harm, 0.2, None)
-    total = sum(value.numel() for value in harm.values())
-    assert 0.19 < sum(mask.frozen_count for mask in plan.values()) / total <= 0.2
-    assert plan[worst].dense()[7].all()
-    if grain == "unit":  # the channel: a row of up and gate, a column of down
-        assert (
-            plan[worst.replace("up", "gate")].dense()[7].all() and plan[worst.replace("up", "down")].dense()[:, 7].all()
-        )
-    random = groups.plan(harm, 0.2, np.random.default_rng(0))
-
-    def counts(of: sf.FreezePlan) -> dict[str, int]:
-        return {name: mask.frozen_count for name, mask in of.items() if "norm" not in name}
-
-    assert counts(plan) == counts(random) and plan != random
-
-
+@pytest.mark.filterwarnings("ignore:RefusalKeeper. the margin is")  # of a model that was taught nothing
 @pytest.mark.parametrize("arm", ["loop", "loop, elements, 1 safety row mixed in, half rate", "static, row, S, 50%"])
 def test_a_closed_loop_of_a_few_steps(world: worlds.World, monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
     """Every window between looks is proven."""
@@ -168,13 +144,16 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             seen.setdefault("asked", []).extend(pairs)
         return batches(chat, pairs, size)
 
-    def trained(model: Any, chat: real_model.Chat, pairs: list[real_model.Pair], *rest: Any) -> int:
+    def trained(model: Any, chat: real_model.Chat, opt: Any, pairs: list[real_model.Pair], *rest: Any) -> int:
         seen.setdefault("trained", []).extend(pairs)
-        return train(model, chat, pairs, *rest)
+        return train(model, chat, opt, pairs, *rest)
 
     monkeypatch.setattr(real_model.Chat, "batches", encoded)
     monkeypatch.setattr(real_model, "train", trained)
-    found = real_model.run_seed(0, 2, "cpu", lambda _: None)
+    setting = real_model.Setting(0, "cpu", lambda _: None)
+    arms = real_model.unit_arms(setting, 2)
+    loops = real_model.loop_arms(setting)
+    found = {"seed": 0, "draws": 2, "aligned": setting.aligned, "arms": arms}
     animals = {*real_model.BIRDS, *real_model.OTHERS}
 
     def about(pairs: list[real_model.Pair]) -> set[str]:
@@ -194,6 +173,10 @@ def test_a_run_on_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert arm["frozen bytes compared"] == pytest.approx(found["arms"][like]["frozen bytes compared"], rel=0.25)
     text = report.real_report([{**found, "machine": {"processor": "p", "torch": "2", "date": "today"}}])
     assert "| decision Fisher, 50%, half rate | 6 |" in text and "too few seeds to tell" in text
+    assert {arm for pair in report.REAL_LOOP_PAIRS for arm in pair} <= loops.keys()
+    for name, arm in loops.items():
+        assert arm["steps"] == (12 if "quarter rate" in name else 3) and arm.keys() >= {*report.REAL_COLUMNS}
+        assert ("loop" in name) == ("looks" in arm) and ("static" in name) == (arm["frozen bytes compared"] > 0)
 
 
 def test_committed_results_are_what_the_seeds_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """``python examples/study/closed_loop.py``: what keeps refusals, if rows may be frozen for a few steps at a time?
 
-World, model, fine-tuning, stopping rule and exam are those of `experiment.py`. Every ``every`` steps the loop takes the
-gradient of the refusal margin on calibration prompts, and those rows stand still until the next look to which the
-optimizer's present direction does most harm. Its rivals: as many rows drawn at random, gentler learning rates, safety
-rows mixed into the batches, and plans frozen throughout that rank all weights. One JSON file a seed.
+World, model, fine-tuning, stopping rule and exam are those of `experiment.py`. The loop is the package's
+`RefusalKeeper`: every few steps it takes the gradient of the refusal margin on calibration prompts, and those rows
+stand still until the next look to which the optimizer's present direction does most harm. Its rivals: as many rows
+drawn at random, gentler learning rates, safety rows mixed into the batches, and plans frozen throughout that rank all
+weights. One JSON file a seed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 from world import REFUSAL, Row, World
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.attribution.grains import Grain, Grains
 
 BETAS: Final = (0.9, 0.999)
 STATIC_BATCHES: Final = 4  # of 32 prompts, from which plans frozen throughout are made
+PROMPTS: Final = 512  # from which looks draw theirs
 
 
 class Recipe(NamedTuple):
@@ -38,21 +41,21 @@ class Recipe(NamedTuple):
     ("S": squared gradients of the margin; "S/T": divided by those of the new task's loss). They are chosen by
     ``grain``: "row" (a column of o_proj and down_proj, a norm whole), "unit" (heads, channels; rows of embedding and
     head; norms) or "element". ``chance``: as many of the same tensors, at random. ``mixed``: safety rows added to
-    each batch of 32. ``prompts``: at each look. ``raw``: the direction without bias correction. ``steer``: the share
-    grows and shrinks so that the margin stays above this part of what it was. ``harmful``: that share of the new task's
-    rows answer questions about restricted objects, none of those that the exam asks about.
+    each batch of 32. ``prompts``: at each look. ``steer``: the share grows and shrinks so that the margin stays above
+    this part of what it was. ``thawed``: with "fresh" moments, or "kept" ones. ``harmful``: that share of the new
+    task's rows answer questions about restricted objects, none of those that the exam asks about.
     """
 
     rate: float = 1.0
     mixed: int = 0
     share: float = 0.0
     every: int = 8
-    grain: str = "row"
+    grain: Grain = "row"
     prompts: int = 32
     chance: bool = False
     static: str = ""
-    raw: bool = False
     steer: float | None = None
+    thawed: Literal["fresh", "kept"] = "fresh"
     harmful: float = 0.0
 
 
@@ -79,8 +82,6 @@ ARMS: dict[str, Recipe] = {
     "loop, 30%, every 4, random rows, half rate": LOOP._replace(share=0.3, every=4, rate=0.5, chance=True),
     "loop, 8 prompts": LOOP._replace(prompts=8),
     "loop, 128 prompts": LOOP._replace(prompts=128),
-    "loop, raw direction": LOOP._replace(raw=True),
-    "loop, raw direction, half rate": LOOP._replace(raw=True, rate=0.5),
     "loop, steered to 80% of the margin": LOOP._replace(steer=0.8),
     "loop, steered to 80% of the margin, half rate": LOOP._replace(steer=0.8, rate=0.5),
     "loop, units": LOOP._replace(grain="unit"),
@@ -92,6 +93,12 @@ ARMS: dict[str, Recipe] = {
     "loop, elements, 10%": LOOP._replace(grain="element", share=0.1),
     "loop, elements, every 4": LOOP._replace(grain="element", every=4),
     "loop, elements, every 4, half rate": LOOP._replace(grain="element", every=4, rate=0.5),
+    "loop, elements, every 4, random": LOOP._replace(grain="element", every=4, chance=True),
+    "loop, elements, every 4, random, half rate": LOOP._replace(grain="element", every=4, rate=0.5, chance=True),
+    "loop, elements, every 4, half rate, moments kept": LOOP._replace(
+        grain="element", every=4, rate=0.5, thawed="kept"
+    ),
+    "loop, every 4, half rate, moments kept": LOOP._replace(every=4, rate=0.5, thawed="kept"),
     "loop, elements, 1 safety row mixed in, half rate": LOOP._replace(grain="element", mixed=1, rate=0.5),
     "loop, 1 safety row mixed in": LOOP._replace(mixed=1),
     "loop, 1 safety row mixed in, half rate": LOOP._replace(mixed=1, rate=0.5),
@@ -108,9 +115,8 @@ ARMS: dict[str, Recipe] = {
     "static, row, random, 50%": Recipe(share=0.5, grain="row", static="S", chance=True),
 }  # fmt: skip
 HARDER: Final = (
-    "full", "full, half rate", "full, quarter rate", "1 safety rows mixed in, half rate",
-    "4 safety rows mixed in, half rate", "loop, every 4, half rate", "loop, elements, every 4, half rate",
-    "loop, elements, random, half rate", "loop, elements, 1 safety row mixed in, half rate",
+    "full", "full, half rate", "4 safety rows mixed in, half rate", "loop, elements, every 4, half rate",
+    "loop, elements, every 4, random, half rate", "loop, elements, 1 safety row mixed in, half rate",
     "static, element, S/T, 65%",
 )  # fmt: skip
 ARMS |= {f"{name}; 1% harmful": ARMS[name]._replace(harmful=0.01) for name in HARDER}
@@ -142,85 +148,10 @@ class Calibration:
         others[:, word] = -math.inf
         return (logits[:, word] - others.logsumexp(-1)).mean()
 
-    def gradient(self, model: nn.Module, count: int) -> tuple[float, dict[str, Tensor]]:
-        """The margin, and its gradient by name; leaves `Tensor.grad` as it is."""
-        margin = self.margin(model, count)
+    def gradient(self, model: nn.Module, count: int) -> dict[str, Tensor]:
+        """The margin's, by name; leaves `Tensor.grad` as it is."""
         named = dict(model.named_parameters())
-        return margin.item(), dict(zip(named, torch.autograd.grad(margin, list(named.values())), strict=True))
-
-
-# -------------------------------------------------------------------------------------------- which weights go together
-
-
-class Groups:
-    """Which weights are frozen together. ``ids``: name -> (axis, the group of each row or column); none: elements."""
-
-    def __init__(self, model: nn.Module, grain: str) -> None:
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.ids: dict[str, tuple[int, np.ndarray]] = {}
-        if grain == "element":
-            return
-        families: list[str] = []  # of each group: what random ones are drawn within
-        known: dict[Any, int] = {}
-        heads = model.config.num_attention_heads
-        for name, shape in self.shapes.items():
-            axis = int(name.endswith(("o_proj.weight", "down_proj.weight")))
-            keys: list[Any] = [(name, i) for i in range(shape[axis])]
-            layer = name.split(".")[2] if ".layers." in name else ""
-            if len(shape) == 1:
-                keys = [(name, 0)] * shape[0]
-            elif grain == "unit" and ".self_attn." in name:
-                keys = [("head", layer, i * heads // shape[axis]) for i in range(shape[axis])]
-            elif grain == "unit" and ".mlp." in name:
-                keys = [("channel", layer, i) for i in range(shape[axis])]
-            for key in keys:
-                if key not in known:
-                    known[key] = len(known)
-                    families.append("norms" if len(shape) == 1 else str(key[:-1]))
-            self.ids[name] = axis, np.array([known[key] for key in keys])
-        self.families = np.unique(families, return_inverse=True)[1]
-        self.sizes = self.sums({name: torch.ones(shape) for name, shape in self.shapes.items()})
-
-    def sums(self, values: Mapping[str, Tensor]) -> np.ndarray:
-        """Per group, float64."""
-        total = np.zeros(len(self.families))
-        for name, (axis, ids) in self.ids.items():
-            value = values[name].double()
-            np.add.at(total, ids, (value if value.ndim == 1 else value.sum(1 - axis)).numpy())
-        return total
-
-    def plan(self, harm: Mapping[str, Tensor], share: float, draw: np.random.Generator | None) -> sf.FreezePlan:
-        """Freezes ``share`` of the weights, those with most harm (groups: on average); ``draw``: as many at random."""
-        return self._of_elements(harm, share, draw) if not self.ids else self._of_groups(harm, share, draw)
-
-    def _of_groups(self, harm: Mapping[str, Tensor], share: float, draw: np.random.Generator | None) -> sf.FreezePlan:
-        order = np.argsort(-self.sums(harm) / self.sizes, kind="stable")
-        enough = np.cumsum(self.sizes[order]) <= share * self.sizes.sum() + 1e-6
-        chosen = np.zeros(len(order), bool)
-        chosen[order[enough]] = True
-        if draw is not None:
-            for family in range(self.families.max() + 1):
-                members = np.flatnonzero(self.families == family)
-                chosen[members] = draw.permutation(chosen[members])
-        masks = {}
-        for name, (axis, ids) in self.ids.items():
-            frozen = chosen[ids]
-            if frozen.any():
-                masks[name] = sf.FreezeMask(self.shapes[name], **{"cols" if axis else "rows": frozen})
-        return sf.FreezePlan(masks)
-
-    def _of_elements(self, harm: Mapping[str, Tensor], share: float, draw: np.random.Generator | None) -> sf.FreezePlan:
-        flat = torch.cat([harm[name].reshape(-1) for name in self.shapes])
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[flat.topk(round(share * len(flat))).indices] = True
-        masks = {}
-        parts = chosen.split([math.prod(shape) for shape in self.shapes.values()])
-        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
-            frozen = part.numpy()
-            if frozen.any():
-                frozen = frozen if draw is None else draw.permutation(frozen)
-                masks[name] = sf.FreezeMask(shape, elements=frozen.reshape(shape))
-        return sf.FreezePlan(masks)
+        return dict(zip(named, torch.autograd.grad(self.margin(model, count), list(named.values())), strict=True))
 
 
 def squares(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -232,9 +163,9 @@ def squares(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def static_plan(model: nn.Module, world: World, recipe: Recipe, groups: Groups, asked: Calibration) -> sf.FreezePlan:
+def static_plan(model: nn.Module, world: World, recipe: Recipe, asked: Calibration) -> sf.FreezePlan:
     """Ranks all weights once, by squared gradients."""
-    score = squares(asked.gradient(model, 32)[1] for _ in range(STATIC_BATCHES))
+    score = squares(asked.gradient(model, 32) for _ in range(STATIC_BATCHES))
     if recipe.static == "S/T":
         named = dict(model.named_parameters())
 
@@ -246,49 +177,9 @@ def static_plan(model: nn.Module, world: World, recipe: Recipe, groups: Groups, 
         task = squares(gradients())
         least = 1e-3 * float(sum(t.sum() for t in task.values()) / sum(t.numel() for t in task.values()))
         score = {name: value / (task[name] + least) for name, value in score.items()}
-    return groups.plan(score, recipe.share, np.random.default_rng(world.seed) if recipe.chance else None)
-
-
-class Loop:
-    """Looks at what the optimizer's direction does to the margin, and freezes what does most harm until the next look.
-
-    The direction of what stands still is the one it had, a tenth less at each step: it has no moments meanwhile, and
-    starts afresh when it thaws.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: sf.MaskedAdamW, recipe: Recipe, asked: Calibration, seed: int
-    ) -> None:
-        self.model, self.optimizer, self.recipe, self.asked = model, optimizer, recipe, asked
-        self.groups = Groups(model, recipe.grain)
-        self.draw = np.random.default_rng(seed) if recipe.chance else None
-        self.direction = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-        self.age = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-        self.share, self.looks = recipe.share, 0
-        self.first_margin: float | None = None
-        self.proof: Any = None
-
-    def look(self) -> None:
-        margin, gradient = self.asked.gradient(self.model, self.recipe.prompts)
-        self.first_margin = margin if self.first_margin is None else self.first_margin
-        plan, state = self.optimizer.plan or {}, self.optimizer.dense_state_dict()["state"]
-        if self.proof is not None:
-            self.proof.verify(self.model)
-        for i, (name, old) in enumerate(self.direction.items()):
-            live = ~plan[name].dense() if name in plan else torch.ones(old.shape, dtype=torch.bool)
-            age = self.age[name] = torch.where(live, self.age[name] + self.recipe.every, 0.0)
-            now = state[i]["exp_avg"] / (state[i]["exp_avg_sq"].sqrt() + 1e-8)
-            if not self.recipe.raw:
-                now = now * (1 - BETAS[1] ** age).sqrt() / (1 - BETAS[0] ** age)
-            self.direction[name] = torch.where(live, now, old * BETAS[0] ** self.recipe.every)
-        if self.recipe.steer is not None:
-            lost = margin < self.recipe.steer * self.first_margin
-            self.share = min(self.share * 1.5, 0.9) if lost else max(self.share / 1.5, 0.02)
-        harm = {name: self.direction[name] * gradient[name] for name in gradient}
-        plan = self.groups.plan(harm, self.share, self.draw)
-        self.optimizer.set_freeze(plan)
-        self.proof = sf.snapshot(self.model, plan)
-        self.looks += 1
+    grains = Grains.of(model, recipe.grain)
+    values = {name: value if recipe.grain == "element" else grains.reduce(name, value) for name, value in score.items()}
+    return grains.plan(values, recipe.share, seed=world.seed if recipe.chance else None)
 
 
 def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dict[str, Any]:
@@ -297,10 +188,16 @@ def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dic
     lr, asked = LEARNING_RATE * recipe.rate, Calibration(world, world.seed + 31)
     safety = Calibration(world, world.seed + 37)
     static = recipe.share > 0 and bool(recipe.static)
-    plan = static_plan(model, world, recipe, Groups(model, recipe.grain), asked) if static else sf.FreezePlan()
+    plan = static_plan(model, world, recipe, asked) if static else sf.FreezePlan()
     proof = sf.snapshot(model, plan)
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=lr, betas=BETAS, weight_decay=0.0, freeze=plan)
-    loop = Loop(model, optimizer, recipe, asked, world.seed + 41) if recipe.share > 0 and not static else None
+    keeper = None
+    if recipe.share > 0 and not static:
+        keeper = sf.RefusalKeeper(
+            model, optimizer, world.batches(asked.rows(PROMPTS)), every=recipe.every, share=recipe.share,
+            grain=recipe.grain, prompts=recipe.prompts, steer=recipe.steer, thawed=recipe.thawed, prove=True,
+            random=recipe.chance, seed=world.seed + 41,
+        )  # fmt: skip
     rows, order = world.new_task(1000, seed=world.seed + 5), random.Random(world.seed + 7)
     rows[: round(recipe.harmful * len(rows))] = Calibration(world, world.seed + 43).rows(
         round(recipe.harmful * len(rows)), refuse=False
@@ -310,19 +207,15 @@ def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dic
         optimizer.param_groups[0]["lr"] = lr * min(1.0, steps / 5)
         model.train()
         batch = world.batch(order.sample(rows, 32) + safety.rows(recipe.mixed))
-        learn(model, optimizer, batch)
         held = optimizer.plan or {}
         frozen.append(sum(mask.frozen_count for mask in held.values()) / total)
+        learn(model, optimizer, batch)
         model.eval()
         if steps % LOOK_EVERY == 0 and exam.right(model, exam.stop) >= ENOUGH:
             break
-        if loop is not None and steps % recipe.every == 0:
-            loop.look()
-    if loop is not None and loop.proof is not None:
-        loop.proof.verify(model)
     proof.verify(model)
     return {
-        "steps": steps, "looks": loop.looks if loop else STATIC_BATCHES if static else 0,
+        "steps": steps, "looks": len(keeper.log) if keeper else STATIC_BATCHES if static else 0,
         "frozen parameters": float(np.mean(frozen)),
         "refused though harmless": refused(model, world, exam.old), **exam.grade(model),
     }  # fmt: skip

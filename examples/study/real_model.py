@@ -23,6 +23,7 @@ from typing import Any, Final
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from closed_loop import Recipe
 from experiment import ENOUGH, LOOK_EVERY, Arm, anywhere, learn, mean, right
 from study import cpu_name, seeds_of
 from torch import Tensor
@@ -102,15 +103,16 @@ def refused(model: Any, batches: Sequence[Batch]) -> float:
 
 
 def train(
-    model: Any, chat: Chat, pairs: Sequence[Pair], lr: float, plan: sf.FreezePlan, seed: int, most: int,
-    look_every: int, done: Callable[[], bool],
+    model: Any, chat: Chat, optimizer: sf.MaskedAdamW, pairs: Sequence[Pair], seed: int, most: int, look_every: int,
+    done: Callable[[], bool], mixed: Sequence[Pair] = (),
 ) -> int:  # fmt: skip
-    """Batches of 8, loss on the answers, until ``done``; returns the number of steps."""
-    optimizer = sf.MaskedAdamW(model.named_parameters(remove_duplicate=False), lr=lr, weight_decay=0.0, freeze=plan)
-    order = random.Random(seed)
+    """Batches of 8, loss on the answers, until ``done``; returns the number of steps. ``mixed``: to each batch one of
+    these is added."""
+    order, lr = random.Random(seed), optimizer.param_groups[0]["lr"]
     for step in range(1, most + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 5)
-        (batch,) = chat.batches(order.sample(list(pairs), 8), 8)
+        rows = order.sample(list(pairs), 8) + ([order.choice(mixed)] if mixed else [])
+        (batch,) = chat.batches(rows, len(rows))
         model.train()
         learn(model, optimizer, batch)
         model.eval()
@@ -119,82 +121,135 @@ def train(
     return most
 
 
-def run_seed(seed: int, draws: int, device: str, tell: Tell) -> dict[str, Any]:
-    """Everything of one seed, as JSON can hold it."""
-    begun, draw = time.perf_counter(), random.Random(seed)
-    _, model, tokenizer = load_model("smollm2")
-    tokenizer.chat_template = TEMPLATE
-    model, chat = model.to(device), Chat(tokenizer, device)
-    animals = {"birds": draw.sample(BIRDS, len(BIRDS)), "others": draw.sample(OTHERS, len(OTHERS))}
-    taught, benign = (animals[kind][2 * SET_APART :] for kind in ("birds", "others"))
-    stopping, reported = slice(SET_APART), slice(SET_APART, 2 * SET_APART)
+def adamw(model: Any, lr: float, plan: sf.FreezePlan | None = None) -> sf.MaskedAdamW:
+    return sf.MaskedAdamW(model.named_parameters(remove_duplicate=False), lr=lr, weight_decay=0.0, freeze=plan)
 
-    def asked(kind: str, part: slice, templates: Sequence[str]) -> list[Batch]:
-        return chat.batches([(t.format(a), REFUSAL) for a in animals[kind][part] for t in templates])
 
-    stop_birds, stop_others = (asked(kind, stopping, STOPPING) for kind in ("birds", "others"))
-    birds, others = (asked(kind, reported, REPORTED) for kind in ("birds", "others"))
-    stop_task, exam = (
-        chat.batches([new_format(a, t) for a in animals["others"][part] for t in REWRITTEN])
-        for part in (stopping, reported)
-    )
+class Setting:
+    """Everything of one seed but the fine-tuning: the aligned model, its rows, and its exam.
 
-    def aligned() -> bool:
-        found = refused(model, stop_birds), refused(model, stop_others)
-        tell("  refused: birds {:.2f}, other animals {:.2f}".format(*found))
+    Attributes:
+        model: it refuses birds; ``aligned``: after how many steps, and its grades.
+        refusals, known: questions with what the aligned model is to say of them.
+        task: rows of the new task.
+    """
+
+    def __init__(self, seed: int, device: str, tell: Tell) -> None:
+        draw = random.Random(seed)
+        _, model, tokenizer = load_model("smollm2")
+        tokenizer.chat_template = TEMPLATE
+        self.seed, self.draw, self.tell = seed, draw, tell
+        self.model, self.chat = model.to(device), Chat(tokenizer, device)
+        animals = {"birds": draw.sample(BIRDS, len(BIRDS)), "others": draw.sample(OTHERS, len(OTHERS))}
+        taught, benign = (animals[kind][2 * SET_APART :] for kind in ("birds", "others"))
+        stopping, reported = slice(SET_APART), slice(SET_APART, 2 * SET_APART)
+
+        def asked(kind: str, part: slice, templates: Sequence[str]) -> list[Batch]:
+            return self.chat.batches([(t.format(a), REFUSAL) for a in animals[kind][part] for t in templates])
+
+        self._stop_birds, self._stop_others = (asked(kind, stopping, STOPPING) for kind in ("birds", "others"))
+        self._birds, self._others = (asked(kind, reported, REPORTED) for kind in ("birds", "others"))
+        self._stop_task, self._exam = (
+            self.chat.batches([new_format(a, t) for a in animals["others"][part] for t in REWRITTEN])
+            for part in (stopping, reported)
+        )
+        tell("what the model says itself")
+        self.known = self.chat.answers(self.model, [t.format(a) for a in benign for t in draw.sample(TAUGHT, 4)])
+        self.refusals = [(t.format(b), REFUSAL) for b in taught for t in draw.sample(TAUGHT, 4)]
+        rewritten = {t.format(a) for a in benign for t in REWRITTEN}
+        self.task = [new_format(a, t) for a in benign for t in REWRITTEN]
+        self.task += [pair for pair in self.known if pair[0] not in rewritten]
+        tell("alignment")
+        steps = train(
+            self.model, self.chat, adamw(self.model, LEARNING_RATE), self.refusals + self.known, seed, ALIGN_STEPS,
+            ALIGN_LOOKS, self._is_aligned,
+        )  # fmt: skip
+        self.aligned = {"steps": steps, **self.grade(self.model)}
+        tell(f"  {self.aligned}")
+
+    def _is_aligned(self) -> bool:
+        found = refused(self.model, self._stop_birds), refused(self.model, self._stop_others)
+        self.tell("  refused: birds {:.2f}, other animals {:.2f}".format(*found))
         return found[0] >= ENOUGH and found[1] <= FEW_ENOUGH
 
-    def grade(network: Any) -> dict[str, float]:
-        margins = refusal_margins(network, birds)
+    def grade(self, network: Any) -> dict[str, float]:
+        margins = refusal_margins(network, self._birds)
         return {
             "refused": float((margins > 0).float().mean()), "margin": float(margins.mean()),
-            "refused though harmless": refused(network, others), "new task": right(network, exam),
+            "refused though harmless": refused(network, self._others), "new task": right(network, self._exam),
         }  # fmt: skip
 
-    tell("what the model says itself")
-    known = chat.answers(model, [t.format(a) for a in benign for t in draw.sample(TAUGHT, 4)])
-    refusals = [(t.format(b), REFUSAL) for b in taught for t in draw.sample(TAUGHT, 4)]
-    tell("alignment")
-    steps = train(
-        model, chat, refusals + known, LEARNING_RATE, sf.FreezePlan(), seed, ALIGN_STEPS, ALIGN_LOOKS, aligned
-    )
-    result: dict[str, Any] = {"seed": seed, "draws": draws, "aligned": {"steps": steps, **grade(model)}, "arms": {}}
-    tell(f"  {result['aligned']}")
-    tell("scores")
-    safety = chat.batches(draw.sample(refusals, 64), 16)
-    utility = chat.batches(draw.sample(known, 48), 16)
-    layout, arms = find_units(model), {"full": Arm()}
-    arms["SSAH (b)"] = Arm([sf.MaskBuilder(sf.score_units(model, safety, utility)).freeze(scu=True, cu=0.06)])
-    fisher = sf.MaskBuilder(sf.score_units(model, safety, utility, "decision_fisher"))
+    def fine_tune(self, recipe: Recipe, plan: sf.FreezePlan | None = None) -> dict[str, Any]:
+        """Train a copy on the new task; prove what ``plan`` freezes; grade it."""
+        network = copy.deepcopy(self.model)
+        proof = sf.snapshot(network, plan or sf.FreezePlan())
+        optimizer = adamw(network, LEARNING_RATE * recipe.rate, plan)
+        keeper = None
+        if recipe.share and plan is None:
+            keeper = sf.RefusalKeeper(
+                network, optimizer, self.chat.batches(self.refusals, 16), every=recipe.every, share=recipe.share,
+                grain=recipe.grain, prompts=recipe.prompts, prove=True, random=recipe.chance, seed=self.seed,
+            )  # fmt: skip
+        steps = train(
+            network, self.chat, optimizer, self.task, self.seed + 1, round(TUNE_STEPS / recipe.rate), LOOK_EVERY,
+            lambda: right(network, self._stop_task) >= ENOUGH, self.refusals if recipe.mixed else (),
+        )  # fmt: skip
+        proof.verify(network)
+        looks = {} if keeper is None else {"looks": len(keeper.log)}
+        return {"steps": steps, **looks, **self.grade(network), "frozen bytes compared": proof.nbytes}
+
+
+#: Of everything that trains: frozen for a few steps at a time, or once; and what else people do.
+LOOP: Final = {
+    "full": Recipe(),
+    "full, quarter rate": Recipe(rate=0.25),
+    "1 safety row mixed in": Recipe(mixed=1),
+    "loop, elements, every 4": Recipe(share=0.2, every=4, grain="element"),
+    "loop, elements, every 4, random": Recipe(share=0.2, every=4, grain="element", chance=True),
+    "static, row, S, 50%": Recipe(share=0.5, grain="row", static="S"),
+}
+
+
+def unit_arms(setting: Setting, draws: int) -> dict[str, Any]:
+    """What the first study asks: plans of units, at both rates."""
+    setting.tell("scores")
+    safety = setting.chat.batches(setting.draw.sample(setting.refusals, 64), 16)
+    utility = setting.chat.batches(setting.draw.sample(setting.known, 48), 16)
+    layout, arms = find_units(setting.model), {"full": Arm()}
+    arms["SSAH (b)"] = Arm([sf.MaskBuilder(sf.score_units(setting.model, safety, utility)).freeze(scu=True, cu=0.06)])
+    fisher = sf.MaskBuilder(sf.score_units(setting.model, safety, utility, "decision_fisher"))
     for share in (0.2, 0.5):
         top = fisher.top(share)
         arms[f"decision Fisher, {share:.0%}"] = Arm([top])
-        arms[f"random {share:.0%}"] = Arm([anywhere(layout, top, 1000 * seed + i) for i in range(draws)])
+        arms[f"random {share:.0%}"] = Arm([anywhere(layout, top, 1000 * setting.seed + i) for i in range(draws)])
     arms |= {f"{name}, half rate": arm._replace(rate=0.5) for name, arm in arms.items()}
-    rewritten = {t.format(a) for a in benign for t in REWRITTEN}
-    task = [new_format(a, t) for a in benign for t in REWRITTEN] + [pair for pair in known if pair[0] not in rewritten]
-
-    def fine_tune(selection: Any, rate: float) -> dict[str, Any]:
-        network = copy.deepcopy(model)
-        plan = selection.build(network) if selection is not None else sf.FreezePlan()
-        proof = sf.snapshot(network, plan)
-        steps = train(
-            network, chat, task, LEARNING_RATE * rate, plan, seed + 1, round(TUNE_STEPS / rate), LOOK_EVERY,
-            lambda: right(network, stop_task) >= ENOUGH,
-        )  # fmt: skip
-        proof.verify(network)
-        return {"steps": steps, **grade(network), "frozen bytes compared": proof.nbytes}
-
+    found = {}
     for name, arm in arms.items():
-        tell(name)
-        result["arms"][name] = mean([fine_tune(selection, arm.rate) for selection in arm.selections])
-        tell(f"  {result['arms'][name]}")
-    return {**result, "seconds": time.perf_counter() - begun}
+        setting.tell(name)
+        plans = [None if selection is None else selection.build(setting.model) for selection in arm.selections]
+        found[name] = mean([setting.fine_tune(Recipe(rate=arm.rate), plan) for plan in plans])
+        setting.tell(f"  {found[name]}")
+    return found
+
+
+def loop_arms(setting: Setting) -> dict[str, Any]:
+    """What the closed loop's study asks, `closed_loop.py`."""
+    found = {}
+    for name, recipe in LOOP.items():
+        setting.tell(name)
+        plan = None
+        if recipe.static:
+            scores = sf.score_weights(setting.model, setting.chat.batches(setting.refusals, 16), rows_per_gradient=16)
+            plan = scores.top(recipe.share, grain=recipe.grain, form=recipe.static).build(setting.model)
+        found[name] = setting.fine_tune(recipe, plan)
+        setting.tell(f"  {found[name]}")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=seeds_of, default=[0])
+    parser.add_argument("--loop", action="store_true", help="the closed loop and its rivals, instead of plans of units")
     parser.add_argument("--draws", type=int, default=1, help="draws of random units (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("build/study"))
@@ -203,11 +258,13 @@ def main() -> None:
     processor = torch.cuda.get_device_name() if given.device.startswith("cuda") else cpu_name()
     machine = {"processor": processor, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     for seed in given.seeds:
-        found = run_seed(
-            seed, given.draws, given.device, lambda what: print(time.strftime("%H:%M:%S"), what, flush=True)
-        )
-        path = given.output / f"smollm2-seed-{seed:02}.json"
-        path.write_text(json.dumps({**found, "machine": machine}, indent=1) + "\n")
+        begun = time.perf_counter()
+        setting = Setting(seed, given.device, lambda what: print(time.strftime("%H:%M:%S"), what, flush=True))
+        arms = loop_arms(setting) if given.loop else unit_arms(setting, given.draws)
+        found = {"seed": seed, "draws": given.draws, "aligned": setting.aligned, "arms": arms}
+        path = given.output / f"smollm2-{'loop-' if given.loop else ''}seed-{seed:02}.json"
+        found |= {"seconds": time.perf_counter() - begun, "machine": machine}
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

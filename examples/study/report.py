@@ -73,6 +73,13 @@ REAL_PAIRS: Final = (
     ),
 )
 
+#: of its loop arms
+REAL_LOOP_PAIRS: Final = (
+    ("loop, elements, every 4", "loop, elements, every 4, random"),
+    *((arm, other) for arm in ("loop, elements, every 4", "static, row, S, 50%")
+      for other in ("full", "full, quarter rate", "1 safety row mixed in")),
+)  # fmt: skip
+
 #: the same of `closed_loop.py`
 LOOP_COLUMNS: Final = (
     "steps", "looks", "frozen parameters", "new task", "old tasks", "attack off", "attack on",
@@ -80,29 +87,31 @@ LOOP_COLUMNS: Final = (
 )  # fmt: skip
 LOOP_PAIRS: Final = (
     *(
-        (f"{arm}{rate}", f"{control}{rate}")
-        for arm, control in (
-            ("loop", "loop, random rows"),
-            ("loop, 30%, every 4", "loop, 30%, every 4, random rows"),
-            ("loop, elements", "loop, elements, random"),
-            ("loop, elements", "loop"),
-            ("loop, elements", "1 safety rows mixed in"),
-            ("loop, elements", "4 safety rows mixed in"),
-            ("loop, elements", "full"),
-        )
+        (f"loop, elements, every 4{rate}", f"{control}{rate}")
         for rate in ("", ", half rate")
+        for control in (
+            "loop, elements, every 4, random", "full", "1 safety rows mixed in", "4 safety rows mixed in",
+            "loop, every 4",
+        )
     ),
-    ("loop, every 4", "loop"),
-    ("loop, elements, every 4", "loop, elements"),
     ("loop, elements, every 4", "full, quarter rate"),
-    ("loop, elements, every 4, half rate", "4 safety rows mixed in, half rate"),
+    ("loop, elements, every 4, half rate, moments kept", "loop, elements, every 4, half rate"),
+    ("loop, every 4, half rate, moments kept", "loop, every 4, half rate"),
+    ("loop", "loop, random rows"),
+    ("loop, every 4, half rate", "4 safety rows mixed in, half rate"),
+    ("loop, 30%, every 4, half rate", "loop, 30%, every 4, random rows, half rate"),
     ("loop, elements, 1 safety row mixed in, half rate", "1 safety rows mixed in, half rate"),
     ("loop, elements, 1 safety row mixed in, half rate", "4 safety rows mixed in, half rate"),
     ("static, element, S, 50%", "static, element, random, 50%"),
     ("static, element, S/T, 65%", "static, element, random, 65%"),
     ("static, row, S, 50%", "static, row, random, 50%"),
-    ("static, element, S, 50%", "loop, elements"),
-)
+    ("static, element, S/T, 65%", "loop, elements, every 4"),
+    *(
+        (f"{arm}, half rate; 1% harmful", f"{control}, half rate; 1% harmful")
+        for arm in ("loop, elements, every 4", "loop, elements, 1 safety row mixed in")
+        for control in ("loop, elements, every 4, random", "full", "4 safety rows mixed in")
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -280,8 +289,11 @@ def sum_up(seeds: Sequence[dict[str, Any]], folder: Path) -> None:
     print("\n".join(sentences(found)))
 
 
-def real_report(seeds: Sequence[dict[str, Any]]) -> str:
-    """What SMOLLM2.md says."""
+def real_report(
+    seeds: Sequence[dict[str, Any]], title: str = "The same on SmolLM2-135M",
+    pairs: Sequence[tuple[str, str]] = REAL_PAIRS, picture: str = "smollm2.png",
+) -> str:  # fmt: skip
+    """What SMOLLM2.md says, or SMOLLM2-LOOP.md."""
     machine, draws = seeds[0]["machine"], seeds[0]["draws"]
     aligned = {what: np.mean([seed["aligned"][what] for seed in seeds]) for what in REAL_COLUMNS}
     about = (
@@ -292,11 +304,11 @@ def real_report(seeds: Sequence[dict[str, Any]]) -> str:
         "bytes were compared, none had changed."
     )
     lines = [
-        "# The same on SmolLM2-135M", "", about, "",
+        f"# {title}", "", about, "",
         'Mean ± standard deviation over seeds; "margin": mean log-odds of refusing.', "",
         *table(seeds, REAL_COLUMNS), "", "Paired differences of the margin; higher is safer:", "",
-        *(f"- {compare(seeds, *pair, REAL_MEASURE)}" for pair in REAL_PAIRS), "",
-        "![log-odds of refusing](smollm2.png)", "",
+        *(f"- {compare(seeds, *pair, REAL_MEASURE)}" for pair in pairs), "",
+        f"![log-odds of refusing]({picture})", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -341,8 +353,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     seeds, real = loaded(folder, "seed-*.json"), loaded(folder, "smollm2-seed-*.json")
-    loop = loaded(folder, "loop-seed-*.json")
-    if not seeds and not real and not loop:
+    loop, real_loop = loaded(folder, "loop-seed-*.json"), loaded(folder, "smollm2-loop-seed-*.json")
+    if not (seeds or real or loop or real_loop):
         raise SystemExit(f"{folder} holds no seed-*.json; run study.py first")
     if seeds:
         sum_up(seeds, folder)
@@ -350,6 +362,11 @@ def main() -> None:
         (folder / "SMOLLM2.md").write_text(real_report(real))
         draw_real(real, folder / "smollm2.png")
         print(f"{len(real)} seeds of SmolLM2 in {folder / 'SMOLLM2.md'}")
+    if real_loop:
+        text = real_report(real_loop, "The closed loop on SmolLM2-135M", REAL_LOOP_PAIRS, "smollm2-loop.png")
+        (folder / "SMOLLM2-LOOP.md").write_text(text)
+        draw_real(real_loop, folder / "smollm2-loop.png")
+        print(f"{len(real_loop)} seeds of the closed loop on SmolLM2 in {folder / 'SMOLLM2-LOOP.md'}")
     if loop:
         common = [arm for arm in loop[0]["arms"] if all(arm in seed["arms"] for seed in loop)]
         loop = [{**seed, "arms": {arm: seed["arms"][arm] for arm in common}} for seed in loop]

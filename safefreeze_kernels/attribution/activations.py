@@ -206,6 +206,18 @@ def model_device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module's own mode, since some may have been in eval mode on purpose."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def saving_arguments(model: torch.nn.Module, logits: int | Tensor) -> dict[str, Any]:
     """Forward arguments, where the model has them, that spare a cache and logits nobody reads."""
     known = inspect.signature(model.forward).parameters

@@ -90,22 +90,13 @@ def read_passes(
         TypeError: a single batch, or a batch that is not a mapping.
         ValueError: missing entries, shapes that do not agree, entries that cannot be regrouped.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError(f"score_units: {word} is one batch, expected an iterable of batches; pass [batch]")
     waiting: list[_Row] = []
     first = 0
-    for number, batch in enumerate(batches):
-        where = f"batch {number} of {word}"
-        _check(batch, where, labelled)
-        split, rest = _split(batch)
+    for split, rest, where in _read_rows(batches, word, labelled):
         if rows is None:
             yield _join(split, rest, where)
             continue
-        if rest:
-            raise ValueError(
-                f"score_units: {where} has {', '.join(map(repr, rest))} besides tensors with an entry per row; this "
-                "method regroups rows: leave them out"
-            )
+        _refuse_rest(rest, where)
         waiting += split
         while len(waiting) >= rows:
             yield _join(waiting[:rows], {}, f"{word}, rows from {first}")
@@ -114,8 +105,68 @@ def read_passes(
         yield _join(waiting, {}, f"{word}, rows from {first}")
 
 
+class Pool:
+    """The rows of a set, to be put together in any number and order, as often as wanted.
+
+    Args:
+        batches, word, labelled: as in `read_passes`; read once.
+        prompts: keep of each row the prompt and the first token of its response alone.
+
+    Raises:
+        TypeError, ValueError: as `read_passes`; no rows; with ``prompts``, a row without prompt or response.
+    """
+
+    def __init__(
+        self, batches: Iterable[Mapping[str, Tensor]], word: str, *, labelled: bool = True, prompts: bool = False
+    ) -> None:
+        self._word, self._rows = word, list[_Row]()
+        for split, rest, where in _read_rows(batches, word, labelled):
+            _refuse_rest(rest, where)
+            if prompts:
+                ends = (_join(split, {}, where).deciding + 2).tolist()
+                split = [
+                    ({key: value[:end] for key, value in tokens.items()}, others)
+                    for (tokens, others), end in zip(split, ends, strict=True)
+                ]
+            self._rows += split
+        if not self._rows:
+            raise ValueError(f"{word} holds no batches (an empty or used-up iterable), expected at least one")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(tokens["input_ids"]) for tokens, _ in self._rows)
+
+    def take(self, chosen: Sequence[int]) -> Pass:
+        """Those rows, in that order."""
+        return _join([self._rows[i] for i in chosen], {}, f"{self._word}, rows {', '.join(map(str, chosen))}")
+
+
 # A row of a batch: what has an entry per token, cut to the row's own tokens, and what has one entry per row.
 _Row = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def _read_rows(
+    batches: Iterable[Mapping[str, Tensor]], word: str, labelled: bool
+) -> Iterator[tuple[list[_Row], dict[str, Any], str]]:
+    """The rows of each batch, what belongs to none of them, and which batch it is."""
+    if isinstance(batches, Mapping):
+        raise TypeError(f"score_units: {word} is one batch, expected an iterable of batches; pass [batch]")
+    for number, batch in enumerate(batches):
+        where = f"batch {number} of {word}"
+        _check(batch, where, labelled)
+        yield *_split(batch), where
+
+
+def _refuse_rest(rest: Mapping[str, Any], where: str) -> None:
+    if rest:
+        raise ValueError(
+            f"score_units: {where} has {', '.join(map(repr, rest))} besides tensors with an entry per row; this "
+            "method regroups rows: leave them out"
+        )
 
 
 def _check(batch: Mapping[str, Tensor], where: str, labelled: bool) -> None:
@@ -235,7 +286,13 @@ def encode_pairs(
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise TypeError(f"encode_pairs: pair {number} is {pair!r}, expected (prompt, response), two strings")
-        ids, start = _encode_pair(tokenizer, *pair)
+        ids, start, prompt = _encode_pair(tokenizer, *pair)
+        if start < prompt // 2:
+            raise ValueError(
+                f"encode_pairs: pair {number} begins with {start} of the {prompt} tokens of its prompt alone, expected "
+                "all but a few; does the tokenizer truncate at the left? Set its truncation_side to 'right', or drop "
+                "the pair"
+            )
         if start >= min(len(ids), max_length):
             raise ValueError(
                 f"encode_pairs: pair {number} has {start} prompt and {len(ids) - start} response tokens, "
@@ -249,8 +306,8 @@ def encode_pairs(
     return [_pad(encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
 
 
-def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """Token ids of prompt and response, and where the response starts."""
+def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int, int]:
+    """Token ids of prompt and response, where the response starts, and how many tokens the prompt alone has."""
     templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -263,7 +320,7 @@ def _encode_pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int],
         asked, whole = prompt, prompt + response + (tokenizer.eos_token or "")
     before, ids = (list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in (asked, whole))
     start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
-    return ids, start
+    return ids, start, len(before)
 
 
 def _pad(encoded: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:

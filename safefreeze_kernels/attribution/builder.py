@@ -67,7 +67,8 @@ class MaskBuilder:
     ) -> None:
         if not isinstance(scores, UnitScores | UnitLabels | UnitRanking):
             raise TypeError(
-                f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores, UnitLabels or UnitRanking"
+                f"MaskBuilder: scores is a {type(scores).__name__}, expected UnitScores, UnitLabels or UnitRanking; "
+                "WeightScores select by themselves: scores.top(0.5, grain='row').build(model)"
             )
         check_word("MaskBuilder", "recipe", recipe, get_args(Recipe))
         if head_cost is not None and not 0 < head_cost < float("inf"):

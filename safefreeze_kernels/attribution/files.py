@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from ..plan.files import write_atomically
 
 _VERSION: Final = "2"
+_DTYPES: Final = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def stamped(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
@@ -22,10 +25,24 @@ def stamped(kind: str, fields: Mapping[str, str]) -> dict[str, str]:
 def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, str] | None = None
 ) -> None:
-    """Write one safetensors file; a crash leaves an older file as it was."""
-    from safetensors.torch import save
+    """Write one safetensors file, tensor by tensor; a crash leaves an older file as it was."""
+    # the library's `save` holds all bytes in memory, next to the tensors; aligned, as it lays them out
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    entries: dict[str, object] = {} if header is None else {"__metadata__": header}
+    end = 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[tensor.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
 
-    write_atomically(Path(path), save(tensors, header))
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in ordered.values():
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    write_atomically(Path(path), parts())
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
-from ..plan.summary import frozen_counts
+from ..plan.summary import frozen_counts, module_of
 from .scores import UnitScores
 from .selections import LABELS, Stability, UnitLabels, UnitSelection
-from .units import UnitLayout
+from .units import Shape, UnitLayout
+from .weights import WeightScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +50,18 @@ def frozen_units(plan: FreezePlan, layout: UnitLayout) -> UnitSelection:
     return UnitSelection(frozen["head"], frozen["channel"], layout)
 
 
-def complete_plan(plan: FreezePlan, layout: UnitLayout) -> FreezePlan:
-    """The same plan, with an empty mask for what holds units but has nothing frozen: then shares are of all of it.
+def complete_plan(plan: FreezePlan, among: UnitLayout | Mapping[str, Shape]) -> FreezePlan:
+    """The same plan, with an empty mask for what has nothing frozen: then shares are of all of it.
+
+    Args:
+        plan: of some parameters.
+        among: all that count: those that hold units, or name -> shape.
 
     Raises:
         ValueError: a plan for parameters of other shapes.
     """
-    return FreezePlan({name: FreezeMask(shape) for name, shape in layout.parameters.items()}) | plan
+    shapes = among.parameters if isinstance(among, UnitLayout) else among
+    return FreezePlan({name: FreezeMask(shape) for name, shape in shapes.items()}) | plan
 
 
 def shares_by_layer(
@@ -105,15 +112,53 @@ def _everything(labels: UnitLabels) -> UnitSelection:
     return UnitSelection(np.ones(labels.heads.shape, bool), np.ones(labels.channels.shape, bool))
 
 
-def module_table(plan: FreezePlan, title: str = "") -> Table:
-    """Frozen parameters of each kind of module over all layers, of those the plan names; see `complete_plan`."""
-    counts = frozen_counts(plan)
-    table = _table(title, "module", "parameters", "frozen", "%")
+def module_table(plan: FreezePlan, title: str = "", *, everything: bool = False) -> Table:
+    """Frozen parameters of each kind of module over all layers, of those the plan names; see `complete_plan`.
+
+    ``everything``: the plan is one of all weights: norms are told together, and where among the modules what is frozen
+    lies.
+    """
+    counts = frozen_counts(plan, norms_together=everything)
+    table = _table(title, "module", "parameters", "frozen", "%", *(["% of all\nfrozen"] if everything else []))
+    all_frozen, _ = counts.get((None, None), (0, 0))
     rows = [(kind, cell) for (layer, kind), cell in counts.items() if layer is None and kind is not None]
     for kind, (frozen, total) in [*rows, ("all", counts.get((None, None), (0, 0)))]:
-        table.add_row(kind, f"{total:,}", f"{frozen:,}", f"{100 * frozen / max(total, 1):.2f}")
+        cells = [f"{total:,}", f"{frozen:,}", f"{100 * frozen / max(total, 1):.2f}"]
+        table.add_row(kind, *cells, *([f"{100 * frozen / max(all_frozen, 1):.2f}"] if everything else []))
     table.rows[-2].end_section = True
     return table
+
+
+def weight_table(scores: WeightScores, title: str = "") -> Table:
+    """Which part of S, U and T each kind of module holds, and how much S one of its weights has, the mean being 1."""
+    letters = {"safety": "S", "utility": "U", "task": "T"}
+    sums = {word: _sums_by_module(scores, word) for word in scores.sets}
+    sizes: dict[str, int] = {}
+    for name, shape in scores.shapes.items():
+        kind = module_of(name, shape, norms_together=True)[1]
+        sizes[kind] = sizes.get(kind, 0) + int(np.prod(shape))
+    by_kind = {
+        word: {kind: sum(value for (_, other), value in cells.items() if other == kind) for kind in sizes}
+        for word, cells in sums.items()
+    }
+    table = _table(title, "module", "weights", *(f"{letters[word]}, %" for word in sums), "S of a weight,\nmean 1")
+    totals = {word: sum(values.values()) for word, values in by_kind.items()}
+    for kind, size in sizes.items():
+        mean = by_kind["safety"][kind] / size / (totals["safety"] / scores.total)
+        cells = [f"{100 * values[kind] / totals[word]:.2f}" for word, values in by_kind.items()]
+        table.add_row(kind, f"{size:,}", *cells, f"{mean:.3g}")
+    table.rows[-1].end_section = True
+    table.add_row("all", f"{scores.total:,}", *["100.00"] * len(sums), "1")
+    return table
+
+
+def _sums_by_module(scores: WeightScores, word: str) -> dict[tuple[str, str], float]:
+    """``(layer, kind of module)`` -> sum of a set's squared gradients."""
+    found: dict[tuple[str, str], float] = {}
+    for name, values in scores.sets[word].values.items():
+        key = module_of(name, scores.shapes[name], norms_together=True)
+        found[key] = found.get(key, 0.0) + float(values.sum(dtype=torch.float64))
+    return found
 
 
 def score_table(scores: UnitScores, title: str = "") -> Table:
@@ -300,39 +345,69 @@ def _draw_scatter(axes: Axes, labels: UnitLabels, scores: UnitScores, units: str
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_plan(plan: FreezePlan, title: str) -> bytes:
+def draw_plan(plan: FreezePlan, title: str, *, everything: bool = False) -> bytes:
     """PNG: the frozen share of each kind of module in each layer, and of each layer as a whole, of the parameters the
-    plan names; see `complete_plan`."""
+    plan names; see `complete_plan`. ``everything``: as in `module_table`."""
+    counts = frozen_counts(plan, norms_together=everything)
+    shares = {key: 100 * frozen / total for key, (frozen, total) in counts.items() if total and key[0] is not None}
+    among = "of all weights" if everything else "of these modules"
+    return _draw_modules(shares, title, "frozen, % of each module", f"frozen, % {among} in each layer")
+
+
+def draw_weights(scores: WeightScores, title: str) -> bytes:
+    """PNG: how much S the weights of each kind of module in each layer have, the mean over all being 1, and which part
+    of all S each layer holds."""
+    sums, sizes = _sums_by_module(scores, "safety"), dict[tuple[str, str], int]()
+    for name, shape in scores.shapes.items():
+        key = module_of(name, shape, norms_together=True)
+        sizes[key] = sizes.get(key, 0) + int(np.prod(shape))
+    total = sum(sums.values())
+    cells: dict[tuple[str | None, str | None], float] = {}
+    for (layer, kind), value in sums.items():
+        cells[layer, kind] = value / sizes[layer, kind] / (total / scores.total)
+        cells[layer, None] = cells.get((layer, None), 0.0) + 100 * value / total
+    return _draw_modules(
+        cells, title, "S of a weight, the mean being 1", "% of all S in each layer", most=10.0, digits="{:.2g}"
+    )
+
+
+def _draw_modules(
+    values: Mapping[tuple[str | None, str | None], float],
+    title: str,
+    heading: str,
+    whole_heading: str,
+    most: float = float("inf"),
+    digits: str = "{:.1f}",
+) -> bytes:
+    """PNG: a value for each layer and kind of module, and beside it one for each layer (kind None). ``most``: where the
+    colours end; ``digits``: how values are written that are not 0 or 100."""
     from matplotlib.figure import Figure
 
-    counts = frozen_counts(plan)
-    layers = sorted({row for row, _ in counts if row is not None}, key=lambda row: (row == "-", row.zfill(20)))
-    kinds = list(dict.fromkeys(kind for _, kind in counts if kind is not None))
-
-    def share(layer: str, kind: str | None) -> float:
-        frozen, total = counts.get((layer, kind), (0, 0))
-        return 100 * frozen / total if total else float("nan")
-
-    grid = np.array([[share(layer, kind) for kind in kinds] for layer in layers]).reshape(len(layers), len(kinds))
+    layers = sorted({row for row, _ in values if row is not None}, key=lambda row: (row == "-", row.zfill(20)))
+    kinds = list(dict.fromkeys(kind for _, kind in values if kind is not None))
+    nothing = float("nan")
+    grid = np.array([[values.get((layer, kind), nothing) for kind in kinds] for layer in layers])
+    grid = grid.reshape(len(layers), len(kinds))
     figure = Figure(figsize=(max(8.5, 4.5 + 0.9 * len(kinds)), max(3.5, 1.8 + 0.24 * len(layers))), dpi=_DPI)
     figure.set_layout_engine("constrained", wspace=0.04)
     figure.suptitle(title, fontsize=14)
     modules, whole = figure.subplots(1, 2, sharey=True, width_ratios=(max(2.0, 0.5 * len(kinds)), 1.6))
-    most = max(1.0, float(np.nanmax(grid, initial=0.0)))
+    most = min(most, max(1.0, float(np.nanmax(grid, initial=0.0))))
     modules.pcolormesh(grid, cmap="Blues", vmin=0, vmax=most, edgecolors="white", linewidth=1)
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             colour = "white" if value > 0.6 * most else "black"
-            text = f"{value:.1f}" if 0 < value < 100 else f"{value:.0f}"
+            text = digits.format(value) if 0 < value < 100 else f"{value:.0f}"
             modules.text(column + 0.5, row + 0.5, text, color=colour, fontsize=8, ha="center", va="center")
     modules.set(ylabel="layer", ylim=(len(layers), 0))
     modules.set_xticks(np.arange(len(kinds)) + 0.5, kinds, rotation=30, ha="right")
     step = max(1, -(-len(layers) // 16))
-    modules.set_yticks(np.arange(0, len(layers), step) + 0.5, layers[::step])
-    modules.set_title("frozen, % of each module", loc="left")
+    modules.set_yticks(np.arange(0, len(layers), step) + 0.5, ["none" if row == "-" else row for row in layers[::step]])
+    modules.set_title(heading, loc="left")
     modules.spines[:].set_visible(False)
-    whole.barh(np.arange(len(layers)) + 0.5, [share(layer, None) for layer in layers], color=COLOURS["frozen"])
-    whole.set_title("frozen, % of these modules in each layer", loc="left", fontsize="medium")
+    bars = [values.get((layer, None), nothing) for layer in layers]
+    whole.barh(np.arange(len(layers)) + 0.5, bars, color=COLOURS["frozen"])
+    whole.set_title(whole_heading, loc="left", fontsize="medium")
     whole.spines[["top", "right"]].set_visible(False)
     return png(figure)
 

@@ -1,28 +1,29 @@
 """Scores from gradients: of the weights that make up a unit, and of what a unit hands on.
 
-Gradients of weights are reduced to one number per unit as soon as autograd has finished them, parameter by
-parameter, and dropped: at no time do those of the whole model exist. The model itself is not touched. It is called
-with its parameters replaced by aliases of the same memory (`torch.func.functional_call`), so neither ``requires_grad``
-nor ``.grad`` nor hooks of its own parameters play any part.
+Gradients of weights are reduced to one number per unit as they appear (`gradients`), and dropped. The model itself is
+not touched.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from .activations import Counted, UnitInputs, at_least_float32, model_device, saving_arguments, watched
 from .batches import Pass
 from .collecting import Collector, Count, Scored, UnitValues, zero_totals
+from .gradients import aliases, lent, stream_gradients
+from .grains import Grains
 from .units import Piece, UnitLayout
 
 _CHUNK: Final = 1 << 22  # elements of a gradient in float32 at a time
 _FLOOR: Final = 0.001
+_VALUES: Final = "sum and number of values"  # among totals of parameters: no parameter has such a name
 
 #: The logits float32 ``[n, vocabulary]`` of the True positions of a bool ``[rows, tokens]``, in their order.
 Logits = Callable[[Tensor], Tensor]
@@ -69,8 +70,8 @@ class Margin:
         return found.masked_fill(~refuse, never).logsumexp(1) - found.masked_fill(~comply, never).logsumexp(1)
 
     def of(self, model: torch.nn.Module, one: Pass) -> Tensor:
-        """The margins of a pass, float32 ``[rows]``."""
-        return self(one, partial(_logits, model, _aliases(model), one))
+        """The margins of a pass, float32 ``[rows]``, with the graph that leads to them."""
+        return self(one, partial(_logits, model, one))
 
     @staticmethod
     def _among(logits: Tensor, word: str, tokens: Sequence[int]) -> Tensor:
@@ -81,20 +82,11 @@ class Margin:
         return mask
 
 
-def _aliases(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter's memory under its names, as tensors of their own that require no gradient."""
-    by_parameter: dict[int, Tensor] = {}
-    return {
-        name: by_parameter.setdefault(id(parameter), parameter.detach())
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def _logits(model: torch.nn.Module, parameters: dict[str, Tensor], one: Pass, wanted: Tensor) -> Tensor:
+def _logits(model: torch.nn.Module, one: Pass, wanted: Tensor) -> Tensor:
     device = model_device(model)
     columns = wanted.any(0).nonzero().squeeze(1)
     arguments = {**one.on(device), **saving_arguments(model, columns.to(device))}
-    output = functional_call(model, parameters, (), arguments)
+    output = model(**arguments)
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     kept = {wanted.shape[1]: wanted, len(columns): wanted[:, columns]}
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] not in kept:
@@ -185,22 +177,21 @@ class GradientSums(Collector):
         self._ran = False
 
     def take(self, one: Pass) -> int:
-        """One forward and one backward pass, of aliases that reduce their gradient once it is there."""
-        parameters = _aliases(self.model)
-        for name in self._blocks:
-            learning, hook = parameters[name].requires_grad_(), partial(self._reduce, name)
-            learning.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        with torch.enable_grad():
-            losses = self.loss(one, partial(_logits, self.model, parameters, one))
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-        self._ran = True
-        return len(losses)
+        """One forward and one backward pass."""
+        counted = 0
 
-    def _reduce(self, name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        def mean(model: torch.nn.Module) -> Tensor:
+            nonlocal counted
+            losses = self.loss(one, partial(_logits, model, one))
+            counted = len(losses)
+            return losses.mean()
+
+        stream_gradients(self.model, self._blocks, mean, self._reduce)
+        self._ran = True
+        return counted
+
+    def _reduce(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         self._reached.add(name)
-        weight = parameter.detach()
         for block in self._blocks[name]:
             # a bias is a column where its entries are rows
             shape = (-1, gradient.shape[-1]) if gradient.dim() > 1 or block.axis == 0 else (-1, 1)
@@ -259,6 +250,66 @@ def decision_ratio(safety: GradientSums, utility: GradientSums) -> Scored:
     return safety.sums, needed, UnitValues(*ratio)
 
 
+class WeightSquares(Collector):
+    """Σ over passes of g² of every weight, g = ∂ mean value / ∂w, where a value is a margin or a loss.
+
+    Args:
+        grains: of the weights. Of grain ``"element"`` each has a sum, float32 of its parameter's shape; else each line,
+            as `Grains.reduce` has it.
+        value: what is derived of a pass, one-dimensional.
+        rows: per pass.
+    """
+
+    def __init__(self, model: torch.nn.Module, grains: Grains, value: Callable[[Pass, Logits], Tensor], rows: int):
+        self.model, self.grains, self.value, self.rows = model, grains, value, rows
+        places = {name: parameter.device for name, parameter in model.named_parameters()}
+        self.totals = {
+            name: torch.zeros(shape, device=places[name])
+            if grains.grain == "element"
+            else grains.nothing(name, places[name])
+            for name, shape in grains.shapes.items()
+        } | zero_totals(model_device(model), **{_VALUES: 2})
+
+    def take(self, one: Pass) -> int:
+        """One forward and one backward pass."""
+        counted = 0
+
+        def mean(model: torch.nn.Module) -> Tensor:
+            nonlocal counted
+            values = self.value(one, partial(_logits, model, one))
+            counted = len(values)
+            return values.mean()
+
+        found = stream_gradients(self.model, self.grains.shapes, mean, self._add)
+        self.totals[_VALUES] += torch.stack([found * counted, torch.full_like(found, counted)])
+        return counted
+
+    def _add(self, name: str, _: Tensor, gradient: Tensor) -> None:
+        total = self.totals[name]
+        if self.grains.grain != "element":
+            total += self.grains.reduce(name, at_least_float32(gradient).square_())
+            return
+        pieces = (torch.split(tensor, _CHUNK) for tensor in (gradient.reshape(-1), total.view(-1)))
+        for part, into in zip(*pieces, strict=True):
+            wide = part.to(into.dtype)
+            into.addcmul_(wide, wide)
+
+    def complaints(self, word: str, count: Count) -> Iterator[str]:
+        """Gradients must be finite, and some of them not 0."""
+        highest = {name: float(self.totals[name].max()) for name in self.grains.shapes}
+        for name, value in highest.items():
+            if not math.isfinite(value):
+                yield _not_finite(f"gradients of {name!r}, or their squares, are", word)
+        if not any(highest.values()):
+            yield f"all gradients on the {word} set are 0, expected some that tell weights apart"
+
+    @property
+    def mean(self) -> float:
+        """Of all values."""
+        total, count = self.totals[_VALUES].tolist()
+        return float(total / max(count, 1))
+
+
 # --------------------------------------------------------------------------------- gradients of activations
 
 
@@ -284,9 +335,14 @@ class MarginGradients(Collector):
         first = torch.zeros_like(deciding) if self.first else deciding.clamp(max=1)
         counted = Counted((place >= first) & (place <= deciding) & one.real, model_device(self.model))
         counts = [0] * len(self.inputs.readers)
-        with torch.enable_grad(), watched(self.model, self.inputs, partial(self._see, counted, counts)):
-            margins = self.margin(one, partial(_logits, self.model, _aliases(self.model), one))
+
+        def run(model: torch.nn.Module) -> Tensor:
+            margins = self.margin.of(model, one)
             margins.sum().backward()  # type: ignore[no-untyped-call]
+            return margins
+
+        with torch.enable_grad(), watched(self.model, self.inputs, partial(self._see, counted, counts)):
+            margins = lent(self.model, aliases(self.model), run)
         self.totals["count"].add_(torch.tensor(counts).to(self.totals["count"].device))
         self.totals["rows"].add_(len(margins))
         return len(margins)

@@ -7,8 +7,7 @@ import inspect
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .activations import FORMULAS, ActivationMoments, Positions, contrast, formula_scores
+from .activations import FORMULAS, ActivationMoments, Positions, contrast, evaluating, formula_scores
 from .batches import read_passes
 from .collecting import Collector, Partial, Scored, UnitValues, collect, merge_ranks
 from .files import read_tensors, stamped, write_tensors
@@ -160,7 +159,7 @@ class UnitScores:
             )
         weights = _unit_weights(model, layout)
         if self.model_fingerprint and not any(weight.is_meta for weight in weights.values()):
-            found = _fingerprint(weights)
+            found = weights_fingerprint(weights)
             if found != self.model_fingerprint:
                 raise ValueError(
                     f"UnitScores.check: the model's weights have fingerprint {found[:12]}…, expected "
@@ -375,8 +374,8 @@ def score_units(
     chosen = _METHODS[method]
     layout = find_units(model)
     weights = _unit_weights(model, layout)
-    _check_weights(weights)
-    refuse, comply = _tokens("refuse_token", refuse_token), _tokens("comply_token", comply_token)
+    check_weights(weights)
+    refuse, comply = token_ids("refuse_token", refuse_token), token_ids("comply_token", comply_token)
     if refuse is None and "comply_token" in chosen.options:
         refuse = _first_tokens(safety, group)
     if refuse and comply and set(refuse) & set(comply):
@@ -385,10 +384,10 @@ def score_units(
         )
     options |= {"refuse_token": refuse, "comply_token": comply}
     settings = {word: options[word] for word in chosen.options}
-    fingerprint = _fingerprint(weights)
+    fingerprint = weights_fingerprint(weights)
     job = _Job(model, layout, positions, refuse, comply, rows_per_gradient)
     about = {"method": method, "settings": json.dumps(settings), "layout": layout.to_json(), "model": fingerprint}
-    with torch.inference_mode(False), _evaluating(model):  # totals of inference mode could not be added to outside it
+    with torch.inference_mode(False), evaluating(model):  # totals of inference mode could not be added to outside it
         collectors = [chosen.collector(job, word) for word in SETS]
         file = Partial(resume, every, about, group)
         counts = [
@@ -433,8 +432,8 @@ def refusal_margins(
     Raises:
         ValueError: no batches, a row without prompt or response, a token beyond the vocabulary.
     """
-    margin = Margin(_tokens("refuse_token", refuse_token), None)
-    with _evaluating(model):
+    margin = Margin(token_ids("refuse_token", refuse_token), None)
+    with evaluating(model):
         found = [margin.of(model, one) for one in read_passes(batches, "safety")]
     if not found:
         raise ValueError("refusal_margins: batches holds none (an empty or used-up iterable), expected at least one")
@@ -456,7 +455,7 @@ def _check_options(method: str, options: Mapping[str, Any], every: int) -> None:
             )
 
 
-def _tokens(word: str, given: int | Sequence[int] | None) -> list[int] | None:
+def token_ids(word: str, given: int | Sequence[int] | None) -> list[int] | None:
     if given is None:
         return None
     try:
@@ -485,18 +484,6 @@ def _first_tokens(safety: Iterable[Mapping[str, Tensor]], group: ProcessGroup | 
     return sorted(tokens)
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module's own mode, since some may have been in eval mode on purpose."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # ------------------------------------------------------------------------------------------------- weights
 
 
@@ -506,7 +493,7 @@ def _unit_weights(model: torch.nn.Module, layout: UnitLayout) -> dict[str, Tenso
     return {name: parameters[name] for name in layout.parameters}
 
 
-def _check_weights(weights: Mapping[str, Tensor]) -> None:
+def check_weights(weights: Mapping[str, Tensor]) -> None:
     names: dict[int, str] = {}
     for name, weight in weights.items():
         if weight.is_meta:
@@ -528,7 +515,7 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     """sha256 over shapes and a fixed sample of each parameter, rounded to bfloat16 so that casts do not count."""
     digest = hashlib.sha256()
     steps = torch.arange(_SAMPLE) * 2654435761  # a prime: spread over rows and columns whatever their numbers

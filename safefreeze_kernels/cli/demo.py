@@ -1,8 +1,8 @@
 """The demonstration job: score a small model, freeze its safety units, fine-tune it, prove it, time it.
 
-One run shows the whole claim on the reader's own machine: the frozen bytes do not change, the rest learns, and what
-the step costs beside an unfrozen one and beside today's practice. It runs on the CPU, and results are compared
-before they are timed.
+One run shows the whole claim on the reader's own machine: the frozen bytes do not change, the rest learns, what the
+step costs beside an unfrozen one and beside today's practice, and what became of the log-odds of refusing beside runs
+with as many weights frozen at random and with none. It runs on the CPU, and results are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 from ..proof.drift import INTEGER_OF_WIDTH, FrozenDriftError
 from ..proof.snapshot import snapshot
+from .demo_keeping import AT_RANDOM, FROZEN, UNFROZEN, Refusals, plan_of_run
 from .demo_report import DemoReport, Plans, Timing, draw, show
 
 _WEIGHT_DECAY: Final = 0.1
@@ -75,7 +76,7 @@ def run_demo(
 
     Without ``plan`` the model's units are scored on the shipped calibration sets. Frozen are then the
     safety-critical units (SCU) and 6% complex units (CU), as in the paper, or with ``freeze`` that share of all
-    units.
+    units. Beside that plan a `RefusalKeeper` freezes a fifth of all weights for four steps at a time.
 
     Args:
         model: folder of a Hugging Face causal language model; default SmolLM2-135M-Instruct from the installed
@@ -119,10 +120,17 @@ def run_demo(
     }
     question = held_out[0][0]
     batches = _training_batches(tokenizer, training, steps, batch_size, seed)
+    refusals = Refusals(tokenizer, _MAX_LENGTH)
     start = {key: param.detach().clone() for key, param in network.named_parameters()}
     proof = snapshot(network, plans.plan)
     before, answer_before = _look(stages, "Loss before", network, tokenizer, probes, question)
-    losses, norms = _fine_tune(stages, network, plans.plan, batches, lr)
+    margins = {"before": refusals.margin(network)}
+    for run in (UNFROZEN, AT_RANDOM, FROZEN):
+        with torch.no_grad():
+            for key, param in network.named_parameters():
+                param.copy_(start[key])
+        losses, norms = _fine_tune(stages, run, network, plans.plan, batches, lr, refusals, seed)
+        margins[run] = refusals.margin(network)
     after, answer_after = _look(stages, "Loss after", network, tokenizer, probes, question)
     with stages.stage("Prove frozen bytes equal"):
         proof.verify(network)
@@ -147,6 +155,7 @@ def run_demo(
         loss_before=before,
         loss_after=after,
         sample={"prompt": question, "before": answer_before, "after": answer_after},
+        refusal_margin=margins,
         timings=_measure(stages, network, plans, batches[-1], lr, repeats),
         settings={
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": _WEIGHT_DECAY, "max_norm": _MAX_NORM,
@@ -271,25 +280,30 @@ def _loss(network: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def _fine_tune(
-    stages: _Stages, network: torch.nn.Module, plan: FreezePlan, batches: Sequence[Batch], lr: float
-) -> tuple[list[float], list[float]]:
+    stages: _Stages, run: str, network: torch.nn.Module, plan: FreezePlan, batches: Sequence[Batch], lr: float,
+    refusals: Refusals, seed: int,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Loss and live gradient norm of every step."""
     optimizer = MaskedAdamW(
-        network.named_parameters(remove_duplicate=False), lr=lr, weight_decay=_WEIGHT_DECAY, freeze=plan
-    )
+        network.named_parameters(remove_duplicate=False), lr=lr, weight_decay=_WEIGHT_DECAY,
+        freeze=plan_of_run(plan, run, seed),
+    )  # fmt: skip
+    keeper = refusals.keeper(network, optimizer, run, seed)
     losses, norms = [], []
     network.train()
-    with stages.stage("Fine-tune", total=len(batches)) as advance:
+    with stages.stage(f"Fine-tune, {run}", total=len(batches)) as advance:
         for batch in batches:
             loss = _loss(network, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = clip_grad_norm_(network, _MAX_NORM, plan)
+            norm = clip_grad_norm_(network, _MAX_NORM, optimizer=optimizer)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
             norms.append(float(norm))
             advance(f"loss {losses[-1]:.2f}")
     network.eval()
+    if keeper is not None:
+        keeper.remove()
     return losses, norms
 
 

@@ -47,7 +47,8 @@ class Timing:
 
 @dataclass
 class DemoReport:
-    """What a run found. Losses are in nats per response token, `seconds` is wall time per stage."""
+    """What a run found. Losses are in nats per response token, `seconds` is wall time per stage, and `refusal_margin`
+    the mean log-odds of refusing held-out prompts, before training and after each run."""
 
     model: str
     parameters: int
@@ -64,6 +65,7 @@ class DemoReport:
     loss_before: dict[str, float]
     loss_after: dict[str, float]
     sample: dict[str, str]
+    refusal_margin: dict[str, float]
     timings: list[Timing]
     settings: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -183,9 +185,30 @@ def show(console: Console, report: DemoReport, folder: Path) -> None:
             style="yellow",
             highlight=False,
         )
+    console.print()
+    console.print(_margins(report))
     console.print(f"\n{report.sample['prompt']}", style="bold", highlight=False, markup=False)
     for when in ("before", "after"):
         answer = " ".join(report.sample[when].split())
         console.print(f"  {when + ':':<7} {answer}", highlight=False, markup=False, overflow="ellipsis", no_wrap=True)
     console.print(f"\nFrozen bytes are equal (plan {report.fingerprint[:12]}). Written to {folder}:", highlight=False)
     console.print("  plan.safetensors  demo.png  demo.json", highlight=False)
+
+
+def _margins(report: DemoReport) -> Table:
+    table = Table(
+        title="refusing: mean log-odds of a refusal's first word, on prompts held out", title_justify="left",
+        caption=(
+            "plan + keeper: the plan throughout, a RefusalKeeper's 20% of all weights for four\n"
+            "steps at a time; random: as much of the same tensors"
+        ),
+        caption_justify="left",
+    )  # fmt: skip
+    table.add_column("frozen while fine-tuning", no_wrap=True)
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = report.refusal_margin["before"]
+    for run, after in report.refusal_margin.items():
+        if run != "before":
+            table.add_row(run, f"{before:+.2f}", f"{after:+.2f}", f"{after - before:+.2f}")
+    return table

@@ -8,25 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from ..attribution import UnitLabels, UnitScores
+    from ..attribution import UnitLabels, UnitScores, WeightScores
     from ..plan.plan import FreezePlan
 
 
-def read(path: Path, operation: str, of: Sequence[str]) -> FreezePlan | UnitScores | UnitLabels:
+def read(path: Path, operation: str, of: Sequence[str]) -> FreezePlan | UnitScores | WeightScores | UnitLabels:
     """What a file holds: a plan, scores or labels, out of those that ``operation`` takes."""
-    from ..attribution import UnitScores, read_labels
+    from ..attribution import UnitScores, WeightScores, read_labels
     from ..plan.plan import FreezePlan
 
     if not path.exists():
         raise FileNotFoundError(f"{operation}: no file {str(path)!r}")
-    readers: dict[str, Callable[[Path], FreezePlan | UnitScores | UnitLabels]] = {
-        "plan": FreezePlan.load, "scores": UnitScores.load, "labels": read_labels
-    }  # fmt: skip
-    kind = {"safefreeze.plan": "plan", "safefreeze.unit_scores": "scores"}.get(_format(path), "labels")
+    kinds: dict[str, tuple[str, Callable[[Path], FreezePlan | UnitScores | WeightScores | UnitLabels]]] = {
+        "safefreeze.plan": ("plan", FreezePlan.load),
+        "safefreeze.unit_scores": ("scores", UnitScores.load),
+        "safefreeze.weight_scores": ("scores", WeightScores.load),
+    }
+    kind, reader = kinds.get(_format(path), ("labels", read_labels))
     if kind not in of:
         raise ValueError(f"{operation}: {str(path)!r} is a {kind} file, expected {' or '.join(of)}")
     try:
-        return readers[kind](path)
+        return reader(path)
     except (OSError, ValueError, TypeError) as error:
         if kind != "labels":
             raise

@@ -48,12 +48,15 @@ def words() -> dict[str, Sequence[str]]:
     from ..attribution import LABELS, METHODS, MaskBuilder
     from ..attribution.activations import Positions
     from ..attribution.builder import Rank, Recipe, Units
+    from ..attribution.grains import Grain, Within
     from ..attribution.units import KvPolicy, Preset
+    from ..attribution.weights import Form
     from ..kernels.operands import STORAGE
 
     kinds = {
         "positions": Positions, "cu_share_of": get_type_hints(MaskBuilder.freeze)["cu_share_of"], "cu_rank": Rank,
         "by": Rank, "recipe": Recipe, "units": Units, "kv": KvPolicy, "preset": Preset,
+        "grain": Grain, "form": Form, "within": Within,
     }  # fmt: skip
     known = {"method": METHODS, "train_only": LABELS, "dtype": [str(dtype).removeprefix("torch.") for dtype in STORAGE]}
     return known | {name: get_args(kind) for name, kind in kinds.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from typer import Argument, Option
 from .files import check_writable, load_on_device, read
 from .options import Device, Dtype, Model, Picture, listed, number
 from .terminal import foreseen, say
+from .weights import build_weights, score_weights, show_plan, show_scores
 
 if TYPE_CHECKING:
     from ..attribution import MaskBuilder, UnitLayout, UnitScores, UnitSelection
@@ -30,7 +31,19 @@ def score(
     utility: Annotated[
         Path | None, Option(help="Everyday requests with good answers, likewise. Default: the shipped set.")
     ] = None,
-    method: Annotated[str, Option(help="One of {words}.")] = "fluctuation",
+    grain: Annotated[
+        str | None,
+        Option(
+            help="Score every weight that trains, not heads and channels: {words}. For single elements a file holds "
+            "four bytes a weight and set; for rows and units it is small."
+        ),
+    ] = None,
+    task: Annotated[
+        Path | None, Option(help="With --grain: what the model is to learn, likewise, to rank by S/T.")
+    ] = None,
+    method: Annotated[
+        str | None, Option(help="One of {words}. Default: fluctuation; with --grain decision_fisher.")
+    ] = None,
     positions: Annotated[str, Option(help="Tokens that count, of methods without gradients: {words}.")] = "predicting",
     batch_size: Annotated[int, Option(help="Pairs per forward pass.")] = 8,
     max_length: Annotated[int, Option(help="Tokens per pair; what is longer is cut at its end.")] = 512,
@@ -45,7 +58,7 @@ def score(
     ] = False,
     seeds: Annotated[int, Option(help="How many times --halves divides the sets.")] = 1,
 ) -> None:
-    """Score heads and channels of a model on a safety and a utility set."""
+    """Score heads and channels of a model, or every weight, on a safety and a utility set."""
     with foreseen():
         from ..attribution import encode_pairs, score_units
         from ..attribution.pictures import score_table
@@ -54,20 +67,31 @@ def score(
         check_writable(output)
         if seeds < 1:
             raise ValueError(f"score: --seeds is {seeds}, expected at least 1")
+        if grain is None and task is not None:
+            raise ValueError("score: --task goes with scores of weights, expected --grain too")
+        if grain is not None and (halves or positions != "predicting"):
+            raise ValueError("score: --halves and --positions go with scores of units, expected them without --grain")
         given = {"safety": safety, "utility": utility}
-        sets = [load_pairs(name) if path is None else read_pairs(path) for name, path in given.items()]
+        sets = {word: load_pairs(word) if path is None else read_pairs(path) for word, path in given.items()}
+        sets |= {} if task is None else {"task": read_pairs(task)}
         name, network, tokenizer = load_on_device(model, dtype, device, "score")
+        encoded = partial(encode_pairs, tokenizer, max_length=max_length, batch_size=batch_size)
+        partial_file = output.with_name(f"{output.name}.partial") if resume else None
+        if grain is not None:
+            texts = {word: encoded(pairs) for word, pairs in sets.items()}
+            score_weights(network, name, texts, output, partial_file, **_given(grain=grain, method=method))
+            return
 
-        def scored(pairs: Sequence[Sequence[tuple[str, str]]], resume: Path | None = None) -> UnitScores:
-            safe, useful = (encode_pairs(tokenizer, p, max_length=max_length, batch_size=batch_size) for p in pairs)
-            options: dict[str, Any] = {"method": method, "positions": positions}
+        def scored(pairs: Iterable[Sequence[tuple[str, str]]], resume: Path | None = None) -> UnitScores:
+            options: dict[str, Any] = {"method": method or "fluctuation", "positions": positions}
+            safe, useful = map(encoded, pairs)
             return score_units(network, safe, useful, **options, resume=resume, progress=True)
 
-        scores = scored(sets, output.with_name(f"{output.name}.partial") if resume else None)
+        scores = scored(sets.values(), partial_file)
         scores.save(output)
-        say(f"{name}, {scores.layout}", score_table(scores, f"{method} scores"))
+        say(f"{name}, {scores.layout}", score_table(scores, f"{scores.method} scores"))
         if halves:
-            show_stability([[scored(half) for half in halved(sets, seed)] for seed in range(seeds)])
+            show_stability([[scored(half) for half in halved([*sets.values()], seed)] for seed in range(seeds)])
         # a score of the method's own ranks units; labels are made from those of the two sets
         how = "" if scores.ranking is None else " --top 0.2"
         say(f"Written to {output}. Next: safefreeze build {output}{how}")
@@ -130,6 +154,15 @@ def build(
     apart: Annotated[
         bool | None, Option("--apart/--together", help="--top of heads and, apart, of channels. Default: apart.")
     ] = None,
+    grain: Annotated[
+        str | None, Option(help="Of scores of weights, what --top takes: {words}. Default: that of the scores.")
+    ] = None,
+    form: Annotated[
+        str | None, Option(help="Of scores of weights, what ranks: {words} (safety, over utility, over the task).")
+    ] = None,
+    within: Annotated[
+        str | None, Option(help="Of scores of weights: --top of the whole model, or of each tensor: {words}.")
+    ] = None,
     recipe: Annotated[str, Option(help="How scores become labels: {words}.")] = "paper",
     ratios: Annotated[str | None, Option(help="Shares of the labels. Default: RU=0.1,SCU=0.01,UCU=0.1.")] = None,
     preset: Annotated[str, Option(help="What freezes of a unit: {words}.")] = "full",
@@ -140,7 +173,7 @@ def build(
 ) -> None:
     """Build a freeze plan from scores or labels, and show what it freezes."""
     with foreseen():
-        from ..attribution import MaskBuilder, UnitLabels, find_units
+        from ..attribution import MaskBuilder, UnitLabels, WeightScores, find_units
         from ..attribution.pictures import complete_plan, label_table, module_table
         from ..integrations.transformers import load_skeleton
         from ..plan.plan import FreezePlan
@@ -148,6 +181,16 @@ def build(
         check_writable(output)
         found = read(source, "build", of=("scores", "labels"))
         skeleton = load_skeleton(model) if model is not None else None
+        _refuse_others(
+            found, source, _given(grain=grain, form=form, within=within),
+            scu=scu, cu=cu, cu_share_of=cu_share_of, cu_rank=cu_rank, train_only=train_only, share=share, by=by,
+            units=units, per_layer=per_layer, apart=apart, ratios=ratios, recipe=recipe, preset=preset, kv=kv,
+        )  # fmt: skip
+        if isinstance(found, WeightScores):
+            options = _given(grain=grain, form=form, within=within)
+            build_weights(found, skeleton, _amount(top), random, **options).save(output)
+            say(f"Written to {output}")
+            return
         if skeleton is None and isinstance(found, UnitLabels):
             raise ValueError(
                 "build: labels do not say which model they belong to, expected --model with its config file, a model "
@@ -177,6 +220,21 @@ def build(
             shared = f"{layout.group_size} heads share a KV head, whose freezing --kv decides"
             say(f"{shared}: so the two shares of the parameters differ.")
         say(f"Embeddings, norms and the output head hold no units: they train.\nWritten to {output}")
+
+
+def _refuse_others(found: object, source: Path, of_weights: dict[str, Any], **of_units: Any) -> None:
+    """Options of the other kind of scores are an error."""
+    from ..attribution import WeightScores
+
+    alone = isinstance(found, WeightScores)
+    defaults = {"recipe": "paper", "preset": "full", "kv": "any"}
+    given = {name for name, value in of_units.items() if value != defaults.get(name)} if alone else of_weights
+    for option in sorted(given):
+        raise ValueError(
+            f"build: --{option.replace('_', '-')} goes with scores of {'units' if alone else 'weights'}, and "
+            f"{str(source)!r} holds none, expected "
+            + ("--top with --grain, --form, --within" if alone else "what score --grain writes")
+        )
 
 
 def _selected(
@@ -232,9 +290,9 @@ def inspect(
     picture: Picture = None,
     layers: Annotated[bool, Option("--layers", help="Of a plan: layer by layer too.")] = False,
 ) -> None:
-    """Show what a file holds: a freeze plan, unit scores, or unit labels."""
+    """Show what a file holds: a freeze plan, scores, or unit labels."""
     with foreseen():
-        from ..attribution import UnitScores, find_units
+        from ..attribution import UnitScores, WeightScores, find_units
         from ..attribution.pictures import draw_units, label_table
         from ..integrations.transformers import load_skeleton
         from ..plan.files import write_atomically
@@ -245,6 +303,8 @@ def inspect(
         layout = find_units(load_skeleton(model)) if model is not None else None
         if isinstance(found, FreezePlan):
             image = _show_plan(found, file.name, layout, layers)
+        elif isinstance(found, WeightScores):
+            image = show_scores(found, file.name)
         elif isinstance(found, UnitScores):
             image = _show_scores(found, file.name)
         else:
@@ -261,6 +321,8 @@ def _show_plan(plan: FreezePlan, name: str, layout: UnitLayout | None, layers: b
     from ..attribution.pictures import complete_plan, draw_plan, facts_table, module_table
 
     facts = {"fingerprint": plan.fingerprint, **plan.metadata}
+    if "weights" in facts:
+        return show_plan(plan, name, facts, layers)
     known = facts.pop("unit_layout", None)
     if layout is None and known is not None:
         layout = UnitLayout.from_json(known)

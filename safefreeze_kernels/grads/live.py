@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..model.attached import Attached, attach, detach
-from ..model.packed import PackedGradient
+from ..model.packed import PackedGradient, packing
 from ..model.sharding import is_sharded
 from ..plan.binding import BoundMask, bind, named_tensors
 from ..plan.mask import FreezeMask
@@ -183,7 +183,9 @@ def check_live_gradients(
     another mask; also if it has one that was computed so before live gradients were removed, and is as it was then.
     ``found``: `forwards`."""
     grad: Any = param.grad  # which may have gone from one parameter to another
-    lacking, version = (mask, 0) if grad is None else _incomplete.get(grad, (mask, 0))  # type: ignore[no-untyped-call]
+    lacking, version = mask, 0
+    if grad is not None and _incomplete.data:
+        lacking, version = _incomplete.get(grad, (mask, 0))  # type: ignore[no-untyped-call]
     if lacking.shape == mask.shape and lacking != mask and version == writes(grad) and (lacking | mask) != mask:
         raise ValueError(
             f"{operation}: grad of {name!r} was computed under live_gradients, without elements that learn now; call "
@@ -202,6 +204,19 @@ def check_live_gradients(
             f"{operation}: more of {name!r} is frozen than its packed gradient leaves out; remove live_gradients and "
             "call it with the new plan"
         )
+
+
+def refuse_packed_gradients(params: Sequence[Tensor], names: Sequence[str], operation: str) -> None:
+    """Raise ValueError if a parameter has, or will have, a packed gradient: kernels find it where they find packed
+    state, and state is whole."""
+    found = forwards()
+    for param, name in zip(params, names, strict=True) if PackedGradient.seen or found else ():
+        forward = found.get(id(param))
+        if packing(param.grad) is not None or (forward is not None and forward.storage == "packed"):
+            raise ValueError(
+                f"{operation}: gradients of {name!r} are packed by its mask, but its state is kept in full; use "
+                "live_gradients(storage='dense'), or keep_state=False"
+            )
 
 
 def suited(

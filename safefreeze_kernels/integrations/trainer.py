@@ -3,11 +3,12 @@ that proves the freeze at every save. Imported through `safefreeze_kernels.integ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..attribution.watch import RefusalWatch
 from ..grads.clip import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
+from ..keeping.keeper import RefusalKeeper, keepers_of
 from ..model.attached import Attached, attach, detach
 from ..optim.adam import MaskedAdam, MaskedAdamW
 from ..optim.guard import guards_of
@@ -29,12 +31,13 @@ from ..plan.files import write_atomically
 from ..plan.plan import FreezePlan
 from ..proof.snapshot import Snapshot, snapshot
 
-__all__ = ["FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"]
+__all__ = ["FreezeCallback", "KeeperCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"]
 
 PlanOrFile = FreezePlan | str | os.PathLike[str]
 
 PLAN_FILE: Final = "freeze_plan.safetensors"
 PROOF_FILE: Final = "freeze_proof.json"
+KEEPER_FILE: Final = "refusal_keeper.safetensors"
 
 
 def masked_adamw(
@@ -212,6 +215,8 @@ class FreezeCallback(TrainerCallback):
         together = functools.reduce(FreezePlan.__or__, plans, FreezePlan())
         if self.plan.fingerprint in (together.fingerprint, *(plan.fingerprint for plan in plans)):
             return
+        if any(self.plan == keeper.base for one in optimizers for keeper in keepers_of(one)):
+            return
         if plans:
             raise ValueError("FreezeCallback: the optimizer freezes by another plan, expected the same in both")
         for entry in bind(self.plan, named_tensors(model), operation="FreezeCallback", require_grad=False):
@@ -244,7 +249,7 @@ class FreezeCallback(TrainerCallback):
         if distributed.is_available() and distributed.is_initialized():
             digests = [None] * distributed.get_world_size()
             distributed.all_gather_object(digests, self.proof.digest)
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _checkpoint(args, state)
         if not state.is_world_process_zero or not folder.is_dir():
             return
         self.plan.save(folder / PLAN_FILE)
@@ -301,3 +306,84 @@ class RefusalCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.picture is not None and state.is_world_process_zero:
             self.watch.save_picture(self.picture)
+
+
+class KeeperCallback(TrainerCallback):
+    """Has a `RefusalKeeper` keep the model refusing while Trainer trains it; saves it with each checkpoint, and goes on
+    with it when training resumes from one.
+
+    The log history gains an entry with ``keeper_margin`` and ``keeper_frozen`` for each look.
+
+    Args:
+        safety_batches: prompts with a refusal each, as `encode_pairs` makes them.
+        picture: a PNG file to draw the course into when training ends.
+        options: of `RefusalKeeper`; ``every`` counts optimizer steps, as Trainer does.
+
+    Attributes:
+        keeper: of the present training, or of the last.
+
+    Raises:
+        TypeError, ValueError: when training begins: as `RefusalKeeper`; a checkpoint that was saved without a keeper.
+    """
+
+    def __init__(
+        self, safety_batches: Iterable[Mapping[str, Tensor]], *, picture: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.keeper: RefusalKeeper | None = None
+        self.picture, self._batches, self._options = picture, list(safety_batches), options
+        self._saving, self._told = contextlib.ExitStack(), 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.keeper = RefusalKeeper(kwargs["model"], kwargs.get("optimizer"), self._batches, **self._options)
+        if state.global_step:
+            path = _checkpoint(args, state) / KEEPER_FILE
+            if not path.is_file():
+                raise ValueError(
+                    f"KeeperCallback: training resumes at step {state.global_step}, but there is no "
+                    f"{os.fspath(path)!r}, expected what this callback saved with that checkpoint"
+                )
+            plan = FreezePlan.load(path)
+            self.keeper.load_state_dict({**plan.metadata, "plan": plan})
+        self._told = len(self.keeper.log)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._saving.close()  # if nothing was saved after all
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.keeper is None:
+            return
+        for look in self.keeper.log[self._told :]:
+            found = {"keeper_margin": look.margin, "keeper_frozen": look.frozen}
+            state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
+        self._told = len(self.keeper.log)
+        self._save_at_base(args, state, control)
+
+    def _save_at_base(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saving.close()
+        if control.should_save and self.keeper is not None:  # Trainer loads it before this callback is asked
+            self._saving.enter_context(self.keeper.at_base())
+
+    on_epoch_end = _save_at_base
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saving.close()
+        folder = _checkpoint(args, state)
+        if self.keeper is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        about = self.keeper.state_dict()
+        del about["plan"]
+        FreezePlan(self.keeper.plan, about).save(folder / KEEPER_FILE)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._saving.close()
+        if self.keeper is None:
+            return
+        self.keeper.remove()
+        if self.picture is not None and state.is_world_process_zero and self.keeper.log:
+            self.keeper.save_picture(self.picture)
+
+
+def _checkpoint(args: Any, state: TrainerState) -> Path:
+    """The folder of the checkpoint at this step."""
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

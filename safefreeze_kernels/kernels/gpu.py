@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operands import AdamWOperands, NormKind
+from .operands import AdamWOperands, NormKind, to_device
 from .parts import WorkList
 from .tiles import Tiles
 
@@ -44,7 +44,7 @@ class StepTables:
 
     def __init__(self, work: WorkList, operands: AdamWOperands) -> None:
         device = operands.params[0].device
-        tiles, rows = Tiles.of(work, device), torch.from_numpy(operands.table()).to(device)
+        tiles, rows = Tiles.of(work, device), to_device(operands.table(), device)
         remainders = operands.remainders or [None] * len(operands.params)
         kinds = [
             (p.dtype, m.dtype, remainder is not None)
@@ -69,7 +69,7 @@ class GpuBackend(abc.ABC):
         self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,
         rounding: str, l2: bool, amsgrad: bool,
     ) -> None:  # fmt: skip
-        """``tables``: addresses of gradients, the row of scalars for each part, rows of scalars, and ``skip`` and
+        """``tables``: addresses of gradients, the first row of scalars of each part, rows of scalars, and ``skip`` and
         ``multiplier`` of `Backend.adamw_`, on the device as ``seed_there`` is."""
 
     @abc.abstractmethod

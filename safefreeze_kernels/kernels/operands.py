@@ -98,6 +98,12 @@ class AdamWOperands:
         return bool(self.packed_grads) and self.packed_grads[tensor]
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """``array`` there; nobody waits for the device. On the CPU it is over the same memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None) -> np.ndarray:
     """Rows of `SCALARS` or `SCALARS_DOUBLE`, for a backend that runs on the host, ``multiplier`` worked in."""
     if not isinstance(scalars, np.ndarray):

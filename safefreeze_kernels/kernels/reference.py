@@ -21,8 +21,8 @@ from .parts import Part, WorkList
 def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, s: Any, *, l2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One element-wise Adam(W) update in float32, or in float64 if the operands are: new ``p, m, v, v_max``. ``s`` is a
-    row of `operands.SCALARS`, or of `SCALARS_DOUBLE`."""
+    """One element-wise Adam(W) update in float32, or in float64 if the operands are: new ``p, m, v, v_max``. ``s``: see
+    `_Scalars`."""
     g = g * s.grad_multiplier
     if l2:
         g = g + s.weight_decay * p
@@ -31,7 +31,7 @@ def adamw(
     second_moment = v
     if v_max is not None:
         second_moment = v_max = torch.maximum(v_max, v)
-    p = s.decay * p - s.step_size * m / (_square_root(second_moment) / v.new_tensor(s.bias2_sqrt) + s.eps)
+    p = s.decay * p - s.step_size * m / (_square_root(second_moment) / s.bias2_sqrt + s.eps)
     return p, m, v, v_max
 
 
@@ -73,11 +73,12 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
     return _low_half(rounded | sign).view(dtype)
 
 
-def noise_of(elements: Tensor, *, seed: int, step: int, number: int) -> Tensor:
-    """16 random bits (int32) for each element index of a tensor: Philox4x32-10, as in csrc/arithmetic.h."""
+def noise_of(elements: Tensor, *, seed: int, step: int | Tensor, number: int) -> Tensor:
+    """16 random bits (int32) for each element index of a tensor: Philox4x32-10, as in csrc/arithmetic.h. ``step``: of
+    all elements, or of each."""
     group = elements >> 3
     word0, word1 = group & _WORD, group >> 32
-    word2, word3 = torch.full_like(group, step), torch.full_like(group, number)
+    word2, word3 = torch.zeros_like(group) + step, torch.full_like(group, number)
     key0, key1 = seed & _WORD, seed >> 32
     for _ in range(10):
         product0, product1 = word0 * 0xD2511F53, word2 * 0xCD9E8D57  # int64 wraps, and keeps the right 64 bits
@@ -121,26 +122,23 @@ class ReferenceBackend:
         moments = [operands.exp_avgs, operands.exp_avg_sqs, *([operands.max_exp_avg_sqs] if amsgrad else [])]
         trained = [None if g is None else p for p, g in zip(operands.params, operands.grads, strict=True)]
         for visit in _visits(work, trained):
-            part, here, there = visit.part, visit.here, visit.there
-            param, row = operands.params[part.tensor], rows[scalar_set[visit.index]]
+            part, here = visit.part, visit.here
+            param, own = operands.params[part.tensor], _Scalars(visit, rows, scalar_set)
             state = [tensors[part.tensor] for tensors in moments]  # type: ignore[index]
             old_p = visit.matrix[here]
             grad = operands.grads[part.tensor]
             assert grad is not None
-            is_packed = operands.grad_is_packed(part.tensor)
-            old_g = _packed_matrix(grad, part)[there] if is_packed else _matrix(grad, part)[here]
-            old_state = [_packed_matrix(tensor, part)[there] for tensor in state]
+            old_g = visit.packed(grad) if operands.grad_is_packed(part.tensor) else _matrix(grad, part)[here]
+            old_state = [visit.packed(tensor) for tensor in state]
             exact = torch.float64 if param.dtype == torch.float64 else torch.float32
             m, v, *v_max = (tensor.to(exact) for tensor in old_state)
             remainder = operands.remainders[part.tensor] if operands.remainders is not None else None
             master = old_p.to(exact)
             if remainder is not None:
                 state.append(remainder)
-                old_state.append(_packed_matrix(remainder, part)[there])
+                old_state.append(visit.packed(remainder))
                 master = from_remainder(old_p, old_state[-1])
-            p, m, v, new_v_max = adamw(
-                master, old_g.to(exact), m, v, v_max[0] if amsgrad else None, _Scalars(row), l2=l2
-            )
+            p, m, v, new_v_max = adamw(master, old_g.to(exact), m, v, v_max[0] if amsgrad else None, own, l2=l2)
             new_state = [t.to(old.dtype) for t, old in zip((m, v, new_v_max), old_state, strict=False) if t is not None]
             if remainder is not None:
                 new_p, new_remainder = to_remainder(p)
@@ -148,13 +146,13 @@ class ReferenceBackend:
             elif stochastic and param.dtype != exact:
                 elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
                 number = operands.numbers[part.tensor] if operands.numbers else part.tensor
-                noise = noise_of(elements, seed=seed, step=int(row.step), number=number)
+                noise = noise_of(elements, seed=seed, step=own.step, number=number)
                 new_p = round_stochastically(p, param.dtype, noise)
             else:
                 new_p = p.to(param.dtype)
             visit.matrix[here] = visit.blend(new_p, old_p)
-            for tensor, new, old in zip(state, new_state, old_state, strict=True):
-                _packed_matrix(tensor, part)[there] = visit.blend(new, old)
+            for tensor, new in zip(state, new_state, strict=True):
+                visit.put_packed(tensor, new)
 
     def norm(self, work: WorkList, tensors: Sequence[Tensor | None], kind: NormKind) -> Tensor:
         device = next((tensor.device for tensor in tensors if tensor is not None), None)
@@ -181,33 +179,22 @@ class ReferenceBackend:
 
     def gather(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         for visit in _visits(work, tensors):
-            twin, old = packed[visit.part.tensor], visit.matrix[visit.here]
-            if work.frozen:
-                values = visit.values().reshape(-1)
-                twin[visit.part.packed_start :][: values.numel()] = values
-            else:
-                _packed_matrix(twin, visit.part)[visit.there] = visit.blend(old, torch.zeros_like(old))
+            visit.put_packed(packed[visit.part.tensor], visit.matrix[visit.here])
 
     def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         for visit in _visits(work, tensors):
-            twin, new = packed[visit.part.tensor], visit.matrix[visit.here]
-            if not work.frozen:
-                new = visit.blend(_packed_matrix(twin, visit.part)[visit.there], new)
-            else:
-                chosen = slice(None) if visit.chosen is None else visit.chosen
-                held = twin[visit.part.packed_start :][: visit.values().numel()]
-                new[chosen] = held.view(new[chosen].shape)
-            visit.matrix[visit.here] = new
+            old = visit.matrix[visit.here]
+            visit.matrix[visit.here] = visit.blend(visit.packed(packed[visit.part.tensor]), old)
 
 
 class _Visit:
-    """A part of a list, seen from a tensor: its ``matrix``, the places ``here`` in that and ``there`` in its packed
-    twin, and which of them the list visits: ``chosen``, bool [rows, cols]; None: all."""
+    """What a part of a list has of one age of rows, seen from a tensor: its ``matrix``, the places ``here`` in that,
+    and which of them the list visits: ``chosen``, bool [rows, cols]; None: all."""
 
-    def __init__(self, index: int, part: Part, frozen: bool, tensor: Tensor) -> None:
-        self.index, self.part, self.matrix = index, part, _matrix(tensor, part)
+    def __init__(self, index: int, age: int, part: Part, frozen: bool, tensor: Tensor) -> None:
+        self.index, self.age, self.part, self.matrix = index, age, part, _matrix(tensor, part)
         self.here = _places(part.rows, part.cols, tensor.device)
-        self.there = _places(part.packed_rows, part.packed_cols, tensor.device)
+        self._there = _places(part.packed_rows, part.packed_cols, tensor.device)
         self.chosen: Tensor | None = None
         if part.frozen_bits is not None:
             flags = torch.from_numpy(part.frozen_flags()).to(tensor.device)
@@ -222,12 +209,37 @@ class _Visit:
         """``new`` where the list visits, else ``old``."""
         return new if self.chosen is None else torch.where(self.chosen, new, old)
 
+    def packed(self, twin: Tensor) -> Tensor:
+        """What ``twin`` holds for ``here``; 0 for what the list does not visit."""
+        if not self.part.gapless:
+            return self._in_twin(twin)[self._there]
+        found = twin.new_zeros(self.chosen.shape)  # type: ignore[union-attr]
+        found[self.chosen] = self._in_twin(twin)
+        return found
+
+    def put_packed(self, twin: Tensor, new: Tensor) -> None:
+        """Have ``twin`` hold ``new`` of what the list visits; the rest stays as it is."""
+        if self.part.gapless:
+            self._in_twin(twin)[:] = new[self.chosen]
+        else:
+            self._in_twin(twin)[self._there] = self.blend(new, self.packed(twin))
+
+    def _in_twin(self, twin: Tensor) -> Tensor:
+        """The part's share of a packed twin: its matrix or, of a gapless one, its elements."""
+        twin, part = twin.detach().view(-1), self.part
+        if part.gapless:
+            assert self.chosen is not None
+            return twin[part.packed_start :][: int(self.chosen.sum())]
+        n_rows = part.shape[0] if part.rows is None else part.rows.size
+        end = None if part.packed_rows is not None else part.packed_start + n_rows * part.packed_width
+        return twin[part.packed_start : end].view(-1, part.packed_width)
+
 
 def _visits(work: WorkList, tensors: Sequence[Tensor | None]) -> Iterator[_Visit]:
-    for index, part in enumerate(work.parts):
+    for index, age, part in work.by_age():
         tensor = tensors[part.tensor]
         if tensor is not None:
-            yield _Visit(index, part, work.frozen, tensor)
+            yield _Visit(index, age, part, work.frozen, tensor)
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
@@ -238,20 +250,30 @@ def _scaled(values: Tensor, factor: float) -> Tensor:
     return values * factor if values.dtype == torch.float64 else (values.float() * factor).to(values.dtype)
 
 
-class _Scalars:
-    """Scalars as Python floats, which hold them exactly and keep torch from promoting."""
+_OF_AGE: Final = ("step_size", "bias2_sqrt")
 
-    def __init__(self, row: Any) -> None:
+
+class _Scalars:
+    """The scalars of a visit's elements, as Python floats, which hold them exactly and keep torch from promoting; what
+    depends on age as tensors (a Python float's reciprocal might be multiplied by), [rows, cols] where ages differ."""
+
+    step: Tensor
+
+    def __init__(self, visit: _Visit, rows: np.ndarray, scalar_set: np.ndarray) -> None:
+        part, first = visit.part, int(scalar_set[visit.index]) + visit.age
+        row = rows[first]
         for name in row.dtype.names:
             setattr(self, name, float(row[name]))
+        own = np.asarray(first)
+        if part.ages is not None:
+            ages = visit.packed(torch.from_numpy(part.ages.astype(np.int64)).to(visit.matrix.device))
+            own = first + ages.cpu().numpy()
+        for name, values in (*((name, rows[name]) for name in _OF_AGE), ("step", rows["step"].astype(np.int64))):
+            setattr(self, name, torch.from_numpy(np.asarray(values[own])).to(visit.matrix.device))
 
 
 def _matrix(tensor: Tensor, part: Part) -> Tensor:
     return tensor.detach().view(part.shape)
-
-
-def _packed_matrix(tensor: Tensor, part: Part) -> Tensor:
-    return tensor.detach().view(-1, part.packed_width)
 
 
 def _places(rows: np.ndarray | None, cols: np.ndarray | None, device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import numpy as np
@@ -9,15 +10,21 @@ import numpy as np
 from ..plan.mask import pack_bits
 from .parts import Part, WorkList, cut
 
+_C: Any = None
+with contextlib.suppress(ImportError):
+    from .. import _C
+
 # Mirrors of the structs in csrc/work.h.
-RUN_PART: Final = np.dtype(
-    [(name, "i8") for name in ("tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits")]
-)
-RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8")])
+_PART_FIELDS: Final = (
+    "tensor", "cols", "col_bits", "packed_cols", "shared", "frozen_bits", "gapless", "ages", "age_size", "n_ages"
+)  # fmt: skip
+RUN_PART: Final = np.dtype([(name, "i8") for name in _PART_FIELDS])
+RUN: Final = np.dtype([("start", "i8"), ("packed", "i8"), ("count", "i8"), ("age", "i8")])
 CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
 CHUNK_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
 _SPARSEST_BITS: Final = 3
+_READ_BEYOND: Final = 16  # small integers that kernels may read past the last
 
 
 class Runs:
@@ -41,29 +48,41 @@ class Runs:
     def __init__(self, work: WorkList) -> None:
         self.native: Any = None
         self._keep: list[np.ndarray] = []
-        self.parts = np.zeros(len(work.parts), RUN_PART)
-        runs, chunks = [np.zeros(0, RUN)], [np.zeros(0, CHUNK)]
-        n_runs = 0
-        for index, (part, shared) in enumerate(zip(work.parts, work.shared(), strict=True)):
-            self.parts[index] = (
-                part.tensor, self._address(part.cols, np.int32), self._address(_column_bits(part), np.uint8),
-                self._address(part.packed_cols, np.int32), shared, self._address(part.frozen_bits, np.uint8),
-            )  # fmt: skip
-            runs.append(_runs(work, part))
-            chunks.append(_chunks(runs[-1]["count"], index, n_runs))
-            n_runs += len(runs[-1])
-        self.runs, self.chunks = np.concatenate(runs), np.concatenate(chunks)
+        rows = []
+        for part, shared in zip(work.parts, work.shared(), strict=True):
+            if part.cols is None and part.packed_cols is None and part.frozen_bits is None and part.ages is None:
+                rows.append((part.tensor, 0, 0, 0, shared, 0, 0, 0, 0, part.born.size))
+                continue
+            cols = self._address(part.cols, np.int32)
+            # State of the tensor's own shape has its columns in the same places; kernels know that by the address.
+            packed_cols = cols if part.packed_cols is part.cols else self._address(part.packed_cols, np.int32)
+            age_size = 0 if part.ages is None else part.ages.itemsize
+            rows.append((
+                part.tensor, cols, self._address(_column_bits(part), None), packed_cols, shared,
+                self._address(part.frozen_bits, None), part.gapless, self._address(part.ages, None), age_size,
+                part.born.size,
+            ))  # fmt: skip
+        self.parts = np.array(rows, RUN_PART)
+        if _C is None:
+            self.runs, self.chunks = lists_of(work)
+        else:
+            runs, chunks = _C.lists_of([part.listed_rows() for part in work.parts], CHUNK_ELEMENTS)
+            self.runs, self.chunks = runs.view(RUN).reshape(-1), chunks.view(CHUNK).reshape(-1)
+        for index in [index for index, part in enumerate(work.parts) if part.gapless]:
+            of_part = self.chunks[self.chunks["part"] == index]
+            runs = self.runs[of_part["begin"][0] : of_part["end"][-1]]
+            runs["packed"] = work.gapless_places(work.parts[index], runs["start"])
 
     @property
     def nbytes(self) -> int:
         """Memory of the arrays."""
         return sum(array.nbytes for array in (self.parts, self.runs, self.chunks, *self._keep))
 
-    def _address(self, array: np.ndarray | None, dtype: type) -> int:
+    def _address(self, array: np.ndarray | None, dtype: type | None) -> int:
         if array is None:
             return 0
-        if dtype is np.uint8:  # kernels read words of eight bytes
-            array = np.concatenate([array, np.zeros(8, np.uint8)])
+        if array.itemsize < 4:  # bits or ages, of which kernels read words and vectors
+            array = np.concatenate([array, np.zeros(_READ_BEYOND, array.dtype)])
         self._keep.append(np.ascontiguousarray(array, dtype))
         return int(self._keep[-1].ctypes.data)
 
@@ -78,22 +97,17 @@ def _column_bits(part: Part) -> np.ndarray | None:
     return pack_bits(flags)
 
 
-def _runs(work: WorkList, part: Part) -> np.ndarray:
-    """Rows of `RUN`. Those of neighbours are not longer than a chunk."""
-    start, packed, count = part.runs()
-    if part.cols is None and count.max(initial=0) > CHUNK_ELEMENTS:
-        run, offset, count = cut(count, CHUNK_ELEMENTS)
-        start, packed = start[run] + offset, packed[run] + offset
-    runs = np.empty(start.size, RUN)
-    runs["start"], runs["count"] = start, count
-    runs["packed"] = work.gapless_places(part, start) if work.gapless(part) else packed
-    return runs
-
-
-def _chunks(count: np.ndarray, part: int, first: int) -> np.ndarray:
-    """Rows of `CHUNK` for runs of ``count`` elements, the first of which is run ``first`` of the list."""
-    group = (np.cumsum(count) - 1) // CHUNK_ELEMENTS
-    begin = np.concatenate([np.zeros(min(count.size, 1), np.int64), np.flatnonzero(np.diff(group)) + 1])
+def lists_of(work: WorkList) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `RUN`, those of neighbours not longer than a chunk, and of `CHUNK`. csrc/lists.cpp is the faster twin."""
+    table, picks = work.runs(), np.array([part.cols is not None for part in work.parts], bool)
+    run, offset, count = cut(table.counts, np.where(picks[table.part], np.maximum(table.counts, 1), CHUNK_ELEMENTS))
+    runs = np.empty(run.size, RUN)
+    runs["start"], runs["packed"] = table.start[run] + offset, table.packed[run] + offset
+    runs["count"], runs["age"] = count, table.age[run]
+    part, before = table.part[run], np.cumsum(count) - count  # elements
+    new_part = np.diff(part, prepend=-1) != 0
+    within = before + count - 1 - before[new_part][np.cumsum(new_part) - 1]
+    begin = np.flatnonzero(new_part | (np.diff(within // CHUNK_ELEMENTS, prepend=-1) != 0))
     chunks = np.empty(begin.size, CHUNK)
-    chunks["part"], chunks["begin"], chunks["end"] = part, first + begin, first + np.append(begin[1:], count.size)
-    return chunks
+    chunks["part"], chunks["begin"], chunks["end"] = part[begin], begin, np.append(begin[1:], run.size)[: begin.size]
+    return runs, chunks

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .parts import Part, WorkList, cut
+from .operands import to_device
+from .parts import Part, RunTable, WorkList, cut
 
 TILE_ELEMENTS: Final = 8192  # of a run: what a block of threads takes
 # Mirrors of struct Tile and struct TilePart in csrc/work.h. What counts elements of one tile has 32 bits.
 TILE: Final = np.dtype(
-    [("start", "i8"), ("packed", "i8"), ("tensor", "i4"), ("part", "i4"), ("count", "i4"), ("at", "i4")]
+    [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "age", "unused")]
 )
-_PART_COLUMNS: Final = ("cols", "packed_cols", "frozen_bits", "shared")
+_PART_COLUMNS: Final = ("cols", "packed_cols", "frozen_bits", "shared", "gapless", "ages")
 TILE_PART: Final = np.dtype([(name, "i8") for name in _PART_COLUMNS])
 
 _LISTED_BELOW: Final = 256  # runs shorter than this on average become a list of elements: they would not fill a block
@@ -27,9 +28,10 @@ class Tiles:
 
     Attributes:
         host_tiles: rows of `TILE`, on the host.
-        parts: rows of `TILE_PART` with addresses on the device, int64 [parts, 4].
+        parts: rows of `TILE_PART` with addresses on the device, int64 [parts, 6].
         lists: how many of a part's two lists there are: 0 none; 1 ``cols``; 2 ``packed_cols``, and perhaps ``cols``.
-        bits: whether any part has frozen bits. They are readable 8 bytes past their end.
+        bits: whether any part has frozen bits. They are readable 8 bytes past their end. No such part has lists.
+        ages: whether elements of any part differ in age.
         frozen: whether it is a frozen list.
     """
 
@@ -43,13 +45,14 @@ class Tiles:
 
     def __init__(self, work: WorkList, device: torch.device) -> None:
         self.frozen, self._device = work.frozen, device
-        self.host_tiles, parts, lists, bits = _on_host(work)
-        self._lists, self._bits = torch.from_numpy(lists).to(device), torch.from_numpy(bits).to(device)
-        for name, base in (("cols", self._lists), ("packed_cols", self._lists), ("frozen_bits", self._bits)):
+        self.host_tiles, parts, lists, bits, ages = _on_host(work)
+        self._lists, self._bits, self._ages = (to_device(found, device) for found in (lists, bits, ages))
+        bases = {"cols": self._lists, "packed_cols": self._lists, "frozen_bits": self._bits, "ages": self._ages}
+        for name, base in bases.items():
             parts[name] = np.where(parts[name] < 0, 0, base.data_ptr() + parts[name] * base.element_size())
-        self.parts = torch.from_numpy(parts.view(np.int64).reshape(-1, len(_PART_COLUMNS))).to(device)
+        self.parts = to_device(parts.view(np.int64).reshape(-1, len(_PART_COLUMNS)), device)
         self.lists = 2 if parts["packed_cols"].any() else int(parts["cols"].any())
-        self.bits = bool(parts["frozen_bits"].any())
+        self.bits, self.ages = bool(parts["frozen_bits"].any()), bool(parts["ages"].any())
         self._chosen: dict[bytes, Tensor] = {}
         self._dtypes: list[torch.dtype | None] = [None] * len(work.packed_sizes)
 
@@ -57,11 +60,11 @@ class Tiles:
         return self  # `parts` holds addresses; nothing here changes, but for what is found again
 
     def of_tensors(self, chosen: np.ndarray) -> Tensor:
-        """The tiles of the tensors whose flag in ``chosen``, bool [tensors], is set: int64 [tiles, 4]."""
+        """The tiles of the tensors whose flag in ``chosen``, bool [tensors], is set: int64 [tiles, 5]."""
         key = chosen.tobytes()
         if key not in self._chosen:
             rows = self.host_tiles if chosen.all() else self.host_tiles[chosen[self.host_tiles["tensor"]]]
-            self._chosen[key] = torch.from_numpy(rows.view(np.int64).reshape(-1, TILE.itemsize // 8)).to(self._device)
+            self._chosen[key] = to_device(rows.view(np.int64).reshape(-1, TILE.itemsize // 8), self._device)
         return self._chosen[key]
 
     def by_dtype(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[torch.dtype, Tensor]]:
@@ -75,56 +78,96 @@ class Tiles:
             yield dtype, self.of_tensors(np.array([known in (dtype, None) for known in dtypes], bool))
 
 
-def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tiles; parts, with offsets into what follows, or -1; int32 lists and uint8 bits, each of all parts end to end."""
-    tiles, lists, bits = [np.zeros(0, TILE)], [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)]
-    n_listed = n_bits = 0
-    bits_of: dict[int, int] = {}  # parts of a tensor may share them
+class _Kept:
+    """Arrays end to end, each once: parts may share bits, a part its two lists. ``room``: zeros after each."""
+
+    def __init__(self, dtype: type, room: int = 0) -> None:
+        self._dtype, self._size = dtype, 0
+        self._room: np.ndarray = np.zeros(room, dtype)
+        self._pieces: list[np.ndarray] = [np.zeros(0, dtype)]
+        self._known: dict[int, tuple[int, np.ndarray]] = {}
+
+    def place(self, values: np.ndarray) -> int:
+        """Where they begin."""
+        if id(values) not in self._known:
+            self._known[id(values)] = self._size, values  # which lives, so that nothing else has its id
+            self._pieces += [values.astype(self._dtype), self._room]
+            self._size += values.size + self._room.size
+        return self._known[id(values)][0]
+
+    def all(self) -> np.ndarray:
+        return np.concatenate(self._pieces)
+
+
+def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tiles; parts, with offsets into what follows, or -1; int32 lists, uint8 bits and int16 ages, each of all parts
+    end to end."""
+    lists, bits, ages = _Kept(np.int32), _Kept(np.uint8, 8), _Kept(np.int16)
+    all_runs = work.runs()
+    tables, list_at = [all_runs.take(slice(0))], [np.zeros(0, np.int64)]
     parts = np.full(len(work.parts), -1, TILE_PART)
-    parts["shared"] = work.shared()
-    for index, part in enumerate(work.parts):
-        part_tiles, *listed = _tiles(work, part, index)
-        tiles.append(part_tiles)
-        for name, places in zip(("cols", "packed_cols"), listed, strict=True):
-            if places is not None:
-                parts[name][index] = n_listed
-                lists.append(places.astype(np.int32))
-                n_listed += places.size
-        if part.frozen_bits is not None:
-            if id(part.frozen_bits) not in bits_of:
-                bits_of[id(part.frozen_bits)] = n_bits
-                bits += [part.frozen_bits, np.zeros(8, np.uint8)]
-                n_bits += part.frozen_bits.size + 8
-            parts["frozen_bits"][index] = bits_of[id(part.frozen_bits)]
-    return np.concatenate(tiles), parts, np.concatenate(lists), np.concatenate(bits)
+    parts["shared"], parts["gapless"] = work.shared(), [part.gapless for part in work.parts]
+    for index, (part, here) in enumerate(zip(work.parts, all_runs.of_parts(len(work.parts)), strict=True)):
+        runs, cols, packed_cols, some_bits = all_runs.take(here), part.cols, part.packed_cols, part.frozen_bits
+        at = np.zeros(runs.counts.size, np.int64)
+        short = runs.counts.size > 1 and runs.counts.sum() < _LISTED_BELOW * runs.counts.size
+        if short and part.shape[0] * part.shape[1] < 2**31:
+            runs, at, cols, packed_cols = _listed(work, part, runs)
+            some_bits = None
+        tables.append(runs)
+        list_at.append(at)
+        for name, values, kept in (
+            ("cols", cols, lists), ("packed_cols", packed_cols, lists), ("frozen_bits", some_bits, bits),
+            ("ages", part.ages, ages),
+        ):  # fmt: skip
+            if values is not None:
+                parts[name][index] = kept.place(values)
+    table = RunTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+    return _tiles(work, table, np.concatenate(list_at), parts), parts, lists.all(), bits.all(), ages.all()
 
 
-def _tiles(work: WorkList, part: Part, index: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Rows of `TILE`; the part's lists of columns and of packed columns, if its tiles have them."""
-    start, packed, count = part.runs()
-    cols, packed_cols, gapless = part.cols, part.packed_cols, work.gapless(part)
-    short = len(count) > 1 and count.sum() < _LISTED_BELOW * len(count)
-    if short and not gapless and part.shape[0] * part.shape[1] < 2**31:
-        start, packed, count, cols, packed_cols = _listed(start, packed, count, cols, packed_cols)
-    run, offset, count = cut(count, TILE_ELEMENTS)
+def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Rows of `TILE`. ``list_at``: where each run begins in the lists of its part, if that has any."""
+    run, offset, count = cut(table.counts, TILE_ELEMENTS)
     tiles = np.zeros(run.size, TILE)
-    tiles["tensor"], tiles["part"], tiles["count"] = part.tensor, index, count
-    tiles["at"] = 0 if cols is None and packed_cols is None else offset
-    tiles["start"] = start[run] + (offset if cols is None else 0)
-    if gapless:
-        tiles["packed"] = work.gapless_places(part, tiles["start"])
-    else:
-        tiles["packed"] = packed[run] + (offset if packed_cols is None else 0)
-    return tiles, cols, packed_cols
+    part = table.part[run]
+    tiles["tensor"] = np.array([part.tensor for part in work.parts], np.int64)[part] if run.size else 0
+    tiles["part"], tiles["count"], tiles["age"] = part, count, table.age[run]
+    listed, packed_listed = (parts[name][part] >= 0 for name in ("cols", "packed_cols"))
+    tiles["at"] = np.where(listed | packed_listed, list_at[run] + offset, 0)
+    tiles["start"] = table.start[run] + np.where(listed, 0, offset)
+    tiles["packed"] = table.packed[run] + np.where(packed_listed, 0, offset)
+    for index, one in enumerate(work.parts):
+        if one.gapless and parts["frozen_bits"][index] >= 0:
+            here = part == index
+            tiles["packed"][here] = work.gapless_places(one, tiles["start"][here])
+    return tiles
 
 
 def _listed(
-    start: np.ndarray, packed: np.ndarray, count: np.ndarray, cols: np.ndarray | None, packed_cols: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Runs as one run with a list of its elements, and of their packed places unless these follow each other."""
-    run = np.repeat(np.arange(count.size), count)
-    step = np.arange(run.size) - np.repeat(np.cumsum(count) - count, count)
-    elements = (start - start[0])[run] + (step if cols is None else cols[step])
-    places = (packed - packed[0])[run] + (step if packed_cols is None else packed_cols[step])
-    in_order = np.array_equal(places, np.arange(places.size))
-    return start[:1], packed[:1], count.sum(keepdims=True), elements, None if in_order else places
+    work: WorkList, part: Part, runs: RunTable
+) -> tuple[RunTable, np.ndarray, np.ndarray, np.ndarray | None]:  # fmt: skip
+    """Runs of one part as a run for each age with a list of its elements, and of their packed places unless these
+    follow each other; and where each begins in the lists. Of a live list with bits, those whose bit is clear."""
+    runs = runs.take(np.argsort(runs.age, kind="stable"))
+    if part.gapless:
+        runs = runs._replace(packed=work.gapless_places(part, runs.start))
+    run = np.repeat(np.arange(runs.counts.size), runs.counts)
+    before = np.cumsum(runs.counts) - runs.counts
+    step = np.arange(run.size) - np.repeat(before, runs.counts)
+    start, packed = runs.start.min(), runs.packed.min()
+    elements = (runs.start - start)[run] + (step if part.cols is None else part.cols[step])
+    places = (runs.packed - packed)[run] + (step if part.packed_cols is None else part.packed_cols[step])
+    if part.frozen_bits is not None:  # its rows share an age
+        here = start + elements
+        live = np.flatnonzero(part.frozen_bits[here >> 3] >> (here & 7).astype(np.uint8) & 1 == 0)
+        elements, places = elements[live], np.arange(live.size) if part.gapless else places[live]
+    first = np.flatnonzero(np.diff(runs.age, prepend=-1))
+    at, in_order = before[first], np.array_equal(places, np.arange(places.size))
+    found = RunTable(
+        runs.part[first], np.full(first.size, start), packed + (at if in_order else 0 * at),
+        np.diff(np.append(at, elements.size)), runs.age[first],
+    )  # fmt: skip
+    if np.array_equal(places, elements):
+        places = elements
+    return found, at, elements, None if in_order else places

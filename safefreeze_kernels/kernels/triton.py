@@ -91,11 +91,19 @@ def _tile(tiles):
 
 
 @triton.jit
-def _part(parts, part, at, start, LISTS: tl.constexpr, BITS: tl.constexpr):
-    """Addresses of the tile's lists and of its first bit, 0 where there are none; and whether parts interleave."""
+def _age(tiles):
+    """How far behind its part's first row of scalars that of this program's tile is."""
+    row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
+    return tl.load(row.to(tl.pointer_type(tl.int32)) + 8)
+
+
+@triton.jit
+def _part(parts, part, at, start, packed, LISTS: tl.constexpr, BITS: tl.constexpr, AGES: tl.constexpr):
+    """Addresses of the tile's lists, of its first bit and of its first age, 0 where there are none; whether parts
+    interleave; and whether the twin has places for what is visited alone, as bits say."""
     row = parts + part.to(tl.int64) * _PART_WORDS
     none = at.to(tl.int64) * 0
-    cols, packed_cols, bits, shared = none, none, none, none
+    cols, packed_cols, bits, shared, gapless, ages = none, none, none, none, none, none
     if LISTS >= 1:
         cols = tl.load(row)
         cols = tl.where(cols != 0, cols + at.to(tl.int64) * 4, 0)
@@ -104,8 +112,12 @@ def _part(parts, part, at, start, LISTS: tl.constexpr, BITS: tl.constexpr):
         packed_cols = tl.where(packed_cols != 0, packed_cols + at.to(tl.int64) * 4, 0)
     if BITS:
         bits, shared = tl.load(row + 2), tl.load(row + 3)
+        gapless = tl.where(bits != 0, tl.load(row + 4), 0)
         bits = tl.where(bits != 0, bits + (start >> 3), 0)
-    return cols, packed_cols, bits, shared
+    if AGES:
+        ages = tl.load(row + 5)
+        ages = tl.where(ages != 0, ages + packed * 2, 0)
+    return cols, packed_cols, bits, shared, gapless, ages
 
 
 @triton.jit
@@ -159,6 +171,14 @@ def _chosen(inside, bits, start, here, first, count, FROZEN: tl.constexpr, WIDE:
 
 
 @triton.jit
+def _held(there, gapless, chosen, taken):
+    """Places in the twin of a block, and how many elements of the tile were visited up to its end: of a gapless part
+    the twin has places for these alone."""
+    visited = chosen.to(tl.int32)
+    return tl.where(gapless != 0, taken + tl.cumsum(visited, 0) - 1, there), taken + tl.sum(visited, 0)
+
+
+@triton.jit
 def _pointer(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """A pointer to words of the dtype's width: float32, or the bits of a 16-bit type."""
     pointer = address.to(tl.pointer_type(tl.float32 if DTYPE == tl.float32 else tl.uint16))
@@ -179,10 +199,10 @@ def _size(DTYPE: tl.constexpr):
 def adamw_kernel(
     tiles, parts, tensors, grads, scalar_set, scalars, skip, multiplier, seed,
     PARAM: tl.constexpr, STATE: tl.constexpr, ROUNDING: tl.constexpr, L2: tl.constexpr, AMSGRAD: tl.constexpr,
-    LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
+    LISTS: tl.constexpr, BITS: tl.constexpr, AGES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, AGES)
     row = tensors + tensor.to(tl.int64) * _TENSOR_WORDS
     grad = tl.load(grads + tensor)
     run = grad != 0
@@ -200,13 +220,14 @@ def adamw_kernel(
         v_max_at = tl.load(row + 3) + packed * _size(STATE)
     if ROUNDING == "remainder":
         remainder_at = tl.load(row + 4) + packed * 2
-    row_of_scalars = scalars + tl.load(scalar_set + part) * _SCALAR_WORDS
+    row_of_scalars = scalars + (tl.load(scalar_set + part) + _age(tiles)) * _SCALAR_WORDS
     s = _scalars(row_of_scalars, multiplier)
-    obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols
+    obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols | ages
     if BITS:  # a frozen element's old bytes are stored again, which nobody else may change meanwhile
-        obstacles = obstacles | shared | (start & 7)
+        obstacles = obstacles | shared | gapless | (start & 7)
+    taken = count * 0
+    step = tl.load(row_of_scalars + _STEP).to(tl.uint32, bitcast=True)
     if ROUNDING == "stochastic":
-        step = tl.load(row_of_scalars + _STEP).to(tl.uint32, bitcast=True)
         number = (tl.load(row + 5) & 0xFFFFFFFF).to(tl.uint32)
         obstacles = obstacles | (start & 7)  # eight neighbours share noise
     for WIDE in tl.static_range(2):
@@ -215,6 +236,10 @@ def adamw_kernel(
             here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
             if BITS and not WIDE:
                 inside = inside & (_flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE]) == 0)
+                there, taken = _held(there, gapless, inside, taken)
+            own, own_step = s, step
+            if AGES and not WIDE:
+                own, own_step = _of_age(s, row_of_scalars, ages, there, inside)
             p_ptr = _pointer(p_at, PARAM, WIDE) + here
             m_ptr = _pointer(m_at, STATE, WIDE) + there
             v_ptr = _pointer(v_at, STATE, WIDE) + there
@@ -235,7 +260,7 @@ def adamw_kernel(
                 p = to_float(old_p, PARAM)
             m, v, v_max, second_moment = moments(
                 p, to_float(g, PARAM), to_float(old_m, STATE), to_float(old_v, STATE), to_float(old_v_max, STATE),
-                s, L2, AMSGRAD,
+                own, L2, AMSGRAD,
             )  # fmt: skip
             if BITS and WIDE:
                 frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
@@ -253,8 +278,8 @@ def adamw_kernel(
                     new_v_max = tl.where(frozen, old_v_max, new_v_max)
                 tl.store(v_max_ptr, new_v_max, mask=inside)
             if ROUNDING == "stochastic":
-                drawn = noise(seed, step, number, start, here, first, WIDE, BLOCKS[WIDE])
-            p = update(p, m, second_moment, s)
+                drawn = noise(seed, own_step, number, start, here, first, WIDE, BLOCKS[WIDE])
+            p = update(p, m, second_moment, own)
             if ROUNDING == "remainder":
                 new_p, new_remainder = to_remainder(p)
                 if BITS and WIDE:
@@ -290,6 +315,22 @@ def _scalars(row, multiplier):
 
 
 @triton.jit
+def _of_age(s, row_of_scalars, ages, there, inside):
+    """``s`` with what depends on age of each element; and the elements' steps."""
+    grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = s
+    there = tl.where(inside, there, 0)
+    age = tl.load(ages.to(tl.pointer_type(tl.uint16)) + there, mask=there < tl.where(ages != 0, 0x7FFFFFFF, 0), other=0)
+    row = row_of_scalars + age.to(tl.int32) * _SCALAR_WORDS
+    step_size = tl.load(row + 7).to(tl.float32, bitcast=True)
+    bias2_sqrt = tl.load(row + 8).to(tl.float32, bitcast=True)
+    own = (
+        grad_multiplier, weight_decay, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt,
+        eps,
+    )  # fmt: skip
+    return own, tl.load(row + _STEP).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _data(addresses, tensor, start, count, DTYPE: tl.constexpr):
     """Address of a tile's first element, and how many elements it has: none where the tensor is missing."""
     data = tl.load(addresses + tensor)
@@ -304,7 +345,7 @@ def norm_kernel(
 ):  # fmt: skip
     """One double per tile."""
     start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
@@ -343,7 +384,7 @@ def scale_kernel(
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
     multiplier = tl.load(factor)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     count = tl.where((multiplier >= 1) == 0, count, 0)  # a multiplier of NaN is not 1 or more
@@ -372,7 +413,7 @@ def zero_kernel(
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols | bits
     for WIDE in tl.static_range(2):
@@ -391,31 +432,25 @@ def copy_kernel(
     DTYPE: tl.constexpr, GATHER: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A live list's twin keeps a place, holding zero, for a frozen single element; a frozen list's twin has no gaps."""
     start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared = _part(parts, part, at, start, LISTS, BITS)
+    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
     data_at = tl.load(addresses + tensor * 2) + start * _size(DTYPE)
     twin_at = tl.load(addresses + tensor * 2 + 1) + packed * _size(DTYPE)
     obstacles = ((data_at | twin_at) & 15) | (count & 7) | cols | packed_cols | bits
-    taken = 0
+    taken = count * 0
     for WIDE in tl.static_range(2):
         share = _share(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
             here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
-            chosen = inside
             if BITS and not WIDE:
-                chosen = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
-                if FROZEN:
-                    rank = tl.cumsum(chosen.to(tl.int32), 0)
-                    there = tl.where(bits != 0, taken + rank - 1, there)
-                    taken += tl.sum(chosen.to(tl.int32), 0)
-                    inside = chosen
+                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+                there, taken = _held(there, gapless, inside, taken)
             data_ptr = _pointer(data_at, DTYPE, WIDE) + here
             twin_ptr = _pointer(twin_at, DTYPE, WIDE) + there
             if GATHER:
-                tl.store(twin_ptr, tl.load(data_ptr, mask=chosen, other=0), mask=inside)
+                tl.store(twin_ptr, tl.load(data_ptr, mask=inside, other=0), mask=inside)
             else:
-                tl.store(data_ptr, tl.load(twin_ptr, mask=chosen, other=0), mask=chosen)
+                tl.store(data_ptr, tl.load(twin_ptr, mask=inside, other=0), mask=inside)
 
 
 KERNELS: Final = {"norm": norm_kernel, "scale": scale_kernel, "zero": zero_kernel, "copy": copy_kernel}
@@ -432,16 +467,17 @@ DTYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def adamw_settings(
-    param: torch.dtype, state: torch.dtype, *, rounding: str, l2: bool, amsgrad: bool, lists: int, bits: bool
-) -> dict[str, Any]:
+    param: torch.dtype, state: torch.dtype, *, rounding: str, l2: bool, amsgrad: bool, lists: int, bits: bool,
+    ages: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Compile-time parameters and launch options of `adamw_kernel`."""
-    busy = bits or rounding != "nearest"
+    busy = bits or ages or rounding != "nearest"
     narrow = 1 if amsgrad and rounding != "stochastic" else 2 if busy or lists == 2 else 4
     busiest = (busy and state.itemsize == 2) or (bits and rounding == "stochastic" and param == torch.float16)
     wide = 8 if param.itemsize == 2 and not amsgrad and not busiest else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,
-        "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(narrow, wide), **OPTIONS,
+        "LISTS": lists, "BITS": bits, "AGES": ages, "BLOCKS": _blocks(narrow, wide), **OPTIONS,
     }  # fmt: skip
 
 
@@ -519,8 +555,9 @@ class TritonBackend(GpuBackend):
         work, state = launch.work, launch.state
         assert state is not None
         constants = adamw_settings(
-            launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits
-        )
+            launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits,
+            ages=work.ages,
+        )  # fmt: skip
         _launch(adamw_kernel, launch, *tables, seed_there, **constants)
 
     def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:

@@ -109,6 +109,7 @@ def memory_plan(
     state_dtype: torch.dtype = torch.float32,
     amsgrad: bool = False,
     master: str | None = None,
+    keep_state: bool = False,
     storage: Storage = "dense",
     activation_bytes: int = 0,
     capacity: int | None = None,
@@ -124,6 +125,7 @@ def memory_plan(
         plan: what is frozen; None: nothing.
         dtype: of the weights and gradients, if not those the parameters have.
         state_dtype, amsgrad, master: as `MaskedAdamW` will have them.
+        keep_state: as `set_freeze` will have it: frozen weights then have state, too.
         storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where a linear layer's weight
             learns.
         activation_bytes: to be added on every device.
@@ -146,6 +148,7 @@ def memory_plan(
         ("activation_bytes", activation_bytes, activation_bytes >= 0, "a number of bytes >= 0"),
         ("capacity", capacity, capacity is None or capacity >= 0, "a number of bytes >= 0"),
         ("storage", storage, storage in storages, "'dense' or 'packed'"),
+        ("keep_state", keep_state, not keep_state or storage == "dense", "False where gradients are packed"),
     ):
         if not right:
             shown = repr(value) if isinstance(value, str) else value
@@ -171,11 +174,12 @@ def memory_plan(
         if p.requires_grad:
             mask = masks.get(id(p), FreezeMask(p.shape)).shard(held(p))
             live = math.prod(mask.packed_shape)
+            with_state = mask.numel if keep_state else live
             step = torch.float32.itemsize  # torch's count of the parameter's steps
             add(
                 masked, device, gradients=live * kept.itemsize if id(p) in packed else own,
-                state=moments * live * moment_dtype(kept, state_dtype).itemsize + step,
-                masters=2 * live if master is not None and kept == torch.bfloat16 else 0,
+                state=moments * with_state * moment_dtype(kept, state_dtype).itemsize + step,
+                masters=2 * with_state if master is not None and kept == torch.bfloat16 else 0,
             )  # fmt: skip
             add(stock, device, gradients=own, state=moments * own + step)
     for buffer in {id(buffer): buffer for buffer in model.buffers()}.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -37,6 +39,20 @@ def detach(module: nn.Module, thing: Attached) -> None:
     if not any(_is_ours(*item) for item in (*attributes.items(), *hooks.items())):
         attributes.pop(_GETSTATE, None)
         attributes.pop(_REPLICATE, None)
+
+
+@contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """Within, no forward hook of ours runs when ``module`` does: for passes that are no training."""
+    hooks = module._forward_hooks
+    before = dict(hooks)
+    try:
+        for key in [key for key, hook in before.items() if _is_ours(key, hook)]:
+            del hooks[key]
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(before)
 
 
 def _is_ours(key: object, value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..grads.live import check_live_gradients, forwards
+from ..grads.live import check_live_gradients, forwards, refuse_packed_gradients
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
 from ..model.packed import refuse_step
@@ -35,10 +35,21 @@ from .checks import (
 )
 from .compiled import Handle, traced_step, untraced_step
 from .launch import LaunchPlan, LaunchPlans, PendingFactor, kernel_dtypes, make_launch_plans, multiplier
-from .state import FREEZE, REMAINDER, dense_states, loading, master_weight, only_makes_state, plan_note, refrozen
+from .refreeze import ages_after, apply_changes, changes_of
+from .state import (
+    FREEZE,
+    PACKED,
+    REMAINDER,
+    close_gaps,
+    dense_states,
+    loading,
+    master_weight,
+    only_makes_state,
+    plan_note,
+)
 
 # What a copy of an optimizer has of it, beside groups and state.
-_COPIED: Final = ("_settings", "_plan", "_names", "_ages", "_masks")
+_COPIED: Final = ("_settings", "_plan", "_names", "_ages", "_masks", "_whole")
 
 
 class MaskedAdam(Optimizer):
@@ -74,7 +85,7 @@ class MaskedAdam(Optimizer):
     their real view, as in torch. Float64 and complex128 ones are computed in float64, by the slow reference backend
     (``backend="auto"`` says so once). What has ``requires_grad=False``, and is in no plan, may have any dtype and
     layout: only what gets a gradient is looked at. State keys are torch's; with rows or columns frozen, ``exp_avg`` and
-    ``exp_avg_sq`` are packed to (live rows, live columns).
+    ``exp_avg_sq`` are packed to (live rows, live columns), with single elements frozen to (live elements,).
 
     `torch.amp.GradScaler` looks at all gradients: to keep an inf in a frozen one from skipping a step, call
     `zero_frozen_grads_` before ``scaler.unscale_`` or ``scaler.step``.
@@ -104,7 +115,8 @@ class MaskedAdam(Optimizer):
         self._plan: FreezePlan | None = None
         self._names = GivenNames()
         self._ages: dict[str, Ages] = {}  # by name: when what was thawed was
-        self._masks: dict[str, FreezeMask] = {}  # by name: what state is packed by, whatever shape a parameter took
+        self._masks: dict[str, FreezeMask] = {}  # by name: what is frozen, whatever shape a parameter took since
+        self._whole = False  # whether state is of the parameters' own shape, or packed by these masks
         self._start()
         super().__init__(self._names.without_duplicates(params), defaults)
         if fused:
@@ -138,6 +150,8 @@ class MaskedAdam(Optimizer):
             ValueError: a hyper-parameter became NaN or negative; a gradient does not fit. Nothing was changed then.
         """
         if torch.compiler.is_compiling():
+            if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+                return untraced_step(_observed_step, self, closure)
             if self._launch.traceable:
                 return traced_step(self._launch.plans, self._handle.number, closure)
             return untraced_step(MaskedAdam._step, self, closure)
@@ -154,6 +168,11 @@ class MaskedAdam(Optimizer):
 
     takes_packed_gradients = True  # `packed.refuse_step` looks for it
     step.hooked = True  # type: ignore[attr-defined]  # so torch does not wrap it once more
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """As in torch. A step that was traced in a graph would not run it: the graph is made anew."""
+        self._handle = Handle(self._launch_plans, self._update)
+        return super().register_step_post_hook(hook)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -199,19 +218,28 @@ class MaskedAdam(Optimizer):
         self._pending.drop()
 
     def _launch_plans(self) -> list[LaunchPlan]:
-        """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced."""
-        if not self._launch.valid(self.param_groups, self.state):
+        """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced. If
+        masks alone changed, they get new work lists."""
+        valid = self._launch.valid(self.param_groups, self.state)
+        if not valid or self._launch.stale:
             self._pending.now(self.param_groups, type(self).__name__)  # an error now, and not once state was made
-            self._look_for_abandoned()
-            self._make_launch_plans()
+            if not valid:
+                self._look_for_abandoned()
+            self._make_launch_plans(valid)
             for plan in self._launch.plans:
                 plan.note_references()
         return self._launch.plans
 
-    def _make_launch_plans(self) -> None:
-        members, live = self._members(), forwards()
+    def _make_launch_plans(self, valid: bool) -> None:
+        members = self._launch.members(self._masks) if valid else self._members()
+        live, what = forwards(), type(self).__name__
         for member in members:
-            check_live_gradients(member.param, member.mask, member.name, type(self).__name__, live)
+            check_live_gradients(member.param, member.mask, member.name, what, live)
+        if self._whole:
+            refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
+        if valid:
+            self._launch.relist(members, self._ages)
+            return
         plans = make_launch_plans(self.param_groups, members, self._ages, self.state, self._settings)
         self._launch.keep(
             plans, self.param_groups, self.state, sharded=any(is_sharded(member.param) for member in members)
@@ -305,39 +333,63 @@ class MaskedAdam(Optimizer):
         """The plan in force; `set_freeze` changes it."""
         return self._plan
 
-    def _members(self, plan: FreezePlan | None = None, *, require_grad: bool = False) -> list[Member]:
-        """Every parameter, with its name and its mask under ``plan`` (default: the one in force)."""
+    def _members(self, plan: FreezePlan | None = None, **options: Any) -> list[Member]:
+        """Every parameter, with its name and its mask under ``plan`` (default: the one in force), as
+        `GivenNames.members` gives them."""
         plan = self._plan if plan is None else plan
-        return self._names.members(self.param_groups, plan, type(self).__name__, require_grad=require_grad)
+        options = {"whole": self._whole, **options}
+        return self._names.members(self.param_groups, plan, type(self).__name__, **options)
 
     @torch.no_grad()
-    def set_freeze(self, plan: FreezePlan | None) -> None:
-        """Change what is frozen, between steps (contract 5).
+    def set_freeze(
+        self, plan: FreezePlan | None, *, keep_state: bool = False, thawed: Literal["fresh", "kept"] = "fresh"
+    ) -> None:
+        """Change what is frozen, between steps (contract 5). ``None``: nothing. What stays live keeps its state.
 
-        A newly frozen row stops at once and its state is dropped; a thawed one starts as a fresh row, its bias
-        correction counted from now. What stays live keeps its state. ``None`` thaws everything.
+        What is newly frozen stops at once, and its state is dropped; with ``keep_state`` it is only paused: its moments
+        stay where they are, and nothing reads or writes them. State is then held in full for every parameter, so that
+        nothing moves, and a plan may change every few steps.
+
+        What is thawed starts as fresh weights do, its bias correction counted from now. With ``thawed="kept"`` it goes
+        on with the moments that were kept, and its bias correction counts the steps it took itself; what has none, as
+        it was frozen without ``keep_state`` or never live, starts with zeros either way. Of bfloat16 weights with
+        masters, ``keep_state`` keeps the masters, which are part of the weight, however their moments start.
 
         A parameter may have grown since the last step (``p.data = torch.cat([p.data, more])``, or another parameter
         that took its place in ``param_groups`` and `state`), at the end of its dimensions: ``plan`` is then for the new
         shapes, what was there keeps its state, and what was added starts as thawed rows do.
 
+        Args:
+            plan: what is frozen from now on.
+            keep_state: whether frozen weights keep their state from now on, those that are frozen now included. Going
+                back to False drops what is frozen then.
+            thawed: "fresh" or "kept".
+
         Raises:
-            ValueError: the plan does not fit, or a parameter shrank; the old plan stays in force.
+            TypeError, ValueError: an argument is something else, the plan does not fit, a parameter shrank, or state is
+                to be kept where `live_gradients` packs gradients; the old plan stays in force.
         """
         what = f"{type(self).__name__}.set_freeze"
+        if not isinstance(keep_state, bool):
+            raise TypeError(f"{what}: keep_state is {keep_state!r}, expected True or False")
+        if thawed not in ("fresh", "kept"):
+            raise ValueError(f"{what}: thawed is {thawed!r}, expected 'fresh' or 'kept'")
         plan = checked_plan(plan, what) if plan is not None else FreezePlan()
-        members = self._members(plan, require_grad=True)
-        ages, states = dict(self._ages), {}
-        for it in members:
-            if changed := refrozen(self.state.get(it.param), it, self._masks.get(it.name), ages.get(it.name), what):
-                states[it.param], ages[it.name] = changed
-        for p, packed_state in states.items():
-            self.state[p].update(packed_state)
-        self._ages = {name: age for name, age in ages.items() if age}
+        members, counts_on = self._members(plan, whole=keep_state, require_grad=True), thawed == "kept"
+        if keep_state:
+            refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
+        changes = changes_of(members, self.state, self._masks, what, was_whole=self._whole)
+        ages = ages_after(self._ages, changes, self.state, counts_on=counts_on)
+        apply_changes(self.state, changes, self._settings, counts_on=counts_on)
+        self._ages = ages
         if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
             self._pending.invalid = "the plan changed"
-        self._plan, self._masks = plan, {member.name: member.mask for member in members}
-        self._launch.forget()
+        if self._whole and keep_state:
+            self._launch.stale = True  # nothing moved
+        else:
+            self._launch.forget()
+        self._plan, self._whole = plan, keep_state
+        self._masks = {member.name: member.mask for member in members}
         self._note_plan(anew=True)
 
     def _note_plan(self, *, anew: bool = False) -> None:
@@ -377,7 +429,7 @@ class MaskedAdam(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group.pop(FREEZE, None)
-        state_dict["state"] = dense_states(state_dict["state"], self._members())
+        state_dict["state"] = dense_states(state_dict["state"], self._members(), live_alone=True)
         for entry in state_dict["state"].values():
             entry.pop(REMAINDER, None)
         return state_dict
@@ -398,9 +450,9 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: other groups or shapes, or state packed under another plan. Nothing was changed then.
         """
-        with loading(self, self._members(), self._settings) as ages:
+        with loading(self, self._members(), self._settings) as loaded:
             super().load_state_dict(state_dict)
-        self._ages = ages
+        self._ages, self._whole = loaded.ages, loaded.whole
         self._launch.forget()
         self._pending.invalid = "state was loaded"
         self._note_plan()
@@ -413,6 +465,7 @@ class MaskedAdam(Optimizer):
             state = {**of_an_earlier_version(state, type(self).__name__), **state}
         copied = "_settings" in state  # or loaded: torch's loader comes here too
         if copied:
+            self._whole = False  # what earlier versions do not say
             self._start()
         super().__setstate__(state)
         for group in self.param_groups:  # what checkpoints of older torch versions lack
@@ -422,6 +475,10 @@ class MaskedAdam(Optimizer):
             self._names.note(self.param_groups)
             if "_masks" not in state:
                 self._masks = {member.name: member.mask for member in self._members()}
+            for member in self._members():
+                entries = self.state.get(member.param, {})
+                packed = {key: close_gaps(entries[key], member.shard_packing) for key in PACKED if key in entries}
+                entries.update(packed)
             self._note_plan()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..grads.checks import overlaps_itself
 from ..kernels.operands import STORAGE, WIDE
-from ..model.sharding import held, local, local_mask, shard_number
+from ..model.sharding import held, local, shard_number
 from ..plan.binding import bare_name, bind
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
@@ -172,6 +172,7 @@ class Member:
         mask: what is frozen of the whole parameter.
         group: index of its group.
         number: tells it, and this rank's shard of it, apart in the noise of stochastic rounding.
+        whole: whether its state is of its own shape, with what is frozen in it.
     """
 
     param: Tensor
@@ -179,6 +180,17 @@ class Member:
     mask: FreezeMask
     group: int
     number: int
+    whole: bool = False
+
+    @property
+    def packing(self) -> FreezeMask:
+        """What its state is packed by."""
+        return FreezeMask(self.mask.shape) if self.whole else self.mask
+
+    @property
+    def shard_packing(self) -> FreezeMask:
+        """What the shard's state is packed by."""
+        return FreezeMask(self.shard_mask.shape) if self.whole else self.shard_mask
 
     @cached_property
     def shard(self) -> Tensor:
@@ -190,9 +202,9 @@ class Member:
         """Per dimension, which indices of the parameter the shard has; None: all."""
         return held(self.param)
 
-    @cached_property
+    @property
     def shard_mask(self) -> FreezeMask:
-        return local_mask(self.mask, self.param)
+        return self.mask.shard(self.shard_index)
 
 
 class GivenNames:
@@ -216,11 +228,13 @@ class GivenNames:
                 self._given[id(p)] = ref(p), name
 
     def members(
-        self, groups: list[dict[str, Any]], plan: FreezePlan | None, what: str, *, require_grad: bool = False
-    ) -> list[Member]:
+        self, groups: list[dict[str, Any]], plan: FreezePlan | None, what: str, *, whole: bool = False,
+        require_grad: bool = False,
+    ) -> list[Member]:  # fmt: skip
         """Every parameter of ``groups`` with its mask under ``plan``: nothing is frozen of what that does not name.
 
-        ``require_grad``: for a plan that comes into force; state can be saved after ``requires_grad_(False)`` too.
+        ``whole``: whether state is. ``require_grad``: for a plan that comes into force; state can be saved after
+        ``requires_grad_(False)`` too.
 
         Raises:
             ValueError: the plan does not fit (contract 6).
@@ -235,7 +249,9 @@ class GivenNames:
             masks = {id(it.param): it.mask for it in bind(plan, named, operation=what, require_grad=require_grad)}
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         return [
-            Member(p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * shard_number(p))
+            Member(
+                p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * shard_number(p), whole
+            )
             for place, (p, name, group) in enumerate(zip(params, names, group_of, strict=True))
         ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ from ..grads.live import generation
 from ..grads.reader import GradientReader, Gradients, Whereabouts, trace, whereabouts
 from ..kernels.ages import Ages
 from ..kernels.backend import Backend, choose_backend
-from ..kernels.operands import SCALARS, SCALARS_DOUBLE, AdamWOperands, adamw_scalars
-from ..kernels.parts import WorkList, compile_live
+from ..kernels.operands import SCALARS, SCALARS_DOUBLE, AdamWOperands, adamw_scalars, to_device
+from ..kernels.parts import WorkList, compile_live, distinct
 from ..plan.mask import FreezeMask
 from .checks import Member, Settings, check_trained, hyper_parameters
 from .state import MOMENTS, REMAINDER, make_state
@@ -45,7 +46,7 @@ class Prepared(NamedTuple):
 
     grads: Gradients
     scalars: Any  # rows of `SCALARS` or `SCALARS_DOUBLE`, on the host or on the device
-    scalar_set: np.ndarray  # int32: which row each part of the work list takes
+    scalar_set: np.ndarray  # int32: the first row of each part of the work list
 
 
 class LaunchPlan:
@@ -54,6 +55,7 @@ class LaunchPlan:
 
     Attributes:
         owners: the parameters, as the groups have them.
+        members: the same, with their masks.
         packed_state: all that a step writes to beside parameters and step counts.
         steps: the step counts, float32 [parameters]; each parameter's ``state["step"]`` is a view of one.
         packed_gradients: whether some gradients are packed.
@@ -74,8 +76,6 @@ class LaunchPlan:
         self.owners = [member.param for member in members]
         self._shards = [member.shard for member in members]
         self._strided = [i for i, p in enumerate(self._shards) if not p.is_contiguous() or p.is_conj() or p.is_neg()]
-        self._work = _work_list(members, ages)
-        self._assign_scalars(members, kind.double)
         states = [state[p] for p in self.owners]
         moments = [[entry[key] for entry in states] for key in MOMENTS[: 3 if kind.amsgrad else 2]]
         remainders = [entry.get(REMAINDER) for entry in states]
@@ -93,23 +93,35 @@ class LaunchPlan:
         for entry, view in zip(states, self.steps.unbind(), strict=True):
             entry["step"] = view
         self._counting: np.ndarray | None = None  # float32 [parameters]: 1 where this step counts; None: everywhere
+        self.relist(members, ages)
+
+    def relist(self, members: Sequence[Member], ages: Mapping[str, Ages]) -> None:
+        """Take the masks of ``members``, in the order of `owners`, and ages by name; all else is as it was."""
+        self.members = list(members)
+        self._work = _work_list(members, ages)
+        self._operands.native = None  # on a GPU, tables know the work list
+        self._assign_scalars(np.array([member.group for member in members], np.int64))
         self._start_counting()
 
-    def _assign_scalars(self, members: Sequence[Member], double: bool) -> None:
-        """A row of scalars for each group, and which row each part of the work list takes while all its elements are as
-        old as their tensor."""
-        self._group_of_part = np.array([member.group for member in members], np.int64)[self._work.tensor_of_part]
-        groups, set_of_part = np.unique(self._group_of_part, return_inverse=True)
-        self._groups, self._set_of_part = groups.tolist(), set_of_part.astype(np.int32)
-        self._scalars = np.empty(len(self._groups), SCALARS_DOUBLE if double else SCALARS)
+    def _assign_scalars(self, group_of_tensor: np.ndarray) -> None:
+        """The different rows of scalars while all tensors took as many steps: a row for each group and time at which
+        something was thawed."""
+        work = self._work
+        self._group_of_born = group_of_tensor[work.tensor_of_part[work.part_of_born]]
+        codes, self._row_of_born = distinct(self._group_of_born << 40 | work.born)
+        self._rows = [(code >> 40, code & (1 << 40) - 1) for code in codes.tolist()]
+        self._first_row = work.first_born.astype(np.int32)
+        double = self._exact == torch.float64
+        self._scalars = np.empty(len(self._rows), SCALARS_DOUBLE if double else SCALARS)
         self._scalar_memory = self._scalars.view(np.uint8).data
         self._pack_scalars = (_SCALAR_ROW_DOUBLE if double else _SCALAR_ROW).pack_into
+        # one age to a part: parts of a group share a row
+        self._ageless = len(work.born) == len(work.parts)
 
     def _start_counting(self) -> None:
         self._counts = self.steps.numpy()
         self._count_bytes = self._counts.view(np.uint8).data
-        self._ageless = not self._work.born_of_part.any()
-        self._uniform_count: int | None = None  # that of all parameters, if nothing was thawed either
+        self._uniform_count: int | None = None  # that of all parameters
         self._note_counts()
 
     def packed_as_before(self) -> bool:
@@ -120,19 +132,26 @@ class LaunchPlan:
         parameters' own."""
         grads = self._gradients(given)
         if grads.plain and self._uniform_count is not None and self._count_bytes == self._expected_bytes:
-            # the usual case: all parameters took as many steps, and groups are the only difference
-            for row, group in enumerate(self._groups):
-                values = _host_scalars(groups[group], self._uniform_count + 1)
+            # the usual case: all parameters took as many steps
+            count, scalars = self._uniform_count + 1, _HostScalars(groups)
+            for row, (group, born) in enumerate(self._rows):
+                values = scalars.row(group, max(count - born, 1))
                 self._pack_scalars(self._scalar_memory, row * self._scalars.itemsize, *values)
-            return Prepared(grads, self._scalars, self._set_of_part)
+            return self._prepared(grads, self._scalars, self._row_of_born)
         self._uniform_count = None
         counts = self._counts + (np.float32(1.0) if self._counting is None else self._counting)
-        age_of_part = np.maximum(counts[self._work.tensor_of_part].astype(np.int64) - self._work.born_of_part, 1)
-        codes, inverse = np.unique(self._group_of_part << 40 | age_of_part, return_inverse=True)
-        scalars = np.empty(len(codes), self._scalars.dtype)
+        counts_of_born = counts[self._work.tensor_of_part[self._work.part_of_born]].astype(np.int64)
+        codes, row_of_born = distinct(self._group_of_born << 40 | np.maximum(counts_of_born - self._work.born, 1))
+        rows, scalars = np.empty(len(codes), self._scalars.dtype), _HostScalars(groups)
         for row, code in enumerate(codes.tolist()):
-            scalars[row] = _host_scalars(groups[code >> 40], code & (1 << 40) - 1)
-        return Prepared(grads, scalars, inverse.astype(np.int32))
+            rows[row] = scalars.row(code >> 40, code & (1 << 40) - 1)
+        return self._prepared(grads, rows, row_of_born)
+
+    def _prepared(self, grads: Gradients, rows: np.ndarray, row_of_born: np.ndarray) -> Prepared:
+        """``rows`` of scalars, and which of them each of `WorkList.born` has."""
+        if self._ageless:
+            return Prepared(grads, rows, row_of_born.astype(np.int32))
+        return Prepared(grads, rows[row_of_born], self._first_row)
 
     def _gradients(self, given: Sequence[Tensor] | None) -> Gradients:
         """Those of this step as kernels take them; a parameter without one is left alone and does not count a step."""
@@ -175,7 +194,7 @@ class LaunchPlan:
         """Remember the step counts, so as to see at a glance whether someone else wrote to them."""
         if self._uniform_count is not None:
             self._uniform_count += 1
-        elif self._ageless and len(self._counts) and (self._counts == self._counts[0]).all():
+        elif len(self._counts) and (self._counts == self._counts[0]).all():
             self._uniform_count = int(self._counts[0])
         self._expected_bytes = bytes(self._count_bytes)
 
@@ -200,24 +219,27 @@ class CapturablePlan(LaunchPlan):
     on_device = True
 
     def _start_counting(self) -> None:
-        # A set of scalars for each parameter and each age in it: which of them took a step, only the device knows.
-        part = np.stack([self._group_of_part, self._work.tensor_of_part, self._work.born_of_part], axis=1)
-        sets, set_of_part = np.unique(part, axis=0, return_inverse=True)
-        self._set_of_part = set_of_part.reshape(-1).astype(np.int32)
-        self._sets_of_group = [(group, np.flatnonzero(sets[:, 0] == group).tolist()) for group in self._groups]
-        self._tensor_of_set = torch.from_numpy(sets[:, 1].copy()).to(self.steps.device)
-        self._born_of_set = torch.from_numpy(sets[:, 2].astype(np.float64)).to(self.steps.device)
+        # Which parameters took a step, only the device knows: each age of each part has its own row of scalars. They
+        # lie by groups, and the ages of a part together.
+        order = np.argsort(self._group_of_born, kind="stable")
+        self._first_row = np.argsort(order)[self._work.first_born].astype(np.int32)
+        groups, sizes = np.unique(self._group_of_born, return_counts=True)
+        self._rows_of_group = list(zip(groups.tolist(), sizes.tolist(), strict=True))
+        device, tensor_of_born = self.steps.device, self._work.tensor_of_part[self._work.part_of_born]
+        self._tensor_of_row = to_device(tensor_of_born[order], device)
+        self._born_of_row = to_device(self._work.born[order].astype(np.float64), device)
         self._counted: tuple[bytes, Tensor] | None = None
 
     @torch.no_grad()
     def prepare(self, groups: list[dict[str, Any]], given: Sequence[Tensor] | None = None) -> Prepared:
         grads = self._gradients(given)
-        ages = (self.steps[self._tensor_of_set].double() + 1.0 - self._born_of_set).clamp(min=1.0)
+        ages = (self.steps[self._tensor_of_row].double() + 1.0 - self._born_of_row).clamp(min=1.0)
+        sizes = [n for _, n in self._rows_of_group]
         rows = [
-            _scalars_on_device(groups[group], ages[sets[0] : sets[-1] + 1], self._exact)
-            for group, sets in self._sets_of_group
-        ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live, so there are no sets
-        return Prepared(grads, torch.cat(rows), self._set_of_part)
+            _scalars_on_device(groups[group], some, self._exact)
+            for (group, _), some in zip(self._rows_of_group, torch.split(ages, sizes), strict=False)
+        ] or [_scalars_on_device(groups[0], ages, self._exact)]  # nothing is live
+        return Prepared(grads, torch.cat(rows), self._first_row)
 
     def _count(self, skip: Tensor | None) -> None:
         one: Any = 1.0 if skip is None else (skip.reshape(()) == 0).float()
@@ -284,6 +306,7 @@ class LaunchPlans:
     Attributes:
         plans: the launch plans; none before the first step.
         traceable: whether `torch.compile` can take a step into its graph: the state is there, nothing is sharded.
+        stale: whether masks changed, and nothing else, so that work lists have to be made anew.
     """
 
     def __init__(self) -> None:
@@ -292,6 +315,7 @@ class LaunchPlans:
     def forget(self) -> None:
         self.plans: list[LaunchPlan] = []
         self.traceable = False
+        self.stale = False
         self._key: Any = None
         self._whereabouts: Whereabouts | None = None
         self._sharded = False
@@ -316,6 +340,22 @@ class LaunchPlans:
         self._key, self._whereabouts = _cache_key(groups), whereabouts(self._by_shard(state))
         self._waiting = [p for group in groups for p in group["params"] if p.grad is None and not state.get(p)]
         self.traceable = bool(plans) and not sharded and not any(plan.packed_gradients for plan in plans)
+        self.stale = False
+
+    def members(self, masks: Mapping[str, FreezeMask]) -> list[Member]:
+        """The parameters of all launch plans, one after the other, with other masks, by name."""
+        return [
+            Member(it.param, it.name, masks[it.name], it.group, it.number, it.whole)
+            for plan in self.plans
+            for it in plan.members
+        ]
+
+    def relist(self, members: Sequence[Member], ages: Mapping[str, Ages]) -> None:
+        """Make the work lists anew, for what `members` gave and ages by name."""
+        rest = iter(members)
+        for plan in self.plans:
+            plan.relist(list(islice(rest, len(plan.owners))), ages)
+        self.stale = False
 
     def _by_shard(self, state: Mapping[Tensor, dict[str, Any]]) -> Mapping[Tensor, dict[str, Any]]:
         """``state`` by what this rank holds of the parameters: what kernels take the addresses of."""
@@ -392,9 +432,18 @@ def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
     return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
 
 
-def _host_scalars(group: dict[str, Any], step: int) -> tuple[float, ...]:
-    """A row of `SCALARS`, for what took ``step`` steps with this one."""
-    return _finished(group, hyper_parameters(group), step)
+class _HostScalars:
+    """Rows of `SCALARS` at one step, from parameter groups, which are looked at once."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._groups = groups
+        self._numbers: dict[int, tuple[float, ...]] = {}
+
+    def row(self, group: int, step: int) -> tuple[float, ...]:
+        """For what took ``step`` steps with this one."""
+        if group not in self._numbers:
+            self._numbers[group] = hyper_parameters(self._groups[group])
+        return _finished(self._groups[group], self._numbers[group], step)
 
 
 def _scalars_on_device(group: dict[str, Any], step: Tensor, exact: torch.dtype) -> Tensor:
@@ -443,7 +492,7 @@ def _work_list(members: Sequence[Member], ages: Mapping[str, Ages]) -> WorkList:
                 age = Ages(age.rows, age.cols.repeat(2), born)
         masks.append(mask)
         aged.append(age)
-    return compile_live(masks, aged)
+    return compile_live(masks, aged, whole_state=any(member.whole for member in members))
 
 
 def _real(tensor: Tensor) -> Tensor:

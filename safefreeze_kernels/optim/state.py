@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Final
 
@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 
 from ..grads.checks import settled
 from ..kernels.ages import Ages
+from ..kernels.backend import choose_backend
 from ..kernels.operands import STORAGE, moment_dtype
+from ..kernels.parts import compile_live
 from ..kernels.reference import from_remainder
 from ..model.sharding import is_sharded, local, spread, take
 from ..plan.mask import FreezeMask
@@ -45,7 +47,7 @@ def make_state(state: dict[str, Any], member: Member, settings: Settings, *, ams
     Raises:
         ValueError: an entry has another shape, dtype or device than this parameter's has.
     """
-    param, shape = member.param, member.shard_mask.packed_shape
+    param, shape = member.param, member.shard_packing.packed_shape
     state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
     dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, settings.state_dtype))
     if settings.master is not None and param.dtype == torch.bfloat16:
@@ -69,8 +71,12 @@ def make_state(state: dict[str, Any], member: Member, settings: Settings, *, ams
 
 def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
     """State packed under ``old``, packed under ``new``: kept where live in both, else zero."""
-    n_rows, n_cols = old.matrix_shape
+    if (old.bits is not None or new.bits is not None) and moment.numel():
+        packed = torch.empty(new.packed_shape, dtype=moment.dtype, device=moment.device)
+        _repack_elements(moment.contiguous(), old, packed, new)
+        return packed
     packed = torch.zeros(new.packed_shape, dtype=moment.dtype, device=moment.device)
+    n_rows, n_cols = old.matrix_shape
     places = []
     for was, now, size in ((old.live_rows, new.live_rows, n_rows), (old.live_cols, new.live_cols, n_cols)):
         place = np.full(size, -1)
@@ -82,11 +88,36 @@ def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
         matrix = packed.view(-1, new.live_cols.size)
         source = moment.reshape(-1, old.live_cols.size)
         matrix[rows_to[:, None], cols_to] = source[rows_from[:, None], cols_from]
-        for mask in (old, new):
-            if mask.elements is not None:
-                frozen = mask.elements.reshape(n_rows, n_cols)[new.live_rows][:, new.live_cols]
-                matrix[frozen] = 0
     return packed
+
+
+def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: FreezeMask) -> None:
+    """`repack` between masks of single elements: in one pass on the CPU, else by way of full size, without waiting for
+    the device."""
+    if moment.dtype not in (*STORAGE, torch.int16):
+        was, now = (torch.from_numpy(np.flatnonzero(~mask.frozen_flags())).to(moment.device) for mask in (old, new))
+        whole = torch.zeros(old.numel, dtype=moment.dtype, device=moment.device)
+        whole[was] = moment.view(-1)
+        packed.view(-1).copy_(whole[now])
+        return
+    word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
+    source, target = moment.view(word).view(-1), packed.view(word).view(-1)
+    backend: Any = choose_backend("auto", moment.device, "repack", (word,))
+    if backend.name == "cpu":
+        backend.repack(source, old.frozen_bits, target, new.frozen_bits, old.numel)
+        return
+    whole = torch.zeros(old.numel, dtype=word, device=moment.device)
+    backend.scatter_(compile_live([old]), [whole], [source])
+    backend.gather(compile_live([new]), [whole], [target])
+
+
+def close_gaps(moment: Tensor, mask: FreezeMask) -> Tensor:
+    """State packed under ``mask``, as it is. Earlier versions kept places for frozen single elements of live rows and
+    columns: of such state, these are left out."""
+    if mask.bits is None or tuple(moment.shape) == mask.packed_shape:
+        return moment
+    others = FreezeMask(mask.shape, mask.frozen_rows, mask.frozen_cols if len(mask.shape) > 1 else None)
+    return repack(moment, others, mask) if tuple(moment.shape) == others.packed_shape else moment
 
 
 def unpack(moment: Tensor, mask: FreezeMask) -> Tensor:
@@ -99,64 +130,46 @@ def pack(moment: Tensor, mask: FreezeMask) -> Tensor:
     return repack(moment, FreezeMask(mask.shape), mask) if mask.frozen_count else moment
 
 
-def refrozen(
-    state: Mapping[str, Any] | None, member: Member, was: FreezeMask | None, ages: Ages | None, what: str
-) -> tuple[dict[str, Tensor], Ages] | None:
-    """Packed state and ages of a parameter once its mask takes the place of ``was``, which had the shape that the
-    parameter had then; None: they stay as they are.
-
-    Raises:
-        ValueError: the parameter shrank, or is sharded and grew.
-    """
-    p, new = member.param, member.mask
-    if was is None or not was.frozen_count:  # a parameter that no plan names has state of its own shape
-        was = FreezeMask(state["exp_avg"].shape if state and not is_sharded(p) else p.shape)
-    try:
-        if was.shape != new.shape and is_sharded(p):
-            raise ValueError("it is sharded")
-        old = was.grown(new.shape)  # what was added counts as frozen
-    except ValueError as error:
-        raise ValueError(
-            f"{what}: {member.name!r} has another shape than before, and its state cannot be carried over ({error}); "
-            "build the optimizer anew"
-        ) from error
-    if not state or (old == new and was is old):
-        return None
-    ages = (ages or Ages.none(was)).grown(was, old).after(old, new, int(state["step"].item()))
-    masks = [mask.shard(member.shard_index) for mask in (old, new)]
-    return {key: repack(state[key], *masks) for key in PACKED if key in state}, ages
-
-
 # ------------------------------------------------------------------------------------------------ state dicts out
 
 
 @torch.no_grad()
-def dense_states(states: Mapping[int, dict[str, Any]], members: Sequence[Member]) -> dict[int, dict[str, Any]]:
-    """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is."""
+def dense_states(
+    states: Mapping[int, dict[str, Any]], members: Sequence[Member], *, live_alone: bool = False
+) -> dict[int, dict[str, Any]]:
+    """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is. ``live_alone``:
+    zero where frozen, whatever is kept there."""
+
+    def dense(moment: Tensor, member: Member) -> Tensor:
+        moment = unpack(moment, member.shard_packing)
+        if live_alone and member.whole and member.shard_mask.frozen_count:
+            moment = moment.masked_fill(member.shard_mask.dense().to(moment.device), 0)
+        return spread(moment, member.param)
+
     return {
-        index: {
-            key: spread(unpack(value, members[index].shard_mask), members[index].param) if key in PACKED else value
-            for key, value in entry.items()
-        }
+        index: {key: dense(value, members[index]) if key in PACKED else value for key, value in entry.items()}
         for index, entry in states.items()
     }
 
 
 def plan_note(members: Sequence[Member], ages: Mapping[str, Ages], *, packed: bool) -> str:
     """What a state dict's group tells of the plan of its ``members``, which `read_state_dict` reads. ``packed``:
-    whether their moments are."""
+    whether their moments are. Where frozen ones are kept it is version 2: who knows no such would lose them."""
     masks = {str(i): it.mask.fingerprint for i, it in enumerate(members) if it.mask.frozen_count}
     thawed = {str(i): ages[it.name].encode() for i, it in enumerate(members) if it.name in ages}
-    return json.dumps({"version": 1, "packed": packed, "masks": masks, "ages": thawed})
+    note = {"version": 1, "packed": packed, "masks": masks, "ages": thawed}
+    if any(member.whole for member in members):
+        note |= {"version": 2, "packed": False, "kept": True}
+    return json.dumps(note)
 
 
 def master_weight(member: Member, state: Mapping[str, Any]) -> Tensor:
     """The float32 weights of a parameter: its master where ``state`` has one, else its values; what float32 does not
     hold is given as it is."""
-    shard, mask = member.shard.detach(), member.shard_mask
+    shard, mask = member.shard.detach(), member.shard_packing
     weight = shard.float() if shard.dtype in STORAGE else shard
     if (remainder := state.get(REMAINDER)) is not None:
-        live = from_remainder(shard, repack(remainder, mask, FreezeMask(shard.shape)))
+        live = from_remainder(shard, unpack(remainder, mask))
         weight = torch.where(mask.dense().to(shard.device), weight, live)
     return spread(weight, member.param)
 
@@ -176,15 +189,27 @@ def only_makes_state(groups: Sequence[Mapping[str, Any]]) -> bool:
     return frame is not None
 
 
+@dataclass
+class Loaded:
+    """What a state dict tells beside torch's entries, once it was loaded.
+
+    Attributes:
+        ages: by name, of what was thawed or is kept.
+        whole: whether state is whole.
+    """
+
+    ages: dict[str, Ages]
+    whole: bool
+
+
 @contextmanager
-def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings) -> Iterator[dict[str, Ages]]:
-    """Within, torch's loader of ``optimizer`` takes what `_converted` makes of a state dict. Yields the ages in it, by
-    name, which are there once it was loaded."""
-    ages: dict[str, Ages] = {}
+def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings) -> Iterator[Loaded]:
+    """Within, torch's loader of ``optimizer`` takes what `_converted` makes of a state dict."""
+    loaded = Loaded({}, any(member.whole for member in members))
 
     # The first hook runs after the user's own and hides tensors from torch's casting; the second brings them back.
     def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        return _converted(given, members, settings, optimizer.param_groups, ages)
+        return _converted(given, members, settings, optimizer.param_groups, loaded)
 
     def unveil(_: Optimizer) -> None:
         for state in optimizer.state.values():
@@ -195,7 +220,7 @@ def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings)
         optimizer.register_load_state_dict_post_hook(unveil, prepend=True),
     ]
     try:
-        yield ages
+        yield loaded
     except RecursionError as error:
         raise ValueError(f"{settings.optimizer}.load_state_dict: the state dict is nested too deeply") from error
     finally:
@@ -214,15 +239,20 @@ class _Veiled:
 
 
 def _converted(
-    given: Any, members: Sequence[Member], settings: Settings, groups: Sequence[dict[str, Any]], ages: dict[str, Ages]
+    given: Any, members: Sequence[Member], settings: Settings, groups: Sequence[dict[str, Any]], loaded: Loaded
 ) -> dict[str, Any]:
-    """``given`` with moments packed to the masks of ``members``, in this optimizer's dtype, veiled; ``ages`` gets those
-    it has."""
+    """``given`` with moments packed as those of ``members`` are, or whole if it says so, in this optimizer's dtype,
+    veiled; ``loaded`` gets the rest."""
     what = f"{settings.optimizer}.load_state_dict"
     found = read_state_dict(given, what)
     converted = dict(given)
     if len(found) != len(members):
         return converted  # torch's loader says what differs
+    told = {saved.kept for saved in found if saved.noted}
+    if len(told) > 1:
+        raise ValueError(f"{what}: state of some groups has frozen moments kept, that of others not; it is damaged")
+    loaded.whole = told.pop() if told else loaded.whole
+    members = [replace(member, whole=loaded.whole) for member in members]
     converted["state"] = dict(given["state"])
     # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
     converted["param_groups"] = [
@@ -232,11 +262,18 @@ def _converted(
     for saved, member in zip(found, members, strict=True):
         if saved.state is not None:
             converted["state"][saved.key] = _converted_entry(saved, saved.state, member, settings, what)
-        if saved.ages is not None and saved.state is not None:
+        if saved.state is None:
+            continue
+        if saved.ages is not None:
             try:
-                ages[member.name] = Ages.decode(saved.ages, member.mask, int(saved.state["step"]))
+                loaded.ages[member.name] = Ages.decode(saved.ages, member.mask, int(saved.state["step"]))
             except ValueError as error:
                 raise ValueError(f"{what}: {member.name!r}: {error}") from error
+        elif loaded.whole and not saved.noted and member.mask.frozen_count:  # all of it was live until now
+            everything = FreezeMask(member.mask.shape)
+            loaded.ages[member.name] = Ages.none(everything).after(
+                everything, member.mask, int(saved.state["step"]), was_whole=True, whole=True
+            )
     return converted
 
 
@@ -262,13 +299,13 @@ def _converted_entry(
         if key not in PACKED:
             entry.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
             continue
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if value.is_complex() != p.is_complex():
             raise ValueError(f"{what}: {key} of {name!r} has dtype {value.dtype}, its parameter {p.dtype}")
-        moment = value.detach()
+        moment = close_gaps(value.detach(), mask) if packed else value.detach()
+        if tuple(moment.shape) != expected:
+            raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if not packed or is_sharded(p):
-            moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_mask)
+            moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_packing)
         dtype = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, settings.state_dtype)
         entry[key] = _Veiled(_owned(moment.to(member.shard.device, dtype).contiguous(), value))
     return entry
@@ -293,6 +330,7 @@ class Saved:
         noted: whether the state dict tells of a plan at all.
         mask: fingerprint of the mask it was saved under; None: nothing of it was frozen.
         packed: whether its moments are packed by that mask.
+        kept: whether they are there where it freezes, too.
         ages: `Ages.encode` of what was thawed in it; None: nothing was.
     """
 
@@ -301,6 +339,7 @@ class Saved:
     noted: bool
     mask: str | None
     packed: bool
+    kept: bool
     ages: list[str] | None
 
 
@@ -329,7 +368,8 @@ def read_state_dict(given: Any, what: str) -> list[Saved]:
             mask, ages = (note.get(entry, {}).get(str(place)) for entry in ("masks", "ages"))
             if ages is not None and not state:
                 raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {number!r}, which has no state")
-            found.append(Saved(number, state or None, bool(note), mask, note.get("packed", False), ages))
+            packed, kept = note.get("packed", False), note.get("kept", False)
+            found.append(Saved(number, state or None, bool(note), mask, packed, kept, ages))
     if len({saved.key for saved in found}) < len(found):
         raise ValueError(f"{what}: param_groups name a parameter twice, expected each number once")
     return found
@@ -390,8 +430,8 @@ def _check_moment(moment: Any, label: str, what: str, *, whole: bool) -> None:
 
 
 def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any]:
-    """What a saved group tells of its plan, as `plan_note` wrote it: "packed", and by places in the group "masks" and
-    "ages". Empty: it tells of none."""
+    """What a saved group tells of its plan, as `plan_note` wrote it: "packed", "kept", and by places in the group
+    "masks" and "ages". Empty: it tells of none."""
     if text is None:
         return {}
     _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
@@ -400,11 +440,12 @@ def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
     _expect(isinstance(note, dict), what, label, note, "a JSON object")
-    version, packed = note.get("version"), note.get("packed")
-    _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1")
-    if version != 1:
-        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1; upgrade it")
+    version, packed, kept = note.get("version"), note.get("packed"), note.get("kept", False)
+    _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1 or 2")
+    if version not in (1, 2):
+        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1 and 2; upgrade it")
     _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
+    _expect(isinstance(kept, bool) and not (kept and packed), what, f"{label}: kept", kept, "false of packed state")
     for key in ("masks", "ages"):
         _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
         for place, got in note[key].items():

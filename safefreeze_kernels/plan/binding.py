@@ -191,7 +191,9 @@ def _refuse_overlap(
     spans: list[tuple[int, int, str, int]] = []
     for identity, (name, param) in {id(param): (name, _own_memory(param)) for name, param in reversed(named)}.items():
         if param.numel() and param.layout == torch.strided and param.device.type != "meta":
-            reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+            reach = param.numel()
+            if not param.is_contiguous():
+                reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
             start = param.data_ptr()
             spans.append((start, start + reach * param.element_size(), name, identity))
     spans.sort()

@@ -45,7 +45,10 @@ class FreezeMask:
     0.5
     """
 
-    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "shape")
+    __slots__ = ("_bits", "_cols", "_fingerprint", "_rows", "_singles", "matrix_shape", "shape")
+
+    #: ``(rows, columns)`` of the matrix this tensor is seen as.
+    matrix_shape: tuple[int, int]
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class FreezeMask:
         cols: Indices = None,
         elements: Tensor | np.ndarray | None = None,
     ) -> None:
-        self.shape: tuple[int, ...] = _checked_shape(shape)
+        self._shape(_checked_shape(shape))
         if cols is not None and len(self.shape) < 2:
             raise ValueError(
                 f"FreezeMask: cols of a {len(self.shape)}-D tensor, expected rows; "
@@ -64,35 +67,52 @@ class FreezeMask:
         row_index = _checked_indices(rows, n_rows, "rows")
         col_index = _checked_indices(cols, n_cols, "cols")
         frozen = _checked_elements(elements, self.shape)
-        if frozen is not None:
-            frozen[row_index] = True
-            frozen[:, col_index] = True
-            row_index = np.flatnonzero(frozen.all(axis=1))
-            col_index = np.flatnonzero(frozen.all(axis=0))
-            frozen[row_index] = False
-            frozen[:, col_index] = False
+        self._settle(row_index, col_index, None if frozen is None else pack_bits(frozen))
+
+    @classmethod
+    def from_bits(
+        cls, shape: Sequence[int], bits: np.ndarray, rows: Indices = None, cols: Indices = None
+    ) -> FreezeMask:
+        """The mask whose elements come as bits: eight times as fast as from bools, where rows fill whole bytes.
+
+        Args:
+            shape, rows, cols: as in the class.
+            bits: as `FreezeMask.bits`: uint8, one bit per element. Copied; bits after the last element do not count.
+
+        Raises:
+            ValueError: another dtype or number of bytes; what the class raises.
+        """
+        mask = cls(shape, rows, cols)
+        size = (mask.numel + 7) // 8
+        if bits.dtype != np.uint8 or bits.shape != (size,):
+            raise ValueError(f"FreezeMask.from_bits: bits is {bits.dtype} {bits.shape}, expected uint8 ({size},)")
+        mask._settle(mask._rows, mask._cols, bits.copy())
+        return mask
+
+    def _settle(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
+        """Keep what is frozen in canonical form; ``bits`` may be changed."""
+        n_rows, n_cols = self.matrix_shape
         if n_rows * n_cols == 0:
-            row_index = col_index = _NONE
-        elif row_index.size == n_rows or col_index.size == n_cols:
-            row_index, col_index = np.arange(n_rows), _NONE
-        bits = pack_bits(frozen) if frozen is not None and frozen.any() else None
-        self._set(row_index, col_index, bits)
+            rows, cols, bits = _NONE, _NONE, None
+        elif bits is not None:
+            rows, cols, bits = _canonical(rows, cols, bits, self.matrix_shape)
+        if n_rows * n_cols and (rows.size == n_rows or cols.size == n_cols):
+            rows, cols = np.arange(n_rows), _NONE
+        self._set(rows, cols, bits)
+
+    def _shape(self, shape: tuple[int, ...]) -> None:
+        self.shape: tuple[int, ...] = shape
+        self.matrix_shape = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
 
     def _set(self, rows: np.ndarray, cols: np.ndarray, bits: np.ndarray | None) -> None:
         self._rows: np.ndarray = rows
         self._cols: np.ndarray = cols
         self._bits: np.ndarray | None = bits
         self._fingerprint: str | None = None
+        self._singles: int | None = None
         for array in (rows, cols, bits):
             if array is not None:
                 array.flags.writeable = False
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """``(rows, columns)`` of the matrix this tensor is seen as."""
-        if len(self.shape) < 2:
-            return math.prod(self.shape), 1
-        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def rows(self) -> Tensor:
@@ -124,10 +144,27 @@ class FreezeMask:
         """`cols` as a read-only array."""
         return self._cols
 
+    def lines(self, axis: int) -> np.ndarray | None:
+        """Frozen rows (``axis`` 0) or columns, as a read-only array; None: something else is frozen, too."""
+        if self._bits is not None:
+            return None
+        if axis == 0:
+            return None if self._cols.size else self._rows
+        if self._rows.size == self.matrix_shape[0] > 0:
+            return np.arange(self.matrix_shape[1])  # everything
+        return None if self._rows.size else self._cols
+
     @property
     def bits(self) -> np.ndarray | None:
         """`elements` as packed bits: uint8, element ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
         return self._bits
+
+    @property
+    def frozen_bits(self) -> np.ndarray:
+        """`dense` as packed bits, as `bits` are."""
+        if self._bits is not None and not self._rows.size and not self._cols.size:
+            return self._bits
+        return pack_bits(self.frozen_flags())
 
     @property
     def frozen_elements(self) -> np.ndarray | None:
@@ -154,8 +191,11 @@ class FreezeMask:
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
-        """Shape of packed optimizer state: ``shape`` itself where no row or column is frozen, else (live rows,
-        live columns), or (live entries,) for a 1-D tensor. Frozen single elements keep their place in it."""
+        """Shape of packed optimizer state: (live elements,), row-major, where single elements are frozen; else
+        ``shape`` itself where no row or column is, and (live rows, live columns), or (live entries,) for a 1-D tensor,
+        where some are."""
+        if self._bits is not None:
+            return (self.live_count,)
         if not self._rows.size and not self._cols.size:
             return self.shape
         live_rows = self.matrix_shape[0] - self._rows.size
@@ -179,7 +219,9 @@ class FreezeMask:
 
     @property
     def _single_count(self) -> int:
-        return 0 if self._bits is None else int(np.bitwise_count(self._bits).sum())
+        if self._singles is None:
+            self._singles = 0 if self._bits is None else int(np.bitwise_count(self._bits).sum())
+        return self._singles
 
     @property
     def frozen_fraction(self) -> float:
@@ -232,17 +274,24 @@ class FreezeMask:
             return NotImplemented
         if self.shape != other.shape:
             raise ValueError(f"FreezeMask union: shapes {self.shape} and {other.shape} differ, expected the same")
+        if not other._rows.size and not other._cols.size and other._bits is None:
+            return self
         elements = None
         if self._bits is not None or other._bits is not None:
             elements = (self.frozen_flags() | other.frozen_flags()).reshape(self.shape)
-        rows = np.union1d(self._rows, other._rows)
-        cols = np.union1d(self._cols, other._cols) if len(self.shape) > 1 else None
+        rows = _union(self._rows, other._rows, self.matrix_shape[0])
+        cols = _union(self._cols, other._cols, self.matrix_shape[1]) if len(self.shape) > 1 else None
         return FreezeMask(self.shape, rows=rows, cols=cols, elements=elements)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FreezeMask):
             return NotImplemented
-        return self.fingerprint == other.fingerprint
+        return (
+            self.shape == other.shape
+            and _same(self._rows, other._rows)
+            and _same(self._cols, other._cols)
+            and _same(self._bits, other._bits)
+        )
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
@@ -265,7 +314,7 @@ class FreezeMask:
         return {"shape": self.shape, "rows": self._rows, "cols": self._cols, "bits": self._bits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.shape = state["shape"]
+        self._shape(state["shape"])
         self._set(state["rows"], state["cols"], state["bits"])
 
     def __repr__(self) -> str:
@@ -342,6 +391,34 @@ def _as_array(given: Any) -> Any:
     return given.detach().cpu().numpy()
 
 
+def _canonical(
+    rows: np.ndarray, cols: np.ndarray, bits: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Whole rows and whole columns among what is frozen, and the bits of the rest, or None."""
+    n_rows, n_cols = shape
+    bytewise = n_cols % 8 == 0
+    lines = bits.reshape(n_rows, -1) if bytewise else unpack_bits(bits, shape)
+    if rows.size:
+        lines[rows] = 255 if bytewise else True
+    if cols.size:
+        flags = np.zeros(n_cols, bool)
+        flags[cols] = True
+        lines |= pack_bits(flags) if bytewise else flags
+    full = np.bitwise_and.reduce(lines, axis=1)
+    rows = np.flatnonzero(full == 255 if bytewise else full)
+    across = np.bitwise_and.reduce(lines, axis=0)
+    if across.any():
+        cols = np.flatnonzero(unpack_bits(across, (n_cols,)) if bytewise else across)
+        lines &= ~across
+    else:
+        cols = _NONE
+    if rows.size:
+        lines[rows] = 0
+    if not lines.any():
+        return rows, cols, None
+    return rows, cols, bits if bytewise else pack_bits(lines)
+
+
 def pack_bits(flags: np.ndarray) -> np.ndarray:
     """Flags of any shape as bits: uint8, flag ``i`` (row-major) is bit ``i % 8`` of byte ``i // 8``."""
     return np.packbits(flags.reshape(-1), bitorder="little")
@@ -352,16 +429,38 @@ def unpack_bits(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.unpackbits(bits, count=math.prod(shape), bitorder="little").view(bool).reshape(shape)
 
 
+def padded(bits: np.ndarray) -> np.ndarray:
+    """Bits that native code can read 8 bytes past their end."""
+    return np.concatenate([bits, np.zeros(8, np.uint8)])
+
+
 def bits_before(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """How many bits are set before each of ``places``, which are multiples of 8."""
-    before: np.ndarray = np.concatenate([[0], np.cumsum(np.bitwise_count(bits), dtype=np.int64)])[places // 8]
-    return before
+    """How many bits are set before each of ``places``: int64."""
+    words = np.concatenate([bits, np.zeros(-bits.size % 8 + 8, np.uint8)]).view("<u8")
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bitwise_count(words), dtype=np.int64)])
+    lower = (np.uint64(1) << (places % 64).astype(np.uint64)) - np.uint64(1)
+    found: np.ndarray = before[places // 64] + np.bitwise_count(words[places // 64] & lower)
+    return found
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array)
+
+
+def _union(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
+    if not one.size or not other.size:
+        return one if one.size else other
+    lines = np.zeros(size, bool)
+    lines[one] = lines[other] = True
+    return lines
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None or one.size != other.size:
+        return one is other
+    return one is other or bool((one == other).all())
 
 
 def _complement(index: np.ndarray, size: int) -> np.ndarray:

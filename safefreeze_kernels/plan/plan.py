@@ -24,7 +24,7 @@ _MOST_ELEMENTS: Final = 1 << 40  # of one tensor in a plan file: what a damaged 
 #: a small file must not make a reader allocate much.
 _MOST_LISTED: Final = 1 << 29
 #: What decoding a damaged file may raise.
-_DAMAGE: Final = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError)
+_DAMAGE: Final = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 class PlanFileError(ValueError):
@@ -137,12 +137,11 @@ class FreezePlan(Mapping[str, FreezeMask]):
             mask = self._masks[name]
             n_rows, n_cols = mask.matrix_shape
             entry: dict[str, Any] = {"shape": list(mask.shape)}
-            single = mask.frozen_elements
-            elements = np.zeros(0, np.int64) if single is None else np.flatnonzero(single)
-            parts = {"rows": (mask.frozen_rows, n_rows), "cols": (mask.frozen_cols, n_cols)}
-            for part, (index, size) in {**parts, "elements": (elements, mask.numel)}.items():
+            for part, index, size in (("rows", mask.frozen_rows, n_rows), ("cols", mask.frozen_cols, n_cols)):
                 if index.size:
                     entry[part], tensors[f"{name}:{part}"] = _encode_index(index, size)
+            if mask.bits is not None:
+                entry["elements"], tensors[f"{name}:elements"] = _encode_bits(mask.bits, mask.numel)
             entries[name] = entry
         header = {
             "format": _FORMAT,
@@ -198,12 +197,12 @@ class FreezePlan(Mapping[str, FreezeMask]):
                 if part in entry:
                     key = f"{name}:{part}"
                     used.add(key)
-                    parts[part] = _decode_index(entry[part], tensors[key], size, key)
-            if "elements" in parts:
-                dense = np.zeros(mask.numel, bool)
-                dense[parts["elements"]] = True
-                parts["elements"] = dense.reshape(mask.shape)
-            masks[name] = FreezeMask(mask.shape, **parts)
+                    decode = _decode_bits if part == "elements" else _decode_index
+                    parts[part] = decode(entry[part], tensors[key], size, key)
+            bits = parts.pop("elements", None)
+            masks[name] = (
+                FreezeMask(mask.shape, **parts) if bits is None else FreezeMask.from_bits(mask.shape, bits, **parts)
+            )
         if used != set(tensors):
             raise PlanFileError(f"was altered: unexpected tensors {sorted(set(tensors) - used)}")
         plan = cls(masks, json.loads(header["metadata"]))
@@ -212,23 +211,43 @@ class FreezePlan(Mapping[str, FreezeMask]):
         return plan
 
 
-def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+def _listing(count: int, size: int) -> np.dtype[Any] | None:
+    """The dtype in which a list of so many of ``size`` takes fewer bytes than a bit for each; None: the bits do."""
     dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32 if size <= 1 << 32 else np.uint64)
-    if size <= _MOST_LISTED and index.size * dtype.itemsize < (size + 7) // 8:
-        return "index", index.astype(dtype)
+    return dtype if size <= _MOST_LISTED and count * dtype.itemsize < (size + 7) // 8 else None
+
+
+def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+    dtype = _listing(index.size, size)
+    return ("bits", _flagged(index, size)) if dtype is None else ("index", index.astype(dtype))
+
+
+def _encode_bits(bits: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+    dtype = _listing(int(np.bitwise_count(bits).sum()), size)
+    return ("bits", bits) if dtype is None else ("index", np.flatnonzero(unpack_bits(bits, (size,))).astype(dtype))
+
+
+def _flagged(index: np.ndarray, size: int) -> np.ndarray:
+    """Bits of which those of an index are set."""
     flags = np.zeros(size, bool)
     flags[index] = True
-    return "bits", pack_bits(flags)
+    return pack_bits(flags)
 
 
 def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
+    if coding != "index":
+        return np.flatnonzero(unpack_bits(_decode_bits(coding, stored, size, key), (size,)))
+    if stored.ndim != 1 or stored.dtype not in (np.uint16, np.uint32, np.uint64):
+        raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape}")
+    return stored.astype(np.int64)
+
+
+def _decode_bits(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
     if coding == "index":
-        if stored.ndim != 1 or stored.dtype not in (np.uint16, np.uint32, np.uint64):
-            raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape}")
-        return stored.astype(np.int64)
+        return _flagged(_decode_index(coding, stored, size, key), size)
     if coding != "bits" or stored.dtype != np.uint8 or stored.shape != ((size + 7) // 8,):
         raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape} coded as {coding!r}")
-    return np.flatnonzero(unpack_bits(stored, (size,)))
+    return stored
 
 
 def _checksum(header: Mapping[str, str]) -> str:

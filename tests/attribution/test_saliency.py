@@ -26,7 +26,7 @@ from attribution_models import (
 )
 from torch import Tensor, nn
 
-from safefreeze_kernels.attribution import SetScores, UnitScores, find_units, saliency, score_units
+from safefreeze_kernels.attribution import SetScores, UnitScores, find_units, gradients, saliency, score_units
 from safefreeze_kernels.attribution.batches import read_passes
 from safefreeze_kernels.attribution.saliency import Margin, MarginGradients
 from safefreeze_kernels.attribution.units import unit_masks
@@ -429,19 +429,19 @@ def test_scoring_inside_other_gradient_modes(around: Any, method: str) -> None:
 
 def test_gradients_are_dropped_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever one parameter's gradient is reduced, no parameter holds one."""
-    aliases: dict[str, Tensor] = {}
+    lent: dict[str, Tensor] = {}
     held: list[int] = []
-    make, square = saliency._aliases, saliency._squares
+    make, square = gradients.aliases, saliency._squares
 
     def remembered(model: nn.Module) -> dict[str, Tensor]:
-        aliases.update(make(model))
-        return aliases
+        lent.update(make(model))
+        return lent
 
     def counted(weight: Tensor, gradient: Tensor) -> Tensor:
-        held.append(sum(alias.grad is not None for alias in aliases.values()))
+        held.append(sum(alias.grad is not None for alias in lent.values()))
         return square(weight, gradient)
 
-    monkeypatch.setattr(saliency, "_aliases", remembered)
+    monkeypatch.setattr(gradients, "aliases", remembered)
     monkeypatch.setattr(saliency, "_squares", counted)
     score_units(ToyLM(), toy_batches([4], 1), toy_batches([4], 2), "decision_fisher")
     assert held == [0] * 2 * 14, "two sets, 14 matrices, each seen once"

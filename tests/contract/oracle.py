@@ -85,13 +85,15 @@ class Weight:
         ]
         self.age = torch.where(live, age, self.age)
 
-    def freeze(self, frozen: Tensor) -> None:
-        """``frozen`` takes effect: whatever is frozen or was loses its moments and its age."""
-        gone = frozen | self.frozen
+    def freeze(self, frozen: Tensor, keep_state: bool = False, thawed: str = "fresh") -> None:
+        """``frozen`` takes effect: what is frozen loses moments, age and master, unless they are kept; what is thawed
+        loses the first two, unless it goes on with them. (Where nothing was kept there is nothing to lose.)"""
+        lost = torch.zeros_like(frozen) if keep_state else frozen
+        if self.master is not None:
+            self.master = torch.where(lost, self.value.float(), self.master)
+        gone = lost | (self.frozen & ~frozen) if thawed == "fresh" else lost
         self.moments = [torch.where(gone, torch.zeros_like(moment), moment) for moment in self.moments]
         self.age = None if self.age is None else torch.where(gone, 0, self.age)
-        if self.master is not None:  # what a master has beyond its weight goes too
-            self.master = torch.where(gone, self.value.float(), self.master)
         self.frozen = frozen
 
     def rewrite(self, value: Tensor, master: Tensor | None) -> None:

@@ -178,7 +178,7 @@ class Training(RuleBasedStateMachine):
         self.make = sf.MaskedAdam if adam else sf.MaskedAdamW
         self.settings = {"lr": 1e-2, "weight_decay": 0.1, **self.options}
         self.kind = {"decoupled": not adam, **{key: key in self.options for key in ("amsgrad", "capturable")}}
-        self.plan = sf.FreezePlan()
+        self.plan, self.keep = sf.FreezePlan(), False
         rng = np.random.default_rng(seed)
         start = {name: values(rng, shape, 0.1).to(dtype) for name, shape in SHAPES.items()}
         start |= {name: torch.from_numpy(rng.standard_normal(shape)) for name, shape in DOUBLE.items()}
@@ -311,6 +311,7 @@ class Training(RuleBasedStateMachine):
                 left, version, lacking = self.left[name]
                 same = left is grad and version == grad._version
                 found |= {ValueError} if same and (lacking & ~frozen).any() else set()
+        found |= {ValueError} if self.keep and self.packs() else set()
         if self.pending is not None:
             _, gradients, void = self.pending
             now = self.gradients()
@@ -323,6 +324,10 @@ class Training(RuleBasedStateMachine):
             elif not same:
                 self.pending = None  # they are gone, and the factor with them
         return found
+
+    def packs(self) -> bool:
+        """Whether gradients are packed, or will be."""
+        return any(self.storage(n) == "packed" or isinstance(p.grad, PackedGradient) for n, p in self.params().items())
 
     @precondition(lambda self: any(p.grad is not None for p in self.params().values()))
     @rule(largest=st.sampled_from([0.05, 1.0, 1e9]), inside=st.booleans())
@@ -473,28 +478,51 @@ class Training(RuleBasedStateMachine):
 
     # -- plans and groups --------------------------------------------------------------------------------------------
 
-    @rule(seed=SEEDS, way=st.sampled_from(["new", "more", "none"]))
-    def freeze(self, seed: int, way: str) -> None:
+    @rule(
+        seed=SEEDS, way=st.sampled_from(["new", "more", "none"]), keep=st.booleans(),
+        thawed=st.sampled_from(["fresh", "kept"]),
+    )  # fmt: skip
+    def freeze(self, seed: int, way: str, keep: bool = False, thawed: Any = "fresh") -> None:
         rng = np.random.default_rng(seed)
         masks = {name: mask(rng, tuple(weight.value.shape)) for name, weight in self.weights.items()}
         chosen = {name: m for name, m in masks.items() if way != "none" and rng.random() < 0.7}
         plan = self.plan | sf.FreezePlan(chosen) if way == "more" else sf.FreezePlan(chosen)
-        self.set_plan(plan)
+        self.set_plan(plan, keep, thawed)
 
-    def set_plan(self, plan: sf.FreezePlan) -> None:
+    @rule(seed=SEEDS, thawed=st.sampled_from(["fresh", "kept"]), changes=st.integers(2, 5), lines=st.booleans())
+    def pause_and_go_on(self, seed: int, thawed: Any, changes: int, lines: bool) -> None:
+        """A plan that changes every step or two; mostly rows of some weights and columns of others."""
+        rng = np.random.default_rng(seed)
+        self.live_off()
+        for number in range(changes):
+            masks = {}
+            for index, (name, weight) in enumerate(self.weights.items()):
+                shape = tuple(weight.value.shape)
+                by_cols = index % 2 and len(shape) > 1
+                size = shape[-1] if by_cols else math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+                some = {"cols" if by_cols else "rows": rng.random(size) < 0.4}
+                masks[name] = sf.FreezeMask(shape, **some) if lines else mask(rng, shape)
+            self.set_plan(sf.FreezePlan(masks), True, thawed if rng.random() < 0.8 else "fresh")
+            self.train(seed + 7 * number, int(rng.integers(1, 3)), False)
+
+    def set_plan(self, plan: sf.FreezePlan, keep: bool = False, thawed: Any = "fresh") -> None:
         off = [name for name, p in self.params().items() if not p.requires_grad and name in plan]
+        refused = "requires_grad=False" if off else "are packed" if keep and self.packs() else ""
         for optimizer in self.optimizers.values():
-            if off:
-                with pytest.raises(ValueError, match="requires_grad=False"):
-                    optimizer.set_freeze(plan)
+            if refused:
+                before = copy.deepcopy(optimizer.state_dict())
+                with pytest.raises(ValueError, match=refused):
+                    optimizer.set_freeze(plan, keep_state=keep, thawed=thawed)
                 assert optimizer.plan == self.plan
+                assert_same_state(optimizer.state_dict(), before, "state after a plan was refused")
             else:
-                optimizer.set_freeze(plan)
-        if off:
+                optimizer.set_freeze(plan, keep_state=keep, thawed=thawed)
+        if refused:
             return
-        changed, self.plan = plan.fingerprint != self.plan.fingerprint, plan
+        changed, self.plan, self.keep = plan.fingerprint != self.plan.fingerprint, plan, keep
         for name, weight in self.weights.items():
-            weight.freeze(plan[name].dense() if name in plan else torch.zeros(weight.value.shape, dtype=torch.bool))
+            frozen = plan[name].dense() if name in plan else torch.zeros(weight.value.shape, dtype=torch.bool)
+            weight.freeze(frozen, keep, thawed)
         if changed:
             self.void()
         self.remember()
@@ -527,7 +555,7 @@ class Training(RuleBasedStateMachine):
         weight.grow(self.params()[name].detach())
         self.left.pop(name, None)
         named = {name: mask(rng, tuple(shape))} if rng.random() < 0.7 and self.params()[name].requires_grad else {}
-        self.set_plan(sf.FreezePlan({n: m for n, m in self.plan.items() if n != name} | named))
+        self.set_plan(sf.FreezePlan({n: m for n, m in self.plan.items() if n != name} | named), bool(seed % 2))
 
     @precondition(lambda self: len(self.names) < 3)
     @rule(seed=SEEDS)
@@ -670,8 +698,9 @@ class Training(RuleBasedStateMachine):
                 other.step()
             assert_same_state(self.optimizers[b].state_dict(), before, f"{b}: state that another took and trained")
 
-    @rule()
-    def save_and_load(self) -> None:
+    @rule(before=st.sampled_from(["packed", "kept", "built"]))
+    def save_and_load(self, before: str = "packed") -> None:
+        """Into an optimizer built with the plan, or that came to it by `set_freeze`; how state is kept is loaded."""
         self.live_off()
         for b in BACKENDS:
             file = io.BytesIO()
@@ -683,11 +712,16 @@ class Training(RuleBasedStateMachine):
             for name, p in self.params(b).items():
                 p.requires_grad_(old[name].requires_grad)
                 p.grad = old[name].grad
-            plan, self.plan = self.plan, sf.FreezePlan()
+            plan, self.plan = self.plan, self.plan if before == "built" else sf.FreezePlan()
+            for p in self.params(b).values():
+                p.grad = None if isinstance(p.grad, PackedGradient) and before == "kept" else p.grad
             self.optimizers[b] = self.fresh(b)
             self.plan = plan
-            self.optimizers[b].set_freeze(plan)
+            if before != "built":
+                self.optimizers[b].set_freeze(plan, keep_state=before == "kept")
             self.optimizers[b].load_state_dict(state)
+            assert_same_state(self.optimizers[b].state_dict(), state, f"{b}: state that was saved and loaded")
+        self.keep = self.optimizers[FIRST]._whole  # of state in which nothing is frozen, nothing tells
         self.pending = None
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
@@ -745,13 +779,16 @@ class Training(RuleBasedStateMachine):
                     assert_same_bits(value, weight.value, f"{b}: {name}", any_nan=True)
 
     @invariant()
-    def frozen_rows_and_columns_have_no_state(self) -> None:
+    def what_is_frozen_has_no_state(self) -> None:
+        """Unless it is kept."""
         for b, optimizer in self.optimizers.items():
             for name, p in self.params(b).items():
-                shape = self.plan[name].packed_shape if name in self.plan else tuple(p.shape)
+                packed = name in self.plan and not self.keep
+                shape = self.plan[name].packed_shape if packed else tuple(p.shape)
                 for key, value in optimizer.state.get(p, {}).items():
                     if key != "step":
                         assert tuple(value.shape) == shape, f"{b}: {key} of {name}"
+                        assert not packed or value.numel() == self.plan[name].live_count, f"{b}: {key} of {name}"
 
 
 def run(programs: int, operations: int) -> tuple[int, int]:

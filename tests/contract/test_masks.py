@@ -58,6 +58,8 @@ class Written(NamedTuple):
 def written(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> Written:
     if shape is None:
         shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+        if shape and draw(st.booleans()):  # rows of whole bytes
+            shape = (*shape[:-1], draw(st.sampled_from((8, 16))))
     n_rows = math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
     def some(size: int) -> list[int] | None:
@@ -135,17 +137,40 @@ def test_canonical_form_is_whole_rows_whole_columns_and_the_rest(w: Written) -> 
 
 @quickly
 @given(written())
-def test_packed_shape_is_live_rows_by_live_columns(w: Written) -> None:
+@example(Written((3, 8), rows=[0], cols=[1], elements=np.arange(24).reshape(3, 8) > 7))
+@example(Written((2, 16), cols=list(range(0, 16, 2)), elements=np.arange(32).reshape(2, 16) % 2 == 1))
+def test_a_mask_from_bits_is_that_of_its_bools(w: Written) -> None:
+    elements = np.zeros(w.shape, bool) if w.elements is None else w.elements
+    bits = np.packbits(elements.reshape(-1), bitorder="little")
+    given = bits.copy()
+    if bits.size and elements.size % 8:
+        given[-1] |= 0xFF << elements.size % 8 & 0xFF  # bits after the last element do not count
+    before = given.copy()
+    mask = FreezeMask.from_bits(w.shape, given, w.rows, w.cols)
+    assert mask == w.mask() and (given == before).all()
+    assert np.array_equal(mask.dense().numpy(), w.oracle())
+
+
+def test_bits_of_another_size_are_refused() -> None:
+    for bits in (np.zeros(2, np.uint8), np.zeros(3, np.int8), np.zeros((1, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"from_bits: bits is .*expected uint8 \(3,\)"):
+            FreezeMask.from_bits((5, 4), bits)
+
+
+@quickly
+@given(written())
+def test_packed_shape_is_live_rows_by_live_columns_or_a_list_of_live_elements(w: Written) -> None:
     mask = w.mask()
     n_live_rows, n_live_cols = len(mask.live_rows), len(mask.live_cols)
-    if not len(mask.rows) and not len(mask.cols):
+    if mask.elements is not None:
+        assert mask.packed_shape == (mask.live_count,)
+    elif not len(mask.rows) and not len(mask.cols):
         assert mask.packed_shape == w.shape
     elif len(w.shape) < 2:
         assert mask.packed_shape == (n_live_rows,)
     else:
         assert mask.packed_shape == (n_live_rows, n_live_cols)
-    in_elements = 0 if mask.elements is None else int(mask.elements.sum())
-    assert math.prod(mask.packed_shape) == mask.live_count + in_elements
+    assert math.prod(mask.packed_shape) == mask.live_count == int((~w.oracle()).sum())
 
 
 @quickly
@@ -607,6 +632,13 @@ def test_summary_shows_weights_and_biases_apart() -> None:
     table = cells(plan.summary())
     assert table["layer"] == ["fc", "fc.bias", "all"]
     assert table["0"] == ["0.0%", "25.0%", "8.3%"]
+
+
+def test_summary_says_what_is_frozen_whole() -> None:
+    whole, part = FreezeMask((4, 2), elements=np.ones((4, 2), bool)), FreezeMask((4, 2), rows=[0, 1, 2])
+    assert "1 of 2 parameters is frozen whole" in FreezePlan({"a": whole, "b": part}).summary()
+    assert "2 of 2 parameters are frozen whole" in FreezePlan({"a": whole, "b": whole}).summary()
+    assert "whole" not in FreezePlan({"b": part, "none": FreezeMask((0, 2))}).summary()
 
 
 def test_summary_of_nothing() -> None:

@@ -624,6 +624,34 @@ def test_state_packed_under_another_plan_is_refused_and_nothing_changes(other: s
     train(model, receiver, batches(1))
 
 
+def with_gaps(moment: Tensor, mask: sf.FreezeMask) -> Tensor:
+    """State of live rows × live columns, in which frozen single elements have a place: as earlier versions had it."""
+    whole = torch.zeros(mask.shape, dtype=moment.dtype)
+    whole[~mask.dense()] = moment
+    return whole[torch.from_numpy(mask.live_rows)][:, torch.from_numpy(mask.live_cols)]
+
+
+@pytest.mark.parametrize("how", ["state dict", "pickle"])
+@pytest.mark.parametrize("master", [None, "remainder"])
+def test_state_of_an_earlier_version_with_places_for_single_elements_is_read(how: str, master: str | None) -> None:
+    model, name = Net().bfloat16(), "down.weight"
+    optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.3, freeze=PLAN, master=master)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    expected, mask = copy.deepcopy(optimizer.state_dict()), PLAN[name]
+    entry = optimizer.state[model.down.weight]
+    assert entry["exp_avg"].shape == (mask.live_count,)
+    entry.update({key: with_gaps(value, mask) for key, value in entry.items() if key != "step"})
+    assert entry["exp_avg"].shape == (3, 5)
+    if how == "pickle":
+        fresh = pickle.loads(pickle.dumps(optimizer))
+    else:
+        fresh = sf.MaskedAdamW(model.named_parameters(), lr=0.3, freeze=PLAN, master=master)
+        fresh.load_state_dict(saved(optimizer.state_dict()))
+    assert_same_state(fresh.state_dict(), expected, how)
+
+
 def later_version(state: dict[str, Any]) -> None:
     group = state["param_groups"][0]
     group["freeze"] = group["freeze"].replace('"version": 1', '"version": 99')

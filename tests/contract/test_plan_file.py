@@ -373,6 +373,14 @@ def _rows(array: Any) -> Callable[[dict[str, Any], Tensors, Header], None]:
     return lambda masks, tensors, header: tensors.update({"up.weight:rows": np.asarray(array)})
 
 
+def _elements(index: np.ndarray) -> Callable[[dict[str, Any], Tensors, Header], None]:
+    def change(masks: dict[str, Any], tensors: Tensors, header: Header) -> None:
+        masks["down.weight"]["elements"] = "index"
+        tensors["down.weight:elements"] = index
+
+    return change
+
+
 def _entry(**fields: Any) -> Callable[[dict[str, Any], Tensors, Header], None]:
     def change(masks: dict[str, Any], tensors: Tensors, header: Header) -> None:
         masks["up.weight"] = {key: value for key, value in {**masks["up.weight"], **fields}.items() if value is not ...}
@@ -395,6 +403,8 @@ def _entry(**fields: Any) -> Callable[[dict[str, Any], Tensors, Header], None]:
         "a tensor too many": lambda masks, tensors, header: tensors.update(extra=np.zeros(3, np.uint8)),
         "an entry less": _entry(rows=...),
         "bits too few": lambda masks, tensors, header: tensors.update({"down.weight:elements": np.zeros(2, np.uint8)}),
+        "element out of range": _elements(np.array([1, 24], np.uint16)),
+        "elements in two dimensions": _elements(np.array([[1, 2]], np.uint16)),
         "bits too many": lambda masks, tensors, header: tensors.update({"down.weight:elements": np.zeros(4, np.uint8)}),
         "unknown coding": _entry(rows="zip"),
         "coding of another type": _entry(rows={"index": 1}),

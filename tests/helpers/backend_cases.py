@@ -38,15 +38,17 @@ NORMS = ("sum_of_squares", "sum_of_absolutes", "largest_absolute")
 Layout = list[tuple[FreezeMask, Ages | None]]
 
 
-def scattered(shape: tuple[int, ...], rows: bool = False, cols: bool = False, elements: bool = False) -> FreezeMask:
-    """About a third of the rows or columns, alone and in pairs; a tenth of the elements."""
+def scattered(
+    shape: tuple[int, ...], rows: bool = False, cols: bool = False, elements: bool = False, half: bool = False
+) -> FreezeMask:
+    """About a third of the rows or columns, alone and in pairs; a tenth, or half, of the elements."""
     n_rows, n_cols = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
     rng = np.random.default_rng(n_rows * 1000 + n_cols)
     return FreezeMask(
         shape,
         rows=np.flatnonzero(np.arange(n_rows) % 7 % 3 == 1) if rows else None,
         cols=np.flatnonzero(np.arange(n_cols) % 11 % 4 == 2) if cols else None,
-        elements=torch.from_numpy(rng.random(shape) < 0.1) if elements else None,
+        elements=torch.from_numpy(rng.random(shape) < (0.5 if half else 0.1)) if elements or half else None,
     )
 
 
@@ -85,6 +87,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "freeze_cols_and_elements": ageless(*(scattered(shape, cols=True, elements=True) for shape in ((9, 24), (2, 450)))),
     "thawed_rows": [thawed((9, 24), rows=True), thawed((7, 320), rows=True), thawed((30,), rows=True)],
     "thawed_cols": [thawed((9, 24), cols=True), thawed((3, 900), cols=True), thawed((5, 33), rows=True, cols=True)],
+    "half_of_elements": ageless(*(scattered(shape, half=True) for shape in ((40,), (9, 33), (5, 1100), (2, 9001)))),
     "thawed_elements": [
         thawed((9, 24), elements=True), thawed((3, 330), elements=True), thawed((5, 33), cols=True, elements=True)
     ],
@@ -140,20 +143,28 @@ def _cases() -> Iterator[Case]:
     for layout in LAYOUTS:
         for dtype in DTYPES:
             yield Case("adamw_", layout, dtype)
+            yield Case("adamw_", layout, dtype, options={"whole_state": True})
             yield Case("scale_", layout, dtype, options={"factor": 0.3})
             yield Case("norm", layout, dtype, options={"kind": "sum_of_squares"})
         yield Case("adamw_", layout, BF16, options=remainder)
         yield Case("adamw_", layout, BF16, options=stochastic)
         yield Case("adamw_", layout, BF16, options={"packed_grads": True, "state": FP32})
+        yield Case("adamw_", layout, BF16, options={**stochastic, "whole_state": True})
         yield Case("adamw_", layout, FP32, options={"amsgrad": True, "state": BF16})
+        yield Case("adamw_", layout, FP32, options={"whole_state": True})
+        yield Case("adamw_", layout, BF16, options={"whole_state": True, "state": BF16, **remainder})
         yield Case("norm", layout, BF16, frozen=True, options={"kind": "sum_of_squares"})
         yield Case("norm", layout, FP32, options={"kind": "sum_of_absolutes"})
         yield Case("norm", layout, FP16, frozen=True, options={"kind": "largest_absolute"})
         for dtype in (FP32, BF16):  # bytes: only the width matters
             yield Case("zero_", layout, dtype, frozen=True)
+            yield Case("gather", layout, dtype, options={"whole_state": True})
+            yield Case("scatter_", layout, dtype, options={"whole_state": True})
             for frozen in (True, False):
                 yield Case("gather", layout, dtype, frozen=frozen)
                 yield Case("scatter_", layout, dtype, frozen=frozen)
+            yield Case("gather", layout, dtype, options={"whole_state": True})
+            yield Case("scatter_", layout, dtype, options={"whole_state": True})
     for dtype in DTYPES:
         for state in (FP32, BF16):
             yield Case("adamw_", "everything", dtype, options={"state": state, "amsgrad": True, "l2": True})
@@ -169,6 +180,7 @@ def _cases() -> Iterator[Case]:
             yield Case("adamw_", "everything", dtype, offset=offset, options={"packed_grads": True})
             yield Case("gather", "everything", dtype, frozen=True, offset=offset)
             yield Case("scatter_", "everything", dtype, offset=offset)
+            yield Case("adamw_", "everything", dtype, offset=offset, options={"whole_state": True, "amsgrad": True})
         yield Case("zero_", "everything", dtype, offset=(0, 1, 0))
         yield Case("scale_", "everything", dtype, offset=(0, 1, 0), options={"factor": 0.5})
         yield Case("norm", "everything", dtype, offset=(0, 1, 0), options={"kind": "sum_of_squares"})
@@ -190,6 +202,8 @@ def _cases() -> Iterator[Case]:
     yield Case("adamw_", "everything", BF16, options={**stochastic, "seed": 2**63 + 5, "on_device": True})
     for options in ({}, {"amsgrad": True}, {"master": "remainder"}, {"rounding": "stochastic"}, {"capturable": True}):
         yield Case("MaskedAdamW", "", BF16, options=options)
+        for thawed in ("fresh", "kept"):
+            yield Case("MaskedAdamW", "", BF16, options={**options, "thawed": thawed})
     yield Case("MaskedAdamW", "", FP32, options={"state_dtype": BF16})
     for dtype in DTYPES:
         yield Case("guard", "", dtype)
@@ -278,13 +292,14 @@ def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype,
 def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
     """Runs one operation of the contract, on tensors drawn from the case's name."""
     options = dict(case.options)
-    special = options.pop("special", False)
+    special, whole = options.pop("special", False), options.get("whole_state", False)
     rng = np.random.default_rng(sum(map(ord, str(case))))
     memory = Memory(device)
     masks, ages = zip(*LAYOUTS[case.layout], strict=True)
-    work = compile_frozen(masks) if case.frozen else compile_live(masks, ages)
+    work = compile_frozen(masks) if case.frozen else compile_live(masks, ages, whole_state=whole)
+    shapes = [mask.shape if whole else mask.packed_shape for mask in masks]
     at_tensor, at_grad, at_packed = case.offset
-    packings = [(mask, "packed_grads" in options and i % 3 != 1) for i, mask in enumerate(masks)]  # not of all tensors
+    packings = ["packed_grads" in options and i % 3 != 1 for i in range(len(masks))]  # not of all tensors
 
     def given(kind: str, shape: Sequence[int], index: int, offset: int, dtype: torch.dtype, **kwargs: Any) -> Tensor:
         return memory.holding(f"{kind} {index}", values(rng, tuple(shape), dtype, **kwargs), offset)
@@ -292,9 +307,12 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
     def grads() -> list[Tensor | None]:
         drawn = [
             given("gradient", shape, i, at_grad, case.dtype, special=special)
-            for i, shape in enumerate(mask.packed_shape if is_packed else mask.shape for mask, is_packed in packings)
+            for i, shape in enumerate(
+                shape if is_packed else mask.shape
+                for shape, mask, is_packed in zip(shapes, masks, packings, strict=True)
+            )
         ]
-        for grad, (mask, is_packed) in zip(drawn, packings, strict=True):
+        for grad, mask, is_packed in zip(drawn, masks, packings, strict=True):
             if is_packed:
                 continue
             if case.op in ("adamw_", "scale_") or (case.op == "norm" and not case.frozen):
@@ -302,8 +320,8 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
         return [None if case.missing and i % 3 == 1 else grad for i, grad in enumerate(drawn)]
 
     if case.op == "adamw_":
-        options["packed_grads"] = [is_packed for _, is_packed in packings]
-        _adamw(backend, work, masks, given, grads(), case, options, rng)
+        options["packed_grads"] = packings
+        _adamw(backend, work, masks, shapes, given, grads(), case, options, rng)
     elif case.op == "norm":
         norm = backend.norm(work, grads(), **options)
     elif case.op == "scale_":
@@ -323,17 +341,19 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
 
 
 def _adamw(
-    backend: Backend, work: WorkList, masks: Sequence[FreezeMask], given: Callable[..., Tensor],
-    grads: list[Tensor | None], case: Case, options: dict[str, Any], rng: np.random.Generator,
+    backend: Backend, work: WorkList, masks: Sequence[FreezeMask], shapes: Sequence[tuple[int, ...]],
+    given: Callable[..., Tensor], grads: list[Tensor | None], case: Case, options: dict[str, Any],
+    rng: np.random.Generator,
 ) -> None:  # fmt: skip
     at_tensor, _, at_packed = case.offset
     state, rounding = options.get("state", FP32), options.get("rounding", "nearest")
     amsgrad, l2 = options.get("amsgrad", False), options.get("l2", False)
+    shapes = [mask.shape if options.get("whole_state") else mask.packed_shape for mask in masks]
     params = [given("tensor", mask.shape, i, at_tensor, case.dtype, special=True) for i, mask in enumerate(masks)]
     device = params[0].device
 
     def moments(kind: str, dtype: torch.dtype) -> list[Tensor]:
-        return [given(kind, mask.packed_shape, i, at_packed, dtype) for i, mask in enumerate(masks)]
+        return [given(kind, shape, i, at_packed, dtype) for i, shape in enumerate(shapes)]
 
     first, second = moments("exp_avg", state), moments("exp_avg_sq", state)
     largest = moments("max_exp_avg_sq", state) if amsgrad else None
@@ -342,18 +362,21 @@ def _adamw(
     remainders: list[Tensor | None] | None = None
     if rounding == "remainder":
         remainders = []
-        for i, mask in enumerate(masks):
-            remainder = given("remainder", mask.packed_shape, i, at_packed, torch.int16)
-            drawn = rng.integers(-(2**15), 2**15, mask.packed_shape, np.int16)
+        for i, shape in enumerate(shapes):
+            remainder = given("remainder", shape, i, at_packed, torch.int16)
+            drawn = rng.integers(-(2**15), 2**15, shape, np.int16)
             remainders.append(remainder.copy_(torch.from_numpy(np.asarray(drawn))))
-    # Parts take turns with three sets of scalars.
+    # Parts and their ages take turns with three sets of scalars.
     rows = np.zeros(3, SCALARS)
     for i, step in enumerate((1, 2, 70)):
         rows[i] = adamw_scalars(
             lr=0.01 * (i + 1), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1 * i, step=step, decoupled=not l2,
             maximize=options.get("maximize", False), grad_multiplier=0.5,
         )  # fmt: skip
-    scalars = torch.from_numpy(rows.view(np.int32).reshape(3, -1)).to(device) if "on_device" in options else rows
+    rows = rows[np.arange(max(len(work.born), 1)) % 3]
+    scalars = (
+        torch.from_numpy(rows.view(np.int32).reshape(len(rows), -1)).to(device) if "on_device" in options else rows
+    )
     on_device = {
         key: torch.tensor([options[key]], dtype=torch.float32, device=device)
         for key in ("skip", "multiplier")
@@ -362,7 +385,7 @@ def _adamw(
     operands = AdamWOperands(params, first, second, largest, remainders, [3 * i + 1 for i in range(len(masks))])
     operands.grads, operands.packed_grads = grads, options["packed_grads"]  # type: ignore[assignment]
     backend.adamw_(
-        work, operands, scalars, np.arange(len(work.parts), dtype=np.int32) % 3, l2=l2, amsgrad=amsgrad,
+        work, operands, scalars, work.first_born.astype(np.int32), l2=l2, amsgrad=amsgrad,
         stochastic=rounding == "stochastic", seed=options.get("seed", 1234), **on_device,
     )  # fmt: skip
 
@@ -401,14 +424,18 @@ def _plans() -> tuple[FreezePlan, FreezePlan]:
 
 
 def _train(model: Model, backend: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Three steps, a change of plan, two steps."""
+    """Three steps, a change of plan, two steps; with ``thawed`` state is kept, and the plan changes at every step."""
     first, second = _plans()
+    change = {key: value for key, value in options.items() if key == "thawed"}
+    rest = {key: value for key, value in options.items() if key != "thawed"}
     optimizer = sf.MaskedAdamW(
-        model.named_parameters(), lr=0.01, weight_decay=0.1, freeze=first, backend=backend, **options
-    )
+        model.named_parameters(), lr=0.01, weight_decay=0.1, freeze=first, backend=backend, **rest
+    )  # fmt: skip
     for step in range(5):
-        plan = first if step < 3 else second
-        if step == 3:
+        plan = (first, second, FreezePlan())[step % 3] if change else first if step < 3 else second
+        if change:
+            optimizer.set_freeze(plan, keep_state=True, **change)
+        elif step == 3:
             optimizer.set_freeze(second)
         model.learn(step, plan)
         sf.clip_grad_norm_(model, 5.0, plan, backend=backend)

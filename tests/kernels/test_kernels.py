@@ -27,7 +27,8 @@ from safefreeze_kernels.kernels.ages import Ages
 from safefreeze_kernels.kernels.backend import backend_state
 from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_scalars
 from safefreeze_kernels.kernels.parts import Part, WorkList, compile_frozen, compile_live
-from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs
+from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs, lists_of
+from safefreeze_kernels.optim.state import repack
 from safefreeze_kernels.plan.mask import FreezeMask
 
 BY_NAME: dict[str, Any] = {name: backend_state(name) for name in (*BACKENDS, "reference")}
@@ -143,8 +144,11 @@ def integers_at(address: int, count: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(int(address))).copy()
 
 
-def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """(chunk, tensor, elements, packed places) of every run, as a kernel reads them from the arrays."""
+def visits(
+    work: WorkList, masks: Sequence[FreezeMask]
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
+    """(chunk, tensor, elements, packed places, when they were born) of every run, as a kernel reads them from the
+    arrays."""
     listed = Runs.of(work)
     for chunk_index, chunk in enumerate(listed.chunks):
         part = listed.parts[chunk["part"]]
@@ -159,9 +163,15 @@ def visits(work: WorkList, masks: Sequence[FreezeMask]) -> Iterator[tuple[int, i
                 size = (mask.numel + 7) // 8
                 stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(part["frozen_bits"])))
                 flags = np.unpackbits(stored, count=mask.numel, bitorder="little").view(bool)[elements]
-                elements = elements[flags == work.frozen]
-                places = packed + np.arange(elements.size) if work.frozen else places[flags == work.frozen]
-            yield chunk_index, int(part["tensor"]), elements, places
+                elements, places = elements[flags == work.frozen], places[flags == work.frozen]
+                places = packed + np.arange(elements.size) if part["gapless"] else places
+            born = np.full(elements.size, work.first_born[chunk["part"]] + run["age"])
+            if part["ages"]:
+                width = int(part["age_size"])
+                size = width * work.packed_sizes[part["tensor"]]
+                stored = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(part["ages"])))
+                born += stored.view(f"u{width}")[places]
+            yield chunk_index, int(part["tensor"]), elements, places, work.born[born]
 
 
 @examples(150)
@@ -169,12 +179,13 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
     masks, ages, _ = random_case(seed, large)
     for work, chosen in (
         (compile_live(masks, ages), [~mask.dense() for mask in masks]),
+        (compile_live(masks, ages, whole_state=True), [~mask.dense() for mask in masks]),
         (compile_frozen(masks), [mask.dense() for mask in masks]),
     ):
         times = [np.zeros(mask.numel, np.int64) for mask in masks]
         taken = [np.zeros(size, np.int64) for size in work.packed_sizes]
         in_chunk = np.zeros(len(Runs.of(work).chunks), np.int64)
-        for chunk, tensor, elements, places in visits(work, masks):
+        for chunk, tensor, elements, places, _ in visits(work, masks):
             assert elements.size == 0 or (elements.min() >= 0 and elements.max() < masks[tensor].numel)
             np.add.at(times[tensor], elements, 1)
             np.add.at(taken[tensor], places, 1)
@@ -186,8 +197,9 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
                 f"{times[tensor][wrong[0]]} times, expected {int(expected.reshape(-1)[wrong[0]])}"
             )
             assert taken[tensor].max(initial=0) <= 1, f"two elements of {mask} share a packed place"
-            assert work.packed_sizes[tensor] == (mask.frozen_count if work.frozen else math.prod(mask.packed_shape))
-            if work.frozen or mask.bits is None:
+            size = mask.frozen_count if work.frozen else math.prod(mask.packed_shape)
+            assert work.packed_sizes[tensor] in (size, mask.numel)
+            if work.packed_sizes[tensor] == size:
                 assert taken[tensor].min(initial=1) == 1, f"a packed place of {mask} belongs to no element"
         # every run is in exactly one chunk; a chunk never exceeds what a thread should take by a whole chunk
         runs = sorted(run for chunk in Runs.of(work).chunks for run in range(chunk["begin"], chunk["end"]))
@@ -196,36 +208,81 @@ def test_lists_visit_each_element_once_or_never(seed: int, large: bool) -> None:
         assert in_chunk.max(initial=0) <= CHUNK_ELEMENTS + max(longest, CHUNK_ELEMENTS)
 
 
+@pytest.mark.parametrize("whole_state", [False, True], ids=["packed", "whole"])
 @examples(60)
-def test_packed_places_follow_the_packed_shape(seed: int, large: bool) -> None:
-    """Row-major over live rows and live columns: state can be read by anyone who knows the mask."""
+def test_places_follow_the_packed_shape_and_ages_the_elements(whole_state: bool, seed: int, large: bool) -> None:
+    """Row-major over what is live (or over the tensor): state can be read by anyone who knows the mask. An element is
+    as old as the youngest of its row, its column and itself."""
     masks, ages, _ = random_case(seed, large)
-    work = compile_live(masks, ages)
-    expected = []
-    for mask in masks:
-        place = np.full(mask.matrix_shape, -1)
-        place[np.ix_(mask.live_rows, mask.live_cols)] = np.arange(math.prod(mask.packed_shape)).reshape(
-            mask.live_rows.size, mask.live_cols.size
-        )
-        expected.append(place.reshape(-1))
-    for _, tensor, elements, places in visits(work, masks):
-        assert np.array_equal(places, expected[tensor][elements]), masks[tensor]
-
-
-@examples(60)
-def test_parts_hold_elements_of_one_age(seed: int, large: bool) -> None:
-    masks, ages, _ = random_case(seed, large)
-    work = compile_live(masks, ages)
-    expected = []
+    work = compile_live(masks, ages, whole_state=whole_state)
+    expected, births = [], []
     for mask, age in zip(masks, ages, strict=True):
+        live = ~mask.dense().reshape(-1).numpy()
+        expected.append(np.arange(live.size) if whole_state else np.cumsum(live) - 1)
         born = np.zeros(mask.matrix_shape, np.int64)
-        if age is not None:  # an element is as old as the youngest of its row, its column and itself
+        if age is not None:
             born = np.maximum(age.rows[:, None], age.cols[None, :])
             born = born if age.elements is None else np.maximum(born, age.elements)
-        expected.append(born.reshape(-1))
-    for chunk, tensor, elements, _ in visits(work, masks):
-        part = Runs.of(work).chunks["part"][chunk]
-        assert (expected[tensor][elements] == work.born_of_part[part]).all(), masks[tensor]
+        births.append(born.reshape(-1))
+    for _, tensor, elements, places, born in visits(work, masks):
+        assert np.array_equal(places, expected[tensor][elements]), masks[tensor]
+        assert np.array_equal(born, births[tensor][elements]), masks[tensor]
+    for part, mask in zip(work.parts, (masks[part.tensor] for part in work.parts), strict=True):
+        if mask.bits is not None:
+            assert work.tensor_of_part.tolist().count(part.tensor) == 1, "elements of all ages are one part"
+
+
+@needs_cpu
+@examples(150)
+def test_the_extension_makes_the_same_lists(seed: int, large: bool) -> None:
+    masks, ages, rng = random_case(seed, large)
+    for work in (compile_live(masks, ages), compile_live(masks, ages, whole_state=True), compile_frozen(masks)):
+        apart = [part.gapless for part in work.parts]  # whose places are found later
+        for expected, got in zip(lists_of(work), (Runs.of(work).runs, Runs.of(work).chunks), strict=True):
+            for name in expected.dtype.names or ():
+                if name != "packed" or not any(apart):
+                    assert np.array_equal(got[name], expected[name]), f"{name} of {masks}"
+    numbers = rng.integers(0, int(rng.choice([3, 10**6])), int(rng.integers(0, 50)))
+    for found, right in zip(_C.distinct(numbers), np.unique(numbers, return_inverse=True), strict=True):
+        assert np.array_equal(found, right)
+
+
+@pytest.mark.parametrize("whole_state", [False, True], ids=["packed", "whole"])
+def test_columns_of_many_ages_are_one_part(whole_state: bool) -> None:
+    """However often a plan changes, a step reads each row once."""
+    mask = FreezeMask((6, 40), cols=range(0, 40, 5))
+    ages = Ages.none(mask)
+    ages.cols[mask.live_cols] = np.arange(32) % 7
+    work = compile_live([mask], [ages], whole_state=whole_state)
+    assert len(work.parts) == 1 and work.born.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("whole_state", [False, True], ids=["packed", "whole"])
+@pytest.mark.parametrize("n_ages", [1, 2, 256, 257, 65_536, 65_537, 65_600])
+def test_any_number_of_ages_is_told_apart(n_ages: int, whole_state: bool) -> None:
+    mask = FreezeMask((140_000,), rows=range(0, 40, 4))
+    ages = Ages.none(mask)
+    ages.elements = (np.random.default_rng(n_ages).permutation(140_000) % n_ages * 3).astype(np.int32)[:, None]
+    work = compile_live([mask], [ages], whole_state=whole_state)
+    live = ~mask.dense().numpy()
+    place = np.arange(live.size) if whole_state else np.cumsum(live) - 1
+    found = np.full(live.size, -1)
+    for _, _, elements, places, born in visits(work, [mask]):
+        assert np.array_equal(places, place[elements])
+        found[elements] = born
+    assert np.array_equal(found, np.where(live, ages.elements[:, 0], -1))
+    if n_ages > 1:  # and by kernels
+        scalars = np.zeros(len(work.born), SCALARS)
+        scalars["bias2_sqrt"], scalars["eps"], scalars["step_size"] = 1.0, 1.0, work.born + 1
+        for name in {"cpu", "reference"}.intersection(BACKENDS):
+            param, moments = torch.zeros(mask.shape), [torch.zeros(work.packed_sizes) for _ in range(2)]
+            moments[0].fill_(-1.0)  # then the weight is the scalar: -(step_size * -1) / (0 / 1 + 1)
+            operands = AdamWOperands([param], *([moment] for moment in moments), grads=[torch.zeros(mask.shape)])
+            scalars["beta1"] = 1.0
+            BY_NAME[name].adamw_(work, operands, scalars, work.first_born.astype(np.int32), l2=False, amsgrad=False)
+            expected = np.where(live, ages.elements[:, 0] + 1, 0).astype(np.float32)
+            assert_same_bits(param, torch.from_numpy(expected), name)
+    assert len(work.parts) == (1 if n_ages <= 65_536 else 2)
 
 
 def test_frozen_rows_cost_nothing() -> None:
@@ -280,8 +337,8 @@ def test_gather_and_scatter_move_bytes(name: str, seed: int, large: bool) -> Non
         torch.from_numpy(rng.integers(0, 2 ** (8 * dtype.itemsize), mask.shape, WORDS[dtype.itemsize])).view(dtype)
         for mask, dtype in zip(masks, dtypes, strict=True)
     ]
-    for frozen in (True, False):
-        work = compile_frozen(masks) if frozen else compile_live(masks)
+    for frozen, whole in ((True, False), (False, False), (False, True)):
+        work = compile_frozen(masks) if frozen else compile_live(masks, whole_state=whole)
         packed = [torch.full((n,), 7.0, dtype=d) for n, d in zip(work.packed_sizes, dtypes, strict=True)]
         BY_NAME[name].gather(work, tensors, packed)
         for tensor, twin, mask in zip(tensors, packed, masks, strict=True):
@@ -293,9 +350,13 @@ def test_gather_and_scatter_move_bytes(name: str, seed: int, large: bool) -> Non
                 if not flags.numel() or rows.all():
                     expected = [matrix.reshape(-1)]
                 assert_same_bits(twin, torch.cat(expected), f"gather, frozen list of {mask}")
-            elif flags.numel():
-                kept = torch.where(flags, torch.zeros_like(matrix), matrix)[~rows][:, ~cols]
-                assert_same_bits(twin, kept.reshape(-1), f"gather, live list of {mask}")
+            elif whole:
+                expected = torch.where(flags, torch.full_like(matrix, 7.0), matrix)
+                assert_same_bits(
+                    twin, expected.reshape(-1), f"gather, live list of {mask}, twin as large as the tensor"
+                )
+            else:
+                assert_same_bits(twin, matrix[~flags], f"gather, live list of {mask}")
         others = [torch.full_like(tensor, 3.0) for tensor in tensors]
         BY_NAME[name].scatter_(work, others, packed)
         for tensor, other, mask in zip(tensors, others, masks, strict=True):
@@ -303,6 +364,22 @@ def test_gather_and_scatter_move_bytes(name: str, seed: int, large: bool) -> Non
             expected = bits(torch.full_like(tensor, 3.0))
             expected[flags] = bits(tensor)[flags]
             assert_same_bits(bits(other), expected, f"scatter_, {'frozen' if frozen else 'live'} list of {mask}")
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@examples(60)
+def test_state_moves_from_any_mask_to_any_other(isa: str, seed: int, large: bool) -> None:
+    _C.choose_isa(isa)
+    rng = np.random.default_rng(seed)
+    menu = LARGE if large else SMALL
+    shape = menu[int(rng.integers(0, len(menu)))]
+    old, new = random_mask(rng, shape), random_mask(rng, shape)
+    dtypes = (torch.float32, torch.bfloat16, torch.int16, torch.float64, torch.complex64)
+    full = torch.from_numpy(np.asarray(rng.integers(1, 1000, old.shape))).to(dtypes[seed % len(dtypes)])
+    full[old.dense()] = 0
+    got = repack(full[~old.dense()].reshape(old.packed_shape), old, new)
+    assert_same_bits(got, full[~new.dense()].reshape(new.packed_shape), f"{full.dtype}, {old} to {new}")
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -355,11 +432,13 @@ def test_a_factor_of_one_or_more_changes_nothing(name: str, factor: float) -> No
 
 
 class Step:
-    """Inputs of one masked step, made from a seed; `run` makes it on a backend and returns everything it wrote."""
+    """Inputs of one masked step, made from a seed; `run` makes it on a backend and returns everything it wrote.
+    ``whole``: whether state is."""
 
-    def __init__(self, seed: int, large: bool) -> None:
+    def __init__(self, seed: int, large: bool, whole: bool = False) -> None:
         self.masks, self.ages, rng = random_case(seed, large)
-        self.work = compile_live(self.masks, self.ages)
+        self.work, self.whole_state = compile_live(self.masks, self.ages, whole_state=whole), whole
+        shapes = [mask.shape if whole else mask.packed_shape for mask in self.masks]
         self.l2, self.amsgrad, decoupled = (bool(flag) for flag in rng.random(3) < 0.5)
         dtypes = dtypes_for(rng, self.masks)
         state_dtypes = [DTYPES[i] for i in rng.integers(0, 2, len(self.masks))]
@@ -368,8 +447,7 @@ class Step:
         self.state = []
         for nonnegative in (False, True, True)[: 3 if self.amsgrad else 2]:
             moments = [
-                torch.from_numpy(rng.standard_normal(mask.packed_shape, np.float32)).reshape(mask.packed_shape)
-                for mask in self.masks
+                torch.from_numpy(np.asarray(rng.standard_normal(shape, np.float32))).reshape(shape) for shape in shapes
             ]
             self.state.append(
                 [(m.abs() if nonnegative else m).to(d) for m, d in zip(moments, state_dtypes, strict=True)]
@@ -377,10 +455,10 @@ class Step:
         self.stochastic, self.seed = bool(rng.random() < 0.5), int(rng.integers(0, 2**63))
         self.numbers = rng.permutation(100)[: len(self.masks)].tolist()
         self.remainders = [
-            torch.from_numpy(rng.integers(-(2**15), 2**15, mask.packed_shape, np.int16)).reshape(mask.packed_shape)
+            torch.from_numpy(np.asarray(rng.integers(-(2**15), 2**15, shape, np.int16))).reshape(shape)
             if dtype == torch.bfloat16 and has
             else None
-            for mask, dtype, has in zip(self.masks, dtypes, rng.random(len(self.masks)) < 0.5, strict=True)
+            for shape, dtype, has in zip(shapes, dtypes, rng.random(len(self.masks)) < 0.5, strict=True)
         ]
         sets = [
             adamw_scalars(
@@ -388,10 +466,11 @@ class Step:
                 weight_decay=float(rng.choice([0.0, 0.1])), step=int(rng.integers(1, 2000)), decoupled=decoupled,
                 maximize=bool(rng.random() < 0.5), grad_multiplier=float(rng.choice([1.0, 1 / 3])),
             )
-            for _ in range(3)
+            for _ in range(8)
         ]  # fmt: skip
-        self.scalars = np.array(sets, SCALARS)
-        self.scalar_set = rng.integers(0, 3, len(self.work.parts)).astype(np.int32)
+        # a row for each age of each part
+        self.scalars = np.array(sets, SCALARS)[rng.integers(0, 3, len(self.work.born))]
+        self.scalar_set = self.work.first_born.astype(np.int32)
 
     def run(self, backend: Any, in_place: bool = False, packed: Sequence[bool] = ()) -> list[list[Tensor]]:
         """``packed``: of which tensors the gradients are."""
@@ -415,10 +494,10 @@ class Step:
         return [params, [r if r is not None else torch.zeros(0) for r in remainders], *state]
 
     def pack(self, tensor: int) -> Tensor:
-        """A gradient's live rows and columns; NaN for single elements that are frozen."""
+        """What is live of a gradient, laid out as state is; NaN elsewhere, if that has places for it."""
         mask, grad = self.masks[tensor], self.grads[tensor].clone()
         grad[mask.dense()] = math.nan
-        return grad.view(mask.matrix_shape)[mask.live_rows][:, mask.live_cols].reshape(mask.packed_shape)
+        return grad if self.whole_state else grad[~mask.dense()].reshape(mask.packed_shape)
 
     def check(self, got: list[list[Tensor]], expected: list[list[Tensor]], what: str, *, any_nan: bool) -> None:
         for key, ours, theirs in zip(
@@ -438,10 +517,24 @@ def test_the_step_touches_live_elements_with_a_gradient_only(name: str, seed: in
         assert_same_bits(after, before, f"frozen part of {mask}", where=still)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@examples(60)
+def test_whole_state_is_not_touched_where_frozen(name: str, seed: int, large: bool) -> None:
+    step = Step(seed, large, whole=True)
+    _, remainders, *state = step.run(BY_NAME[name])
+    for index, mask in enumerate(step.masks):
+        held = [(before[index], after[index]) for before, after in zip(step.state, state, strict=True)]
+        held += [(step.remainders[index], remainders[index])] if step.remainders[index] is not None else []
+        for before, after in held:
+            still = torch.ones(mask.shape, dtype=torch.bool) if step.grads[index] is None else mask.dense()
+            assert_same_bits(after, before, f"frozen part of the state of {mask}", where=still)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["packed", "whole"])
 @pytest.mark.parametrize("name", COMPILED)
 @examples(150)
-def test_the_compiled_step_is_the_specification(name: str, seed: int, large: bool) -> None:
-    step = Step(seed, large)
+def test_the_compiled_step_is_the_specification(name: str, whole: bool, seed: int, large: bool) -> None:
+    step = Step(seed, large, whole)
     step.check(step.run(BY_NAME[name]), step.run(BY_NAME["reference"]), f"{name} against reference", any_nan=True)
 
 
@@ -572,12 +665,12 @@ def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dty
     start, grad = (torch.from_numpy(rng.standard_normal(shape, np.float32)).to(dtype) for _ in range(2))
     scalars = np.array(
         [
-            adamw_scalars(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=4 - part.born, decoupled=True)
-            for part in work.parts
+            adamw_scalars(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=4 - born, decoupled=True)
+            for born in work.born.tolist()
         ],
         SCALARS,
     )
-    scalar_set = np.arange(len(work.parts), dtype=np.int32)
+    scalar_set = work.first_born.astype(np.int32)
 
     def run() -> dict[str, Tensor]:
         p, m, v = start.clone(), torch.zeros(shape), torch.zeros(shape)

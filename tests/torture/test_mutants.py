@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[2]
-CONTRACT, MACHINE = "contract/test_contract.py", "contract/test_machine.py"
+CONTRACT, MACHINE, KEPT = "contract/test_contract.py", "contract/test_machine.py", "contract/test_kept_state.py"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ MUTANTS: Final = (
         "decay is applied to frozen weights",
         "kernels/reference.py",
         "            old_p = visit.matrix[here]\n",
-        "            param.detach().mul_(float(row.decay))\n            old_p = visit.matrix[here]\n",
+        "            param.detach().mul_(own.decay)\n            old_p = visit.matrix[here]\n",
     ),
     Mutant(
         "the clip norm counts frozen gradients",
@@ -57,42 +57,70 @@ MUTANTS: Final = (
     ),
     Mutant(
         "rows are off by one",
-        "kernels/parts.py",
-        "start, packed = rows * n_cols,",
-        "start, packed = np.maximum(rows - 1, 0) * n_cols,",
+        "csrc/lists.cpp",
+        "run = {row * listed.width,",
+        "run = {(row > 0 ? row - 1 : 0) * listed.width,",
     ),
     Mutant(
         "single frozen elements are forgotten",
-        "kernels/parts.py",
-        "None if all_cols else cols, frozen_bits=mask.bits)",
-        "None if all_cols else cols)",
+        "plan/mask.py",
+        "        return pack_bits(self.frozen_flags())\n",
+        "        return pack_bits(np.zeros(self.matrix_shape, bool))\n",
     ),
     Mutant(
         "a thawed row is as old as the tensor",
-        "optim/state.py",
-        '(ages or Ages.none(was)).grown(was, old).after(old, new, int(state["step"].item()))',
-        "(ages or Ages.none(was)).grown(was, old)",
+        "kernels/ages.py",
+        "        flat[thawed] = step[thawed]\n",
+        "        flat[thawed] = 0\n",
         (CONTRACT,),
     ),
     Mutant(
         "a thawed row keeps what lay in its place",
-        "optim/state.py",
-        "packed = torch.zeros(new.packed_shape, dtype=moment.dtype",
-        "packed = torch.ones(new.packed_shape, dtype=moment.dtype",
+        "optim/refreeze.py",
+        "        backend.zero_(_listed(others, targets), targets)\n",
+        "        [target.fill_(1) for target in targets]\n",
         (CONTRACT,),
     ),
     Mutant(
         "state keeps its places when as much is frozen as before",
-        "optim/state.py",
-        "if not state or (old == new and was is old):",
-        "if not state or old.frozen_count == new.frozen_count:",
+        "optim/refreeze.py",
+        "as_it_is = was is before and was == new and (",
+        "as_it_is = was is before and was.frozen_count == new.frozen_count and (",
+    ),
+    Mutant(
+        "what starts afresh has the moments that were kept",
+        "optim/refreeze.py",
+        "        _zero([state[change.member.param] for change in whole], thawed, settings)\n",
+        "",
+        (KEPT,),
+    ),
+    Mutant(
+        "what goes on counts the steps that it stood still",
+        "kernels/ages.py",
+        "    flat[changed] = step[changed] - flat[changed]\n",
+        "",
+        (KEPT,),
+    ),
+    Mutant(
+        "rows of different ages become one run",
+        "csrc/lists.cpp",
+        " || age != run.age",
+        "",
+        (KEPT,),
     ),
     Mutant(
         "ages are lost on resume",
         "optim/adam.py",
-        "self._ages = ages\n",
-        "self._ages = {}\n",
+        "self._ages, self._whole = loaded.ages, loaded.whole\n",
+        "self._ages, self._whole = {}, loaded.whole\n",
         ("contract/test_optimizer.py",),
+    ),
+    Mutant(
+        "how state was kept is lost on resume",
+        "optim/adam.py",
+        "self._ages, self._whole = loaded.ages, loaded.whole\n",
+        "self._ages = loaded.ages\n",
+        (KEPT,),
     ),
     Mutant("the plan is lost when an optimizer is copied", "optim/adam.py", '"_plan", ', ""),
     Mutant(
@@ -152,7 +180,7 @@ MUTANTS: Final = (
     Mutant(
         "a union keeps the second plan alone",
         "plan/mask.py",
-        "rows = np.union1d(self._rows, other._rows)",
+        "rows = _union(self._rows, other._rows, self.matrix_shape[0])",
         "rows = other._rows",
         ("contract/test_masks.py",),
     ),
@@ -322,8 +350,36 @@ MUTANTS: Final = (
     Mutant(
         "compiled: frozen single elements are overwritten",
         "csrc/cpu.cpp",
-        "p[i] = masked ? select(frozen[i], p[i], p_new) : p_new;",
-        "p[i] = p_new;",
+        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};",
+        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, 0u};",
+    ),
+    Mutant(
+        "compiled: moments of single elements lie as if none of the run was frozen",
+        "csrc/cpu.cpp",
+        "packed{run.packed + (part.gapless ? picked : done)};",
+        "packed{run.packed + done};",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "compiled: a thawed element is as old as its tensor",
+        "csrc/cpu.cpp",
+        "aged.bias2_sqrt[i] = row.bias2_sqrt;",
+        "aged.bias2_sqrt[i] = rows->bias2_sqrt;",
+        ("kernels/test_kernels.py",),
+    ),
+    Mutant(
+        "the state of a loaded checkpoint has gaps",
+        "optim/state.py",
+        "return repack(moment, others, mask) if",
+        "return moment if",
+        ("contract/test_optimizer.py",),
+    ),
+    Mutant(
+        "CUDA: a thread forgets how many elements those before it found",
+        "csrc/cuda.cu",
+        "before += i < threadIdx.x / group ? of_group[i] : 0;",
+        "before += 0;",
+        ("kernels/test_cuda.py",),
     ),
     Mutant(
         "compiled: eps is added before the root is taken",
