@@ -197,10 +197,10 @@ def show(console: Console, report: DemoReport, folder: Path) -> None:
 
 def _margins(report: DemoReport) -> Table:
     table = Table(
-        title="refusing: mean log-odds of a refusal's first word, on prompts held out", title_justify="left",
+        title="mean log-odds of refusing, prompts held out", title_justify="left",
         caption=(
-            "plan + keeper: the plan throughout, a RefusalKeeper's 20% of all weights for four\n"
-            "steps at a time; random: as much of the same tensors"
+            "plan + keeper: the plan throughout, and for four\nsteps at a time the fifth of all weights that would\n"
+            "harm refusals most; random: as many in each tensor"
         ),
         caption_justify="left",
     )  # fmt: skip
