@@ -186,7 +186,7 @@ def test_committed_results_are_what_the_seeds_say(tmp_path: Path, monkeypatch: p
         shutil.copy(seed, tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     report.main()
-    for name in ("RESULTS.md", "SMOLLM2.md"):
+    for name in ("RESULTS.md", "SMOLLM2.md", "LOOP.md"):
         assert (tmp_path / name).read_text() == (folder / name).read_text(), name
     made, committed = (json.loads((place / "results.json").read_text()) for place in (tmp_path, folder))
     assert made["sentences"] == committed["sentences"] and len(made["seeds"]) >= 10

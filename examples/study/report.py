@@ -313,24 +313,41 @@ def real_report(
     return "\n".join(lines)
 
 
+def with_arms(seeds: Sequence[dict[str, Any]], *arms: str) -> list[dict[str, Any]]:
+    """Seeds in which all of these arms were run."""
+    return [seed for seed in seeds if seed["arms"].keys() >= set(arms)]
+
+
 def loop_report(seeds: Sequence[dict[str, Any]]) -> str:
-    """What LOOP.md says."""
-    machine = seeds[0]["machine"]
+    """What LOOP.md says. Arms that were not run in every seed have a table of their own."""
+    machine, names = seeds[0]["machine"], list(dict.fromkeys(arm for seed in seeds for arm in seed["arms"]))
     aligned = float(np.mean([seed["aligned"][MEASURE] for seed in seeds]))
     lost = float((values(seeds, "full") - aligned).mean())
-    kept = {arm: 1 - float((values(seeds, arm) - aligned).mean()) / lost for arm in seeds[0]["arms"] if arm != "full"}
+    everywhere = [arm for arm in names if len(with_arms(seeds, arm)) == len(seeds)]
+    others = [arm for arm in names if arm not in everywhere and len(with_arms(seeds, arm)) >= FEWEST]
+    kept = {arm: 1 - float((values(seeds, arm) - aligned).mean()) / lost for arm in everywhere if arm != "full"}
     about = (
         f"{len(seeds)} seeds; {machine['cpu']}, torch {machine['torch']}, {machine['date']}. Before fine-tuning "
         f"{aligned:.2f} of attacks succeed, after it with nothing frozen {aligned + lost:.2f}."
     )
+    pairs = [pair for pair in LOOP_PAIRS if len(with_arms(seeds, *pair)) >= FEWEST]
     lines = [
         "# A closed loop: weights that stand still for a few steps at a time", "", about, "",
         "Of the refusals that fine-tuning loses with nothing frozen, kept:", "",
         *(f"- {arm}: {share:.0%}" for arm, share in sorted(kept.items(), key=lambda one: -one[1])), "",
         'Mean ± standard deviation over seeds; "looks": extra backward passes; "frozen parameters": mean over steps.',
-        "", *table(seeds, LOOP_COLUMNS), "", 'Paired differences of attack success, "off":', "",
-        *(f"- {compare(seeds, *pair)}" for pair in LOOP_PAIRS if seeds[0]["arms"].keys() >= set(pair)), "",
-        "![attack success](loop.png)", "",
+        "", *table([{**seed, "arms": {arm: seed["arms"][arm] for arm in everywhere}} for seed in seeds], LOOP_COLUMNS),
+        "",
+    ]  # fmt: skip
+    for count in sorted({len(with_arms(seeds, arm)) for arm in others}, reverse=True):
+        some = [arm for arm in others if len(with_arms(seeds, arm)) == count]
+        fewer = with_arms(seeds, *some)
+        lines += [f"In {len(fewer)} of these seeds:", ""]
+        lines += table([{**seed, "arms": {arm: seed["arms"][arm] for arm in some}} for seed in fewer], LOOP_COLUMNS)
+        lines += [""]
+    lines += [
+        'Paired differences of attack success, "off":', "",
+        *(f"- {compare(with_arms(seeds, *pair), *pair)}" for pair in pairs), "", "![attack success](loop.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -368,10 +385,9 @@ def main() -> None:
         draw_real(real_loop, folder / "smollm2-loop.png")
         print(f"{len(real_loop)} seeds of the closed loop on SmolLM2 in {folder / 'SMOLLM2-LOOP.md'}")
     if loop:
-        common = [arm for arm in loop[0]["arms"] if all(arm in seed["arms"] for seed in loop)]
-        loop = [{**seed, "arms": {arm: seed["arms"][arm] for arm in common}} for seed in loop]
         (folder / "LOOP.md").write_text(loop_report(loop))
-        draw_loop(loop, folder / "loop.png")
+        common = [arm for arm in loop[0]["arms"] if len(with_arms(loop, arm)) == len(loop)]
+        draw_loop([{**seed, "arms": {arm: seed["arms"][arm] for arm in common}} for seed in loop], folder / "loop.png")
         print(f"{len(loop)} seeds of the closed loop in {folder / 'LOOP.md'}")
 
 
