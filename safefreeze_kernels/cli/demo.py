@@ -64,7 +64,7 @@ def run_demo(
     *,
     plan: str | os.PathLike[str] | None = None,
     freeze: float | None = None,
-    steps: int = 16,
+    steps: int = 12,
     batch_size: int = 4,
     lr: float = 1e-4,
     seed: int = 0,

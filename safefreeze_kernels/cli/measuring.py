@@ -152,7 +152,7 @@ def demo(
     freeze: Annotated[
         float | None, Option(help="Share of the units to freeze (0 to 1), instead of SCU + 6% CU.")
     ] = None,
-    steps: Annotated[int, Option(help="Fine-tuning steps.")] = 16,
+    steps: Annotated[int, Option(help="Fine-tuning steps.")] = 12,
     batch_size: Annotated[int, Option(help="Examples per step.")] = 4,
     lr: Annotated[float, Option(help="Learning rate.")] = 1e-4,
     seed: Annotated[int, Option(help="Order of the examples.")] = 0,
