@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -23,11 +21,11 @@ import numpy as np
 import torch
 from experiment import ENOUGH, LEARNING_RATE, LOOK_EVERY, MOST_STEPS, Exam, aligned_model, learn, make_model, refused
 from study import cpu_name, seeds_of
-from torch import Tensor, nn
-from world import REFUSAL, Row, World
+from torch import nn
+from world import Row, World
 
 import safefreeze_kernels as sf
-from safefreeze_kernels.attribution.grains import Grain, Grains
+from safefreeze_kernels.attribution.grains import Grain
 
 BETAS: Final = (0.9, 0.999)
 STATIC_BATCHES: Final = 4  # of 32 prompts, from which plans frozen throughout are made
@@ -138,48 +136,14 @@ class Calibration:
         draw = self._draw
         return [self.world.row(kind, *draw.choice(self._pairs), draw, refuse=refuse) for kind in kinds]
 
-    def margin(self, model: nn.Module, count: int) -> Tensor:
-        """Mean log-odds of the refusal's first word at the first place of the answer, over ``count`` new prompts."""
-        batch = self.world.batch(self.rows(count))
-        first = (batch.pop("labels") != -100).int().argmax(1) - 1
-        logits = model(**batch, use_cache=False).logits[torch.arange(count), first]
-        word = self.world.vocabulary[REFUSAL[0]]
-        others = logits.clone()
-        others[:, word] = -math.inf
-        return (logits[:, word] - others.logsumexp(-1)).mean()
-
-    def gradient(self, model: nn.Module, count: int) -> dict[str, Tensor]:
-        """The margin's, by name; leaves `Tensor.grad` as it is."""
-        named = dict(model.named_parameters())
-        return dict(zip(named, torch.autograd.grad(self.margin(model, count), list(named.values())), strict=True))
-
-
-def squares(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums of squares of gradients."""
-    total: dict[str, Tensor] = {}
-    for gradient in batches:
-        for name, value in gradient.items():
-            total[name] = total.get(name, 0) + value.square()
-    return total
-
 
 def static_plan(model: nn.Module, world: World, recipe: Recipe, asked: Calibration) -> sf.FreezePlan:
-    """Ranks all weights once, by squared gradients."""
-    score = squares(asked.gradient(model, 32) for _ in range(STATIC_BATCHES))
-    if recipe.static == "S/T":
-        named = dict(model.named_parameters())
-
-        def gradients() -> Iterator[dict[str, Tensor]]:
-            for batch in world.batches(world.new_task(256, seed=world.seed + 3)):
-                loss = model(**batch, use_cache=False).loss
-                yield dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-        task = squares(gradients())
-        least = 1e-3 * float(sum(t.sum() for t in task.values()) / sum(t.numel() for t in task.values()))
-        score = {name: value / (task[name] + least) for name, value in score.items()}
-    grains = Grains.of(model, recipe.grain)
-    values = {name: value if recipe.grain == "element" else grains.reduce(name, value) for name, value in score.items()}
-    return grains.plan(values, recipe.share, seed=world.seed if recipe.chance else None)
+    """Ranks all weights once, by squared gradients of 32 rows each."""
+    safety = world.batches([row for _ in range(STATIC_BATCHES) for row in asked.rows(32)])
+    task = world.batches(world.new_task(256, seed=world.seed + 3)) if recipe.static == "S/T" else None
+    scores = sf.score_weights(model, safety, task=task, rows_per_gradient=32)
+    chosen = scores.top(recipe.share, grain=recipe.grain, form=recipe.static)
+    return (chosen.random_like(world.seed) if recipe.chance else chosen).build(model)
 
 
 def fine_tune(model: nn.Module, world: World, exam: Exam, recipe: Recipe) -> dict[str, Any]:

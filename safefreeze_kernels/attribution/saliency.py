@@ -7,7 +7,7 @@ not touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .activations import Counted, UnitInputs, at_least_float32, model_device, saving_arguments, watched
 from .batches import Pass
 from .collecting import Collector, Count, Scored, UnitValues, zero_totals
-from .gradients import aliases, lent, stream_gradients
+from .gradients import Take, aliases, lent, stream_gradients
 from .grains import Grains
 from .units import Piece, UnitLayout
 
@@ -178,15 +178,7 @@ class GradientSums(Collector):
 
     def take(self, one: Pass) -> int:
         """One forward and one backward pass."""
-        counted = 0
-
-        def mean(model: torch.nn.Module) -> Tensor:
-            nonlocal counted
-            losses = self.loss(one, partial(_logits, model, one))
-            counted = len(losses)
-            return losses.mean()
-
-        stream_gradients(self.model, self._blocks, mean, self._reduce)
+        _, counted = _stream_mean(self.model, self._blocks, self.loss, one, self._reduce)
         self._ran = True
         return counted
 
@@ -222,6 +214,21 @@ class GradientSums(Collector):
         """Heads ``[layers, heads]`` and channels ``[layers, d_ff]``, float64 on the CPU."""
         shapes = self.layout.unit_shapes.items()
         return UnitValues(*(self.totals[units].cpu().double().reshape(shape) for units, shape in shapes))
+
+
+def _stream_mean(
+    model: torch.nn.Module, names: Iterable[str], value: Callable[[Pass, Logits], Tensor], one: Pass, take: Take
+) -> tuple[Tensor, int]:
+    """`stream_gradients` of the mean of a pass' values: the mean, and how many values there are."""
+    counted = 0
+
+    def mean(model: torch.nn.Module) -> Tensor:
+        nonlocal counted
+        values = value(one, partial(_logits, model, one))
+        counted = len(values)
+        return values.mean()
+
+    return stream_gradients(model, names, mean, take), counted
 
 
 def _no_gradient(what: str, word: str) -> str:
@@ -272,15 +279,7 @@ class WeightSquares(Collector):
 
     def take(self, one: Pass) -> int:
         """One forward and one backward pass."""
-        counted = 0
-
-        def mean(model: torch.nn.Module) -> Tensor:
-            nonlocal counted
-            values = self.value(one, partial(_logits, model, one))
-            counted = len(values)
-            return values.mean()
-
-        found = stream_gradients(self.model, self.grains.shapes, mean, self._add)
+        found, counted = _stream_mean(self.model, self.grains.shapes, self.value, one, self._add)
         self.totals[_VALUES] += torch.stack([found * counted, torch.full_like(found, counted)])
         return counted
 

@@ -158,14 +158,7 @@ class UnitScores:
                 "this model, or load the one that was scored"
             )
         weights = _unit_weights(model, layout)
-        if self.model_fingerprint and not any(weight.is_meta for weight in weights.values()):
-            found = weights_fingerprint(weights)
-            if found != self.model_fingerprint:
-                raise ValueError(
-                    f"UnitScores.check: the model's weights have fingerprint {found[:12]}…, expected "
-                    f"{self.model_fingerprint[:12]}…, those that were scored; score this model, or load the one that "
-                    "was scored"
-                )
+        check_fingerprint("UnitScores.check", self.model_fingerprint, weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; a crash leaves an older file as it was."""
@@ -512,6 +505,18 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"score_units: {names[id(weight)]!r} and {name!r} are one parameter, expected one each; layers that "
                 "share their weights are not supported"
+            )
+
+
+def check_fingerprint(operation: str, scored: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless ``weights`` have the fingerprint of those that were scored ("" = not known), as far as
+    they have values."""
+    if scored and not any(weight.is_meta for weight in weights.values()):
+        found = weights_fingerprint(weights)
+        if found != scored:
+            raise ValueError(
+                f"{operation}: the model's weights have fingerprint {found[:12]}…, expected {scored[:12]}…, those that "
+                "were scored; score this model, or load the one that was scored"
             )
 
 

@@ -25,7 +25,7 @@ from .collecting import Count, Partial, collect
 from .files import read_tensors, stamped, write_tensors
 from .grains import Grain, Grains, Within
 from .saliency import Logits, Margin, WeightSquares, answer_loss
-from .scores import check_weights, token_ids, weights_fingerprint
+from .scores import check_fingerprint, check_weights, token_ids, weights_fingerprint
 from .units import Shape, UnitLayout, check_word
 
 #: What ranks weights: S, or S over U or T.
@@ -213,14 +213,7 @@ class WeightScores:
         masks = {name: FreezeMask(shape) for name, shape in self.shapes.items()}
         bound = bind(masks, named_tensors(model), operation="WeightScores.check", require_grad=False)
         weights = {entry.name: entry.param for entry in bound}
-        if self.model_fingerprint and not any(weight.is_meta for weight in weights.values()):
-            found = weights_fingerprint(weights)
-            if found != self.model_fingerprint:
-                raise ValueError(
-                    f"WeightScores.check: the model's weights have fingerprint {found[:12]}…, expected "
-                    f"{self.model_fingerprint[:12]}…, those that were scored; score this model, or load the one that "
-                    "was scored"
-                )
+        check_fingerprint("WeightScores.check", self.model_fingerprint, weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; a crash leaves an older file as it was."""
