@@ -111,34 +111,8 @@ def run_demo(
     plans = _score(stages, network, tokenizer, freeze) if ready is None else _fit(ready, network, os.fspath(plan or ""))
     plans.plan.save(folder / "plan.safetensors")
 
-    pairs = load_pairs("instructions")
-    held_out = pairs[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
-    training = [pair for pair in pairs if pair not in held_out]
-    probes = {
-        word: encode_pairs(tokenizer, some, max_length=_MAX_LENGTH, batch_size=_SCORE_BATCH)
-        for word, some in (("training", training[: len(held_out)]), ("held-out", held_out))
-    }
-    question = held_out[0][0]
-    batches = _training_batches(tokenizer, training, steps, batch_size, seed)
-    refusals = Refusals(tokenizer, _MAX_LENGTH)
-    start = {key: param.detach().clone() for key, param in network.named_parameters()}
-    proof = snapshot(network, plans.plan)
-    before, answer_before = _look(stages, "Loss before", network, tokenizer, probes, question)
-    margins = {"before": refusals.margin(network)}
-    for run in (UNFROZEN, AT_RANDOM, FROZEN):
-        with torch.no_grad():
-            for key, param in network.named_parameters():
-                param.copy_(start[key])
-        losses, norms = _fine_tune(stages, run, network, plans.plan, batches, lr, refusals, seed)
-        margins[run] = refusals.margin(network)
-    after, answer_after = _look(stages, "Loss after", network, tokenizer, probes, question)
-    with stages.stage("Prove frozen bytes equal"):
-        proof.verify(network)
-        frozen_changed, live_changed = _count_changed(network, start, plans.plan)
-    del start, proof
-
-    total = sum(param.numel() for param in network.parameters())
-    frozen = _frozen_count(plans.plan, network)
+    batches, run = _train(stages, network, tokenizer, plans.plan, steps, batch_size, lr, seed)
+    total, frozen = sum(param.numel() for param in network.parameters()), _frozen_count(plans.plan, network)
     report = DemoReport(
         model=name,
         parameters=total,
@@ -147,15 +121,8 @@ def run_demo(
         frozen_fraction_of_blocks=frozen / sum(map(math.prod, plans.layout.parameters.values())),
         frozen_fraction=frozen / total,
         frozen_values=frozen,
-        frozen_values_changed=frozen_changed,
         live_values=total - frozen,
-        live_values_changed=live_changed,
-        training_loss=losses,
-        live_norms=norms,
-        loss_before=before,
-        loss_after=after,
-        sample={"prompt": question, "before": answer_before, "after": answer_after},
-        refusal_margin=margins,
+        **run,
         timings=_measure(stages, network, plans, batches[-1], lr, repeats),
         settings={
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": _WEIGHT_DECAY, "max_norm": _MAX_NORM,
@@ -164,10 +131,6 @@ def run_demo(
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
         },
     )  # fmt: skip
-    if frozen_changed or not live_changed:
-        raise DemoError(
-            f"demo: {frozen_changed:,} frozen and {live_changed:,} live values changed, expected 0 and more than 0"
-        )
     with stages.stage("Draw"):
         image = draw(plans, report)
     report.seconds.update(stages.seconds)
@@ -261,6 +224,54 @@ def _fit(plan: FreezePlan, network: torch.nn.Module, path: str) -> Plans:
 
 
 # ------------------------------------------------------------------------------------------------------- training
+
+
+def _train(
+    stages: _Stages, network: torch.nn.Module, tokenizer: Any, plan: FreezePlan, steps: int, batch_size: int, lr: float,
+    seed: int,
+) -> tuple[list[Batch], dict[str, Any]]:  # fmt: skip
+    """Fine-tune three times from the same weights, the last time with ``plan`` frozen; prove that it stood still.
+
+    Returns:
+        The batches of the training, and those fields of `DemoReport` that say what became of the model.
+
+    Raises:
+        DemoError: a frozen value changed, or no live one did.
+        FrozenDriftError: a frozen byte changed.
+    """
+    pairs = load_pairs("instructions")
+    held_out = pairs[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    training = [pair for pair in pairs if pair not in held_out]
+    probes = {
+        word: encode_pairs(tokenizer, some, max_length=_MAX_LENGTH, batch_size=_SCORE_BATCH)
+        for word, some in (("training", training[: len(held_out)]), ("held-out", held_out))
+    }
+    question = held_out[0][0]
+    batches = _training_batches(tokenizer, training, steps, batch_size, seed)
+    refusals = Refusals(tokenizer, _MAX_LENGTH)
+    start = {key: param.detach().clone() for key, param in network.named_parameters()}
+    proof = snapshot(network, plan)
+    before, answer_before = _look(stages, "Loss before", network, tokenizer, probes, question)
+    margins = {"before": refusals.margin(network)}
+    for run in (UNFROZEN, AT_RANDOM, FROZEN):
+        with torch.no_grad():
+            for key, param in network.named_parameters():
+                param.copy_(start[key])
+        losses, norms = _fine_tune(stages, run, network, plan, batches, lr, refusals, seed)
+        margins[run] = refusals.margin(network)
+    after, answer_after = _look(stages, "Loss after", network, tokenizer, probes, question)
+    with stages.stage("Prove frozen bytes equal"):
+        proof.verify(network)
+        frozen_changed, live_changed = _count_changed(network, start, plan)
+    if frozen_changed or not live_changed:
+        raise DemoError(
+            f"demo: {frozen_changed:,} frozen and {live_changed:,} live values changed, expected 0 and more than 0"
+        )
+    return batches, {
+        "frozen_values_changed": frozen_changed, "live_values_changed": live_changed, "training_loss": losses,
+        "live_norms": norms, "loss_before": before, "loss_after": after, "refusal_margin": margins,
+        "sample": {"prompt": question, "before": answer_before, "after": answer_after},
+    }  # fmt: skip
 
 
 def _training_batches(
