@@ -53,10 +53,22 @@ def find_nvcc():
     return None if wanted == "0" or SANITIZE else nvcc
 
 
+def known_archs(nvcc, wanted):
+    """Those of ``wanted`` that this compiler knows: an older one knows no newer GPU."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    known = [arch for arch in wanted if f"compute_{arch.rstrip('af')}" in said]
+    if not known:
+        raise RuntimeError(f"{nvcc} knows none of the architectures {' '.join(wanted)}; it knows {' '.join(said)}")
+    if len(known) < len(wanted):
+        left_out = " ".join(arch for arch in wanted if arch not in known)
+        print(f"safefreeze_kernels: {nvcc} does not know compute capability {left_out}: left out.", file=sys.stderr)
+    return known
+
+
 def compile_cuda(nvcc, folder):
     """Object file of csrc/cuda.cu, and the static CUDA runtime it needs."""
     folder.mkdir(parents=True, exist_ok=True)
-    archs = os.environ.get("SAFEFREEZE_CUDA_ARCHS", "80 86 89 90 100 120").replace(",", " ").split()
+    archs = known_archs(nvcc, os.environ.get("SAFEFREEZE_CUDA_ARCHS", "80 86 89 90 100 120").replace(",", " ").split())
     targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"arch=compute_{archs[0]},code=compute_{archs[0]}")
     output = folder / "cuda.o"

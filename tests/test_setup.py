@@ -15,7 +15,10 @@ import setuptools
 SETUP = Path(__file__).parents[1] / "setup.py"
 FAKE = """#!/bin/sh
 echo "$@" >> "$(dirname "$0")/../said"
-case "$1" in --dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2; exit 0;; esac
+case "$1" in
+  --dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2;;
+  --list-gpu-arch) for arch in 80 86 89 90; do echo "compute_$arch"; done;;
+esac
 """
 
 
@@ -75,10 +78,23 @@ def test_architectures(build: dict[str, Any], toolkit: Path, tmp_path: Path, mon
     built, runtime = cuda_objects(build, tmp_path)
     assert built.endswith("cuda.o")
     assert Path(runtime).samefile(toolkit / "lib64" / "libcudart_static.a")
-    said = (toolkit / "said").read_text().splitlines()[0]
+    said = next(line for line in (toolkit / "said").read_text().splitlines() if line.startswith("-c "))
     for code in ("compute_86,code=sm_86", "compute_90,code=sm_90", "compute_86,code=compute_86"):
         assert f"-gencode arch={code}" in said
     assert said.count("-gencode") == 3 and "-fmad=false" in said
+
+
+def test_architectures_that_the_compiler_does_not_know(
+    build: dict[str, Any], toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Those of later GPUs are left out, with a line; the rest is built."""
+    assert cuda_objects(build, tmp_path)
+    assert "does not know compute capability 100 120: left out" in capsys.readouterr().err
+    said = next(line for line in (toolkit / "said").read_text().splitlines() if line.startswith("-c "))
+    assert "sm_90" in said and "sm_100" not in said
+    monkeypatch.setenv("SAFEFREEZE_CUDA_ARCHS", "100")
+    assert cuda_objects(build, tmp_path) == []
+    assert "knows none of the architectures 100; it knows compute_80" in capsys.readouterr().err
 
 
 def test_a_compiler_that_fails_is_said_aloud(

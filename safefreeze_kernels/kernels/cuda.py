@@ -14,6 +14,7 @@ from .tiles import TILE, TILE_ELEMENTS, TILE_PART
 
 __all__ = ["CudaBackend", "load", "versions"]
 
+_LARGE_LAUNCHES: Final = 12010  # from this version on builds use them (`upload` in csrc/cuda.cu)
 _ROUNDINGS: Final = {"nearest": 0, "stochastic": 1, "remainder": 2}
 
 
@@ -94,8 +95,8 @@ def load() -> CudaBackend:
     driver, build = native.driver_version(), native.runtime_version()
     if driver == 0:
         raise ImportError("no NVIDIA driver was found")
-    # Versions of one major number understand each other's binaries.
-    if driver // 1000 < build // 1000:
+    # Versions of one major number understand each other's binaries; 12.0 knows no launch parameters of 32 KB.
+    if driver // 1000 < build // 1000 or driver < _LARGE_LAUNCHES <= build:
         raise ImportError(
             f"the NVIDIA driver is for CUDA {_version(driver)}, older than this build's {_version(build)}; update the "
             "driver, or build the package with an older CUDA toolkit"

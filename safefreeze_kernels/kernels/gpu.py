@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operands import AdamWOperands, NormKind, to_device
+from .operands import AdamWOperands, NormKind
 from .parts import WorkList
-from .tiles import Tiles
+from .tiles import Tiles, Uploads
 
 
 class Launch(NamedTuple):
@@ -40,11 +40,14 @@ class StepTables:
         if not isinstance(operands.native, cls):
             operands.native = cls(work, operands)
         found: StepTables = operands.native
+        for uploads in found._uploads:
+            uploads.note_use()
         return found
 
     def __init__(self, work: WorkList, operands: AdamWOperands) -> None:
         device = operands.params[0].device
-        tiles, rows = Tiles.of(work, device), to_device(operands.table(), device)
+        tiles, uploads = Tiles.of(work, device), Uploads(device)
+        rows, self._uploads = uploads.upload(operands.table()), (uploads, tiles.uploads)
         remainders = operands.remainders or [None] * len(operands.params)
         kinds = [
             (p.dtype, m.dtype, remainder is not None)

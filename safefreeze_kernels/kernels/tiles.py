@@ -33,6 +33,7 @@ class Tiles:
         bits: whether any part has frozen bits. They are readable 8 bytes past their end. No such part has lists.
         ages: whether elements of any part differ in age.
         frozen: whether it is a frozen list.
+        uploads: what of this lies on the device.
     """
 
     @classmethod
@@ -41,16 +42,17 @@ class Tiles:
         found: Tiles | None = work.forms.get(device)
         if found is None:
             found = work.forms[device] = cls(work, device)
+        found.uploads.note_use()
         return found
 
     def __init__(self, work: WorkList, device: torch.device) -> None:
-        self.frozen, self._device = work.frozen, device
+        self.frozen, self.uploads = work.frozen, Uploads(device)
         self.host_tiles, parts, lists, bits, ages = _on_host(work)
-        self._lists, self._bits, self._ages = (to_device(found, device) for found in (lists, bits, ages))
+        self._lists, self._bits, self._ages = map(self.uploads.upload, (lists, bits, ages))
         bases = {"cols": self._lists, "packed_cols": self._lists, "frozen_bits": self._bits, "ages": self._ages}
         for name, base in bases.items():
             parts[name] = np.where(parts[name] < 0, 0, base.data_ptr() + parts[name] * base.element_size())
-        self.parts = to_device(parts.view(np.int64).reshape(-1, len(_PART_COLUMNS)), device)
+        self.parts = self.uploads.upload(parts.view(np.int64).reshape(-1, len(_PART_COLUMNS)))
         self.lists = 2 if parts["packed_cols"].any() else int(parts["cols"].any())
         self.bits, self.ages = bool(parts["frozen_bits"].any()), bool(parts["ages"].any())
         self._chosen: dict[bytes, Tensor] = {}
@@ -64,7 +66,7 @@ class Tiles:
         key = chosen.tobytes()
         if key not in self._chosen:
             rows = self.host_tiles if chosen.all() else self.host_tiles[chosen[self.host_tiles["tensor"]]]
-            self._chosen[key] = to_device(rows.view(np.int64).reshape(-1, TILE.itemsize // 8), self._device)
+            self._chosen[key] = self.uploads.upload(rows.view(np.int64).reshape(-1, TILE.itemsize // 8))
         return self._chosen[key]
 
     def by_dtype(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[torch.dtype, Tensor]]:
@@ -76,6 +78,39 @@ class Tiles:
         self._dtypes = dtypes
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors if tensor is not None):
             yield dtype, self.of_tensors(np.array([known in (dtype, None) for known in dtypes], bool))
+
+
+class Uploads:
+    """Tables on a device, which launches on several streams may read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: list[tuple[Tensor, Any]] = []  # with torch's current stream then
+        self._noted: set[int] = set()
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        table = to_device(array, self._device)
+        if table.is_cuda:
+            self._made.append((table, torch.cuda.current_stream(self._device)))
+            self._noted.clear()
+        return table
+
+    def note_use(self) -> None:
+        """Torch's current stream reads the tables next: it waits until they were uploaded, and their memory serves
+        nothing else before it has read them."""
+        if not self._made:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream in self._noted:
+            return
+        self._noted.add(stream.cuda_stream)
+        # A capture may not wait for what it does not capture; what begins one has waited for the whole device.
+        capturing = torch.cuda.is_current_stream_capturing()
+        for table, made_on in self._made:
+            if made_on != stream:
+                if not capturing:
+                    stream.wait_stream(made_on)
+                table.record_stream(stream)
 
 
 class _Kept:

@@ -538,7 +538,7 @@ class TritonBackend(GpuBackend):
     def __init__(self) -> None:
         if not INTERPRETED and not torch.cuda.is_available():
             raise ImportError("no GPU was found (TRITON_INTERPRET=1 in the environment interprets the kernels)")
-        self._tables: WeakKeyDictionary[Any, _Table] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Any, dict[int, _Table]] = WeakKeyDictionary()  # of each stream its own
 
     def refusal(self, device: torch.device) -> str:
         if INTERPRETED:
@@ -546,7 +546,8 @@ class TritonBackend(GpuBackend):
         return "" if device.type == "cuda" else "it takes GPU tensors only"
 
     def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
-        return self._tables.setdefault(owner, _Table()).upload(content, device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return self._tables.setdefault(owner, {}).setdefault(stream, _Table()).upload(content, device)
 
     def _step(
         self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,

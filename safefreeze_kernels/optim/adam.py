@@ -34,7 +34,15 @@ from .checks import (
     of_an_earlier_version,
 )
 from .compiled import Handle, traced_step, untraced_step
-from .launch import LaunchPlan, LaunchPlans, PendingFactor, kernel_dtypes, make_launch_plans, multiplier
+from .launch import (
+    LaunchPlan,
+    LaunchPlans,
+    PendingFactor,
+    counts_on_device,
+    kernel_dtypes,
+    make_launch_plans,
+    multiplier,
+)
 from .refreeze import ages_after, apply_changes, changes_of
 from .state import (
     FREEZE,
@@ -75,7 +83,8 @@ class MaskedAdam(Optimizer):
             under DDP and load under another layout or into stock AdamW. Sharded parameters always have such.
         seed: of stochastic rounding. Its noise depends on seed, step, the parameter's place in this optimizer and the
             element alone: the same on every backend, and after a resume. A sharded parameter's depends on the shard.
-        fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first.
+        fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first; on
+            a GPU step counts then live there, and nobody waits to hear whether the scale was too large.
         foreach: accepted and ignored: there is one implementation, and it takes all tensors at once.
         capturable: step counts live on the parameters' device, where lr (as a tensor), ``grad_scale`` and ``found_inf``
             are read too: the host never waits, and a step can be recorded in a CUDA graph.
@@ -189,8 +198,7 @@ class MaskedAdam(Optimizer):
         """
         _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        on_device = all(group["capturable"] for group in self.param_groups)
-        if not on_device and found_inf is not None and found_inf.item() != 0:
+        if found_inf is not None and self._host_skips(found_inf):
             self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:
@@ -216,6 +224,11 @@ class MaskedAdam(Optimizer):
         for plan, ready in zip(plans, prepared, strict=True):
             plan.run(ready, factor, found_inf)
         self._pending.drop()
+
+    def _host_skips(self, found_inf: Tensor) -> bool:
+        """Whether nothing is done in this step; False also where only kernels look at ``found_inf``."""
+        on_device = all(counts_on_device(group, p.device) for group in self.param_groups for p in group["params"])
+        return not on_device and found_inf.item() != 0
 
     def _launch_plans(self) -> list[LaunchPlan]:
         """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced. If

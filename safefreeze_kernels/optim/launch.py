@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     decoupled: bool
     amsgrad: bool
     l2: bool
-    capturable: bool
+    on_device: bool  # `counts_on_device`
     device: torch.device
     double: bool  # the arithmetic is float64
 
@@ -167,7 +167,8 @@ class LaunchPlan:
         grads, scalars, scalar_set = prepared
         if multiplier is not None:
             multiplier = multiplier.to(self._shards[0].device, self._exact)
-        skip = skip if self.on_device else None  # else the host looked at it
+        if skip is not None:  # unless the host looked at it
+            skip = skip.detach().to(self._shards[0].device, torch.float32) if self.on_device else None
         self._operands.grads = grads
         if self._strided:  # right, not fast: kernels see contiguous tensors only
             for i in self._strided:
@@ -213,7 +214,7 @@ class LaunchPlan:
         return [sys.getrefcount(p) for p in self.owners]
 
 
-class CapturablePlan(LaunchPlan):
+class DevicePlan(LaunchPlan):
     """A launch plan whose step counts and scalars live on the parameters' device: the host never waits for it."""
 
     on_device = True
@@ -270,7 +271,9 @@ def make_launch_plans(
         if p.grad is not None or state.get(p):
             check_trained(p, settings, member.name)
             double = p.dtype in (torch.float64, torch.complex128)
-            kinds.setdefault(Kind(*_flags(groups[member.group]), member.shard.device, double), []).append(member)
+            group, device = groups[member.group], member.shard.device
+            kind = Kind(*_flags(group), counts_on_device(group, device), device, double)
+            kinds.setdefault(kind, []).append(member)
     ready = [(kind, alike, *_checked(kind, alike, groups, settings)) for kind, alike in kinds.items()]
     for kind, alike, *_ in ready:
         for member in alike:
@@ -279,7 +282,7 @@ def make_launch_plans(
                 ages.pop(member.name, None)  # without state everything is equally young
             make_state(entries, member, settings, amsgrad=kind.amsgrad)
     return [
-        (CapturablePlan if kind.capturable else LaunchPlan)(kind, settings, backend, reader, alike, ages, state)
+        (DevicePlan if kind.on_device else LaunchPlan)(kind, settings, backend, reader, alike, ages, state)
         for kind, alike, backend, reader in ready
     ]
 
@@ -363,7 +366,10 @@ class LaunchPlans:
 
 
 def _cache_key(groups: list[dict[str, Any]]) -> Any:
-    return generation(), [(_flags(group), list(map(id, group["params"]))) for group in groups]
+    flags = ("capturable", "fused")
+    return generation(), [
+        (_flags(group), *(group[flag] for flag in flags), list(map(id, group["params"]))) for group in groups
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- clip factor
@@ -426,10 +432,16 @@ def multiplier(grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None:
 # -------------------------------------------------------------------------------------------------------- scalars
 
 
-def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+def counts_on_device(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether the steps of the group's parameters on ``device`` are counted there: as in torch, of a capturable group
+    and, on a GPU, of a fused one, so that nobody waits to hear whether a loss scale was too large."""
+    return bool(group["capturable"] or (group["fused"] and device.type == "cuda"))
+
+
+def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool]:
     """The first fields of `Kind`."""
     decoupled = group["decoupled_weight_decay"]
-    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0, group["capturable"]
+    return decoupled, group["amsgrad"], not decoupled and group["weight_decay"] != 0
 
 
 class _HostScalars:

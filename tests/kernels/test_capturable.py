@@ -12,6 +12,7 @@ from conftest import BACKENDS, assert_same_bits
 from torch import Tensor
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.optim.launch import counts_on_device
 
 SHAPES = {"w": (12, 10), "b": (10,), "e": (7, 3)}
 PLAN = sf.FreezePlan({"w": sf.FreezeMask((12, 10), rows=[0, 5], cols=[9])})
@@ -62,8 +63,10 @@ def test_capturable_steps_equal_ordinary_ones(backend: str, settings: dict[str, 
             assert_same_bits(ours, theirs, f"{key} of {name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_found_inf_changes_nothing_and_counts_nothing(backend: str) -> None:
+def test_a_found_inf_changes_nothing_and_counts_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Kernels read float32; a flag of another dtype, or on another device, is brought to them."""
     params, opt = build(backend, True)
     give_gradients(params, 0)
     opt.step()
@@ -71,7 +74,7 @@ def test_a_found_inf_changes_nothing_and_counts_nothing(backend: str) -> None:
     for p in params.values():
         assert p.grad is not None
         p.grad.fill_(torch.nan)
-    opt.found_inf = torch.tensor(1.0)
+    opt.found_inf = torch.tensor(1.0, dtype=dtype)
     opt.step()
     for p, state, value in zip(params.values(), *before, strict=True):
         assert_same_bits(p.detach(), value, "param")
@@ -105,3 +108,15 @@ def test_a_scalar_out_of_range_is_refused_and_nothing_counted() -> None:
         opt.step()
     assert_same_bits(params["w"].detach(), before, "w")
     assert all(state["step"].item() == 0 for state in opt.state.values())
+
+
+@pytest.mark.parametrize(
+    ("capturable", "fused", "device", "there"),
+    [
+        (False, None, "cuda", False), (False, True, "cuda", True), (True, None, "cuda", True),
+        (False, True, "cpu", False), (True, None, "cpu", True), (False, True, "meta", False),
+    ],
+)  # fmt: skip
+def test_where_steps_are_counted(capturable: bool, fused: bool | None, device: str, there: bool) -> None:
+    """Of a fused optimizer on the GPU, as torch's: with a `GradScaler` nobody waits there."""
+    assert counts_on_device({"capturable": capturable, "fused": fused}, torch.device(device)) is there

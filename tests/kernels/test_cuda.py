@@ -12,7 +12,7 @@ from backend_cases import CASES, Case, check, check_far
 from other_backends import SUITE, run_suite
 
 from safefreeze_kernels.kernels import backend as kernels
-from safefreeze_kernels.kernels import cuda
+from safefreeze_kernels.kernels import cuda, tiles
 from safefreeze_kernels.kernels.backend import Backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -86,6 +86,7 @@ def versions_of(driver: int, build: int = 13000) -> Any:
     [
         (versions_of(0), "no NVIDIA driver was found"),
         (versions_of(12080), r"driver is for CUDA 12\.8, older than this build's 13\.0; update the driver"),
+        (versions_of(12000, 12060), r"driver is for CUDA 12\.0, older than this build's 12\.6; update the driver"),
         (versions_of(11040, 12060), r"driver is for CUDA 11\.4, older than this build's 12\.6"),
     ],
 )
@@ -93,6 +94,14 @@ def test_a_driver_that_does_not_do(monkeypatch: pytest.MonkeyPatch, native_part:
     monkeypatch.setattr(cuda, "_native", lambda: native_part)
     with pytest.raises(ImportError, match=reason):
         cuda.load()
+
+
+@pytest.mark.parametrize(("driver", "build"), [(12010, 12060), (13000, 12060), (12000, 12000)])
+def test_a_driver_that_does(monkeypatch: pytest.MonkeyPatch, native: Any, driver: int, build: int) -> None:
+    """It may be older than the build within a major version, but for 12.0, which takes launch parameters of 4 KB."""
+    part = SimpleNamespace(**{**vars(native), **vars(versions_of(driver, build))})
+    monkeypatch.setattr(cuda, "_native", lambda: part)
+    assert cuda.load().name == "cuda"
 
 
 def test_a_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +127,46 @@ def test_devices_it_does_not_take(native: Any, monkeypatch: pytest.MonkeyPatch) 
     backend = cuda.CudaBackend(refusing)
     assert backend.refusal(CPU) == "it takes cuda tensors only"
     assert backend.refusal(torch.device("cuda", 1)).endswith("do not run on GPU 1: no kernel image is available")
+
+
+class Stream:
+    """Stands for one of torch's, and notes what it waits for."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited = number, list[int]()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other.cuda_stream)
+
+
+def test_tables_are_used_on_other_streams_than_they_were_uploaded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first use on each other stream waits for uploads, and keeps the memory until that stream is done."""
+    first, second, capture = Stream(1), Stream(2), Stream(3)
+    current = [first]
+    recorded: list[tuple[str, int]] = []
+
+    def upload(array: np.ndarray, device: torch.device) -> Any:
+        name = str(array)
+        return SimpleNamespace(is_cuda=True, record_stream=lambda stream: recorded.append((name, stream.cuda_stream)))
+
+    monkeypatch.setattr(tiles, "to_device", upload)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] is capture)
+    uploads = tiles.Uploads(torch.device("cuda", 0))
+
+    def use(stream: Stream) -> list[tuple[str, int]]:
+        current[0] = stream
+        recorded.clear()
+        uploads.note_use()
+        return list(recorded)
+
+    uploads.upload(np.array("a"))
+    assert use(first) == [], "its own stream is in order"
+    assert (use(second), second.waited) == ([("a", 2)], [1])
+    assert (use(second), second.waited) == ([], [1]), "once is enough"
+    uploads.upload(np.array("b"))
+    assert (use(first), first.waited) == ([("b", 1)], [2]), "a later table came over another stream"
+    assert (use(capture), capture.waited) == ([("a", 3), ("b", 3)], []), "a capture may not wait for what is outside it"
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 3999, 4000, 4001, 31_999, 32_000, 32_001, 100_003])

@@ -83,13 +83,14 @@ def test_nothing_waits(backend: str, settings: dict[str, Any], no_waiting: Calla
     train(2)
 
 
+@pytest.mark.parametrize("settings", [{"capturable": True}, {"fused": True}], ids=str)
 @over_backends
-def test_a_loss_scale_is_read_on_the_gpu(backend: str, no_waiting: Callable[[], Any]) -> None:
+def test_a_loss_scale_is_read_on_the_gpu(backend: str, settings: dict[str, Any], no_waiting: Callable[[], Any]) -> None:
     runs = []
     for device in (torch.device("cpu"), GPU):
         params = parameters(device)
         opt = sf.MaskedAdamW(
-            params.items(), lr=0.1, freeze=PLAN, capturable=True, backend="cpu" if device.type == "cpu" else backend
+            params.items(), lr=0.1, freeze=PLAN, backend="cpu" if device.type == "cpu" else backend, **settings
         )
         for step in range(5):
             give_gradients(params, step)
@@ -142,6 +143,32 @@ def test_clip_and_step_in_a_graph(backend: str) -> None:
         train(plain, other)
         for name in SHAPES:
             assert_same_bits(graphed[name].detach().cpu(), plain[name].detach().cpu(), f"step {step}: {name}")
+
+
+@over_backends
+def test_streams_may_change_between_steps(backend: str) -> None:
+    """Tables that one stream uploaded are read on another, and outlive their work list there."""
+    params, expected = parameters(GPU), parameters(GPU)
+    opts = [sf.MaskedAdamW(p.items(), lr=0.1, freeze=PLAN, backend=backend) for p in (params, expected)]
+    plans = [PLAN, sf.FreezePlan({"w": sf.FreezeMask((300, 256), rows=range(0, 300, 5))})]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    for step in range(9):
+        stream = streams[step % 3]
+        stream.wait_stream(streams[(step - 1) % 3])
+        with torch.cuda.stream(stream):
+            give_gradients(params, step)
+            torch.cuda._sleep(20_000_000)
+            opts[0].step()
+            if step % 4 == 3:
+                opts[0].set_freeze(plans[(step // 4 + 1) % 2])
+                torch.full((1 << 22,), -1, device=GPU, dtype=torch.int32)  # takes what memory was given back
+        torch.cuda.synchronize()
+        give_gradients(expected, step)
+        opts[1].step()
+        if step % 4 == 3:
+            opts[1].set_freeze(plans[(step // 4 + 1) % 2])
+        for name in SHAPES:
+            assert_same_bits(params[name].detach().cpu(), expected[name].detach().cpu(), f"step {step}: {name}")
 
 
 @over_backends
