@@ -39,7 +39,7 @@ def fsdp_mesh(model: torch.nn.Module, operation: str) -> Any:
         ValueError: parameters that are sharded in another way, or not all over the same ranks, or some that train and
             are not.
     """
-    named, within = list(model.named_parameters()), tuple(fsdp_modules(model))
+    named, within = sorted(model.named_parameters(), key=lambda pair: not is_sharded(pair[1])), fsdp_modules(model)
     first, mesh = next(((name, p.device_mesh) for name, p in named if is_sharded(p)), ("", None))
     for name, p in named if mesh is not None else ():
         wrong = ""

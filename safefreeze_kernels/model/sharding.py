@@ -102,7 +102,7 @@ def _placed(shard: Tensor, like: Any, shape: Sequence[int]) -> Any:
 
 
 def gathered(shard: Tensor, like: Any) -> Tensor:
-    """The whole of what ranks hold ``shard`` of each, cut as ``like`` is, whatever its dtype; of copies of a shard, any."""
+    """The whole of what ranks hold a ``shard`` of, cut as ``like`` is, of any dtype; of copies of a shard, any."""
     as_bytes = shard.contiguous().unsqueeze(-1).view(torch.uint8)  # collectives do not know every dtype
     whole = _placed(as_bytes, like, (*like.shape, as_bytes.shape[-1])).full_tensor()
     return whole.view(shard.dtype).squeeze(-1)  # type: ignore[no-any-return]
