@@ -55,13 +55,17 @@ class RefusalKeeper:
     responses, in eval mode; gradients, hooks, dropout and random numbers of the training are left as they are. Each
     gradient is reduced as it appears and dropped: to sums per group, or 16 bits per weight for single elements.
 
+    Under DDP every rank runs all prompts of a look, and what the first finds holds. Under FSDP2 (HSDP too) each rank
+    runs its share of them, through the sharded model; margin and gradients are means over all prompts, groups are
+    chosen among those of the whole model, and every rank freezes the same.
+
     What is known, in a miniature (examples/study; 20 seeds, a model of 287,000 parameters): of the refusals that
     fine-tuning loses, 20% of single elements every 4 steps kept all, in as many steps; rows every 4 steps at half the
     rate 94%, 30% of them 96%; as many random elements 10%, at half the rate 41%; half the rate alone 16%, four safety
     rows mixed into 32 88%. Single elements keep most, rows cost least. Nothing is known of larger models yet.
 
     Args:
-        model: that trains; under DDP or `torch.compile` either it or the wrapper.
+        model: that trains; under DDP or `torch.compile` either it or the wrapper; for FSDP2 sharded before.
         optimizer: a `MaskedAdamW` or `MaskedAdam` with its parameters, by name.
         safety_batches: prompts with a refusal each, as `encode_pairs` makes them; read once. With ``keep``, what that
             is to be given.
@@ -70,7 +74,8 @@ class RefusalKeeper:
         grain: ``"row"``, ``"unit"`` or ``"element"``: what is frozen together; see `Grains`.
         keep: instead of the refusal margin, any differentiable behaviour: ``keep(model, batch)`` returns a scalar or a
             value per row, higher is better. ``batch`` holds ``prompts`` rows of ``safety_batches``, whole, on the
-            model's device.
+            model's device. Under FSDP2 these are the rank's share of them, at least one, and a scalar counts as the
+            mean over its rows.
         base: frozen throughout; default: what the optimizer freezes now.
         prompts: rows of a look, drawn anew each time; all, if there are no more.
         steer: let the share grow and shrink between 2% and 90%, by half at each look, so that the margin stays above
@@ -88,7 +93,8 @@ class RefusalKeeper:
     Raises:
         TypeError: an optimizer that does not freeze; batches that are none.
         ValueError: an optimizer of another model, options out of range, a prompt longer than the model allows, a model
-            that is sharded. From the optimizer's step, at a look: a margin that is NaN, or whose gradient is 0.
+            that is sharded otherwise than by FSDP2 alone. From the optimizer's step, at a look: a margin that is NaN,
+            or whose gradient is 0. From `look`, under FSDP2: gradients that wait to be exchanged.
         FrozenDriftError: from the step, with ``prove``.
 
     Warns:

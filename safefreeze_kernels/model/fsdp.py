@@ -39,7 +39,8 @@ def fsdp_mesh(model: torch.nn.Module, operation: str) -> Any:
         ValueError: parameters that are sharded in another way, or not all over the same ranks, or some that train and
             are not.
     """
-    named, within = sorted(model.named_parameters(), key=lambda pair: not is_sharded(pair[1])), fsdp_modules(model)
+    within, named = fsdp_modules(model), list[tuple[str, Any]](model.named_parameters())
+    named.sort(key=lambda pair: not is_sharded(pair[1]))
     first, mesh = next(((name, p.device_mesh) for name, p in named if is_sharded(p)), ("", None))
     for name, p in named if mesh is not None else ():
         wrong = ""
@@ -77,7 +78,7 @@ def stream_shards(
         ValueError: within an accumulation window whose gradients were not exchanged yet; nothing was changed.
     """
     wanted = set(names)
-    named = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    named: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
 
     def taken(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -89,7 +90,7 @@ def stream_shards(
             stack.enter_context(_exchanging(module, operation))
         for parameter in named:
             stack.enter_context(_lending_grad(parameter, taken))
-        stack.enter_context(torch.enable_grad())  # type: ignore[no-untyped-call]
+        stack.enter_context(torch.enable_grad())
         found = value(model)
         found.backward()  # type: ignore[no-untyped-call]
         return found.detach()
@@ -99,14 +100,14 @@ def stream_shards(
 def _lending_grad(parameter: Tensor, hook: Callable[[Tensor], None]) -> Iterator[None]:
     """Within, the parameter has no gradient, and ``hook`` alone sees those that come."""
     gradient, parameter.grad = parameter.grad, None
-    before = dict(parameter._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
-    (parameter._post_accumulate_grad_hooks or {}).clear()  # type: ignore[attr-defined]
+    before = dict(parameter._post_accumulate_grad_hooks or {})
+    (parameter._post_accumulate_grad_hooks or {}).clear()
     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         parameter.grad = gradient
-        hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        hooks = parameter._post_accumulate_grad_hooks
         hooks.clear()
         hooks.update(before)
 

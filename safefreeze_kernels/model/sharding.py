@@ -89,7 +89,7 @@ def spread(shard: Tensor, like: Any) -> Tensor:
     """``shard`` as this rank's shard of a tensor placed as ``like`` is; an ordinary ``like``: ``shard`` itself."""
     if not is_sharded(like):
         return shard
-    return _placed(shard, like, like.shape)
+    return _placed(shard, like, like.shape)  # type: ignore[no-any-return]
 
 
 def _placed(shard: Tensor, like: Any, shape: Sequence[int]) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution.grains import Grains
+from safefreeze_kernels.model.sharding import local
 
 BF16: Final = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -142,7 +143,7 @@ def share(rank: int, way: str, prompts: int) -> tuple[list[int], list[float], sf
     def behaviour(model: nn.Module, batch: Any) -> Tensor:
         ran.append(len(batch["input_ids"]))
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return model(**inputs).logits[:, 0, 20]
+        return model(**inputs).logits[:, 1, 20]
 
     model = WAYS[way][0](net())
     optimizer = optimizer_of(model)
@@ -179,6 +180,28 @@ def of_other_seeds(rank: int) -> list[Any]:
 def test_under_ddp_what_the_first_rank_finds_holds() -> None:
     one, other = run_ranks(2, of_other_seeds)
     assert one == other and len(one) == 4
+
+
+def scale(rank: int, way: str) -> tuple[list[Any], str]:
+    """A step is skipped, since the last rank's gradients are infinite."""
+    model = WAYS[way][0](net())
+    optimizer = optimizer_of(model)
+    keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2, prompts=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(5):
+        scaler.scale(model(input_ids=TASK, labels=TASK).loss).backward()
+        if step == 1 and rank == dist.get_world_size() - 1:
+            local(model.lm_head.weight.grad).fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return looks(keeper), keeper.plan.fingerprint
+
+
+def test_steps_that_a_scaler_skips_do_not_count() -> None:
+    (expected,) = run_ranks(1, scale, "one process")
+    assert [look[0] for look in expected[0]] == [2, 4]
+    assert run_ranks(2, scale, "FSDP2 on 2") == [expected, expected]
 
 
 # ----------------------------------------------------------------------------------- no trace of it in the training
@@ -282,6 +305,37 @@ def evaluated(rank: int) -> None:
 
 def test_what_was_gathered_before_a_step_is_not_looked_at() -> None:
     run_ranks(2, evaluated)
+
+
+def divided(rank: int) -> list[Any]:
+    """Two looks from the same state; gradients of a layer are divided by another number at the second."""
+    model = shard(net())
+    optimizer = optimizer_of(model)
+    keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=100, thawed="kept")
+    train(model, optimizer, range(2))
+    state, found, held = keeper.state_dict(), [], list[int]()
+    reduce = Grains.reduce
+
+    def counted(self: Grains, *given: Any) -> Tensor:
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        return reduce(self, *given)
+
+    Grains.reduce = counted  # type: ignore[method-assign]
+    try:
+        for factor in (None, 64.0):
+            keeper.load_state_dict(state)
+            if factor:
+                model.model.layers[1].set_gradient_divide_factor(factor)
+            found.append((keeper.look().margin, keeper.plan))
+    finally:
+        Grains.reduce = reduce  # type: ignore[method-assign]
+    assert held == [0] * 2 * len(optimizer.state), "each is dropped before the next comes"
+    return found
+
+
+def test_divisors_that_training_sets_do_not_count() -> None:
+    for one, other in run_ranks(2, divided):
+        assert one == other and one[1]
 
 
 # --------------------------------------------------------------------------------------------------------- resume

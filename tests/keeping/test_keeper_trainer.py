@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from attribution_models import batch_of, refused
 from conftest import assert_same_bits
 from model_folders import png_size
