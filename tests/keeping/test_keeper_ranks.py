@@ -314,10 +314,10 @@ def divided(rank: int) -> list[Any]:
     keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=100, thawed="kept")
     train(model, optimizer, range(2))
     state, found, held = keeper.state_dict(), [], list[int]()
-    reduce = Grains.reduce
+    reduce, shards = Grains.reduce, list(model.parameters())
 
     def counted(self: Grains, *given: Any) -> Tensor:
-        held.append(sum(p.grad is not None for p in model.parameters()))
+        held.append(sum(p.grad is not None for p in shards))
         return reduce(self, *given)
 
     Grains.reduce = counted  # type: ignore[method-assign]
@@ -329,7 +329,7 @@ def divided(rank: int) -> list[Any]:
             found.append((keeper.look().margin, keeper.plan))
     finally:
         Grains.reduce = reduce  # type: ignore[method-assign]
-    assert held == [0] * 2 * len(optimizer.state), "each is dropped before the next comes"
+    assert held == [0] * 2 * len(shards), "each is dropped before the next comes"
     return found
 
 
