@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -78,9 +79,7 @@ class Sharded:
         self._copies = [mesh.get_group(dim) for dim in range(mesh.ndim) if dim not in cut]
 
     def share(self, rows: list[int]) -> tuple[list[int], float]:
-        number, size = 0, self._mesh.size()
-        for place, along in zip(self._mesh.get_coordinate(), self._mesh.shape, strict=True):
-            number = number * along + place
+        number, size = int(np.ravel_multi_index(self._mesh.get_coordinate(), self._mesh.shape)), self._mesh.size()
         mine = rows[len(rows) * number // size : len(rows) * (number + 1) // size]
         # who has none runs one all the same: the others wait for its part of the parameters
         return mine or rows[:1], size * len(mine) / len(rows)

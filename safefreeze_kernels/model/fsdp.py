@@ -122,7 +122,7 @@ def _exchanging(module: Any, operation: str) -> Iterator[None]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = [state._fsdp_param_group] if groups is None else groups
-    settings = {"reduce_grads": True, "all_reduce_grads": True, "gradient_divide_factor": None}
+    settings: dict[str, Any] = {"reduce_grads": True, "all_reduce_grads": True, "gradient_divide_factor": None}
     before = []
     for group in filter(None, groups):
         held = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]
@@ -137,10 +137,15 @@ def _exchanging(module: Any, operation: str) -> Iterator[None]:
     last = state._state_ctx.is_last_backward
     try:
         for group, _ in before:
-            vars(group).update(settings)
+            _set(group, settings)
         state._state_ctx.is_last_backward = True
         yield
     finally:
         state._state_ctx.is_last_backward = last
         for group, values in before:
-            vars(group).update(values)
+            _set(group, values)
+
+
+def _set(thing: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(thing, name, value)
