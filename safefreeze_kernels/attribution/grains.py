@@ -173,33 +173,42 @@ class Grains:
 
     # -- values ----------------------------------------------------------------------------------------------
 
-    def reduce(self, name: str, values: Tensor) -> Tensor:
+    def reduce(self, name: str, values: Tensor, held: Sequence[np.ndarray] | None = None) -> Tensor:
         """What a choice needs of a parameter's values, of its shape and any floating dtype; on their device.
+
+        Args:
+            held: where values are of a shard: per dimension, which indices of the parameter they are of.
 
         Returns:
             Sums per line, float64 (float32 on mps); of grain ``"element"`` a code of 16 bits per weight, int16: values
-            are told apart to 1 part in 128.
+            are told apart to 1 part in 128. Of a shard: its part of each line's sum; or the codes of its own weights.
         """
         if self.grain == "element":
             return _codes(values.detach().reshape(-1))
         axis, blocks, groups = self._lines[name]
         wide = torch.float32 if values.device.type == "mps" else torch.float64
-        matrix = values.detach().reshape(blocks, -1, len(groups) // blocks if axis == "cols" else self._width(name))
+        whole = FreezeMask(self.shapes[name])
+        rows, cols = map(np.arange, whole.matrix_shape) if held is None else whole.matrix_index(held)
+        heights = np.bincount(rows // (whole.matrix_shape[0] // blocks), minlength=blocks).tolist()
+        matrix = values.detach().reshape(len(rows), len(cols))
         sums = [matrix.new_zeros(0, dtype=wide)]
-        for block in matrix:  # a copy in float64 of a few rows at a time
-            parts = torch.split(block, max(1, _CHUNK // block.shape[1]))
+        for block in torch.split(matrix, heights):  # a copy in float64 of a few rows at a time
+            parts = torch.split(block, max(1, _CHUNK // max(1, block.shape[1])))
             if axis == "rows":
                 sums += [part.sum(1, dtype=wide) for part in parts]
             else:
                 sums.append(torch.stack([part.sum(0, dtype=wide) for part in parts]).sum(0))
-        return torch.cat(sums)
+        found = torch.cat(sums)
+        if held is None:
+            return found
+        lines = rows if axis == "rows" else (np.arange(blocks)[:, None] * whole.matrix_shape[1] + cols).reshape(-1)
+        spread = found.new_zeros(len(groups))
+        spread[torch.from_numpy(lines).to(spread.device)] = found
+        return spread
 
     def nothing(self, name: str, device: torch.device) -> Tensor:
         """What `reduce` makes of zeros."""
         return self.reduce(name, torch.zeros(1, device=device).expand(self.shapes[name]))
-
-    def _width(self, name: str) -> int:
-        return FreezeMask(self.shapes[name]).matrix_shape[1]
 
     def lines(self, name: str) -> int:
         """How many sums `reduce` makes of a parameter."""

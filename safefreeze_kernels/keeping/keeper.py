@@ -13,17 +13,15 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ..attribution.activations import evaluating, model_device
 from ..attribution.batches import Pass, Pool
-from ..attribution.gradients import stream_gradients
 from ..attribution.grains import Grain, Grains
 from ..attribution.saliency import Margin
 from ..attribution.units import check_word
 from ..model.attached import aside
-from ..model.sharding import is_sharded
+from ..model.fsdp import reshard
 from ..optim.adam import MaskedAdam
 from ..optim.checks import all_names, all_params
 from ..optim.direction import direction
@@ -32,6 +30,7 @@ from ..plan.mask import FreezeMask, unpack_bits
 from ..plan.plan import FreezePlan
 from ..proof.snapshot import Snapshot, snapshot
 from .looks import KeeperLook, save_picture
+from .ranks import ranks_of
 
 Thawed = Literal["fresh", "kept"]
 #: ``keep(model, batch)``: what is to be kept, a scalar or a value per row, higher is better.
@@ -56,13 +55,17 @@ class RefusalKeeper:
     responses, in eval mode; gradients, hooks, dropout and random numbers of the training are left as they are. Each
     gradient is reduced as it appears and dropped: to sums per group, or 16 bits per weight for single elements.
 
+    Under DDP every rank runs all prompts of a look, and what the first finds holds. Under FSDP2 (HSDP too) each rank
+    runs its share of them, through the sharded model; margin and gradients are means over all prompts, groups are
+    chosen among those of the whole model, and every rank freezes the same.
+
     What is known, in a miniature (examples/study; 20 seeds, a model of 287,000 parameters): of the refusals that
     fine-tuning loses, 20% of single elements every 4 steps kept all, in as many steps; rows every 4 steps at half the
     rate 94%, 30% of them 96%; as many random elements 10%, at half the rate 41%; half the rate alone 16%, four safety
     rows mixed into 32 88%. Single elements keep most, rows cost least. Nothing is known of larger models yet.
 
     Args:
-        model: that trains; under DDP or `torch.compile` either it or the wrapper.
+        model: that trains; under DDP or `torch.compile` either it or the wrapper; for FSDP2 sharded before.
         optimizer: a `MaskedAdamW` or `MaskedAdam` with its parameters, by name.
         safety_batches: prompts with a refusal each, as `encode_pairs` makes them; read once. With ``keep``, what that
             is to be given.
@@ -71,7 +74,8 @@ class RefusalKeeper:
         grain: ``"row"``, ``"unit"`` or ``"element"``: what is frozen together; see `Grains`.
         keep: instead of the refusal margin, any differentiable behaviour: ``keep(model, batch)`` returns a scalar or a
             value per row, higher is better. ``batch`` holds ``prompts`` rows of ``safety_batches``, whole, on the
-            model's device.
+            model's device. Under FSDP2 these are the rank's share of them, at least one, and a scalar counts as the
+            mean over its rows.
         base: frozen throughout; default: what the optimizer freezes now.
         prompts: rows of a look, drawn anew each time; all, if there are no more.
         steer: let the share grow and shrink between 2% and 90%, by half at each look, so that the margin stays above
@@ -89,7 +93,8 @@ class RefusalKeeper:
     Raises:
         TypeError: an optimizer that does not freeze; batches that are none.
         ValueError: an optimizer of another model, options out of range, a prompt longer than the model allows, a model
-            that is sharded. From the optimizer's step, at a look: a margin that is NaN, or whose gradient is 0.
+            that is sharded otherwise than by FSDP2 alone. From the optimizer's step, at a look: a margin that is NaN,
+            or whose gradient is 0. From `look`, under FSDP2: gradients that wait to be exchanged.
         FrozenDriftError: from the step, with ``prove``.
 
     Warns:
@@ -113,7 +118,9 @@ class RefusalKeeper:
         self.every, self.share, self.steer, self.prompts = every, share, steer, prompts
         self.thawed, self.prove, self.random, self.seed = thawed, prove, random, seed
         self.model, self.optimizer = _bare_model(model), _bare_optimizer(optimizer, what)
+        reshard(self.model)
         self._names = _names_in(self.optimizer, self.model, what)
+        self._ranks = ranks_of(self.model, what)
         self.grains = Grains.of(self.model, grain, self._names)
         self._keep, self._margin = keep, Margin(None, None)
         self._pool = Pool(safety_batches, "safety_batches", labelled=keep is None, prompts=keep is None)
@@ -127,8 +134,9 @@ class RefusalKeeper:
         self.base = (self.optimizer.plan or FreezePlan()) if base is None else base
         self._steps, self.log = 0, list[KeeperLook]()
         self._proof: Snapshot | None = None
+        one, counts = self._rows()
         with torch.no_grad(), self._at_rest():
-            self.first_margin = float(self._agreed([self._value(self.model, self._rows())])[0])
+            (self.first_margin,), _ = self._ranks.agreed([self._value(self.model, one) * counts], {})
         self._check_margin(self.first_margin)
         if keep is None and self.first_margin < 0:
             warnings.warn(
@@ -167,6 +175,7 @@ class RefusalKeeper:
     def look(self) -> KeeperLook:
         """Look now, whether it is due or not, and freeze what does most harm."""
         started = time.perf_counter()
+        reshard(self.model)
         if self._proof is not None:
             self._proof.verify(self.model)
         margin, harm = self._harm()
@@ -198,16 +207,21 @@ class RefusalKeeper:
         finally:
             self._freeze(plan)
 
-    def _rows(self) -> Pass:
+    def _rows(self) -> tuple[Pass, float]:
+        """What this rank runs of a look's rows, and how much the mean over them counts."""
         count = min(self.prompts, len(self._pool))
-        return self._pool.take(self._draw.choice(len(self._pool), count, replace=False).tolist())
+        rows, counts = self._ranks.share(self._draw.choice(len(self._pool), count, replace=False).tolist())
+        return self._pool.take(rows), counts
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
         """For a pass that is no training: eval mode, random numbers of its own, no hooks of ours."""
         devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         with evaluating(self.model), aside(self.model), torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
+            try:
+                yield
+            finally:
+                reshard(self.model)
 
     def _value(self, model: torch.nn.Module, one: Pass) -> Tensor:
         """The mean of what is to be kept."""
@@ -221,17 +235,18 @@ class RefusalKeeper:
             raise ValueError(f"RefusalKeeper: keep returned {got}, expected a scalar tensor or one value per row")
         return found.mean()
 
-    def _harm(self) -> tuple[float, dict[str, Tensor]]:
+    def _harm(self) -> tuple[float, Mapping[str, Tensor]]:
         """The margin, and what the next update takes from it: reduced, by name."""
         named, found = dict(self.model.named_parameters()), dict[str, Tensor]()
         rates = _rates(self.optimizer)
-        learns: list[Tensor] = []
+        learns = [torch.zeros((), dtype=torch.bool, device=model_device(self.model))]
 
         def take(name: str, _: Tensor, gradient: Tensor) -> None:
             learns.append(gradient.any())
             heading = direction(self.optimizer, named[name], self._names[name])
             if heading is not None:
-                found[name] = self.grains.reduce(name, heading.mul_(gradient).mul_(rates[named[name]]))
+                harm = heading.mul_(gradient).mul_(rates[named[name]])
+                found[name] = self._ranks.reduce(self.grains, name, named[name], harm)
 
         def value(model: torch.nn.Module) -> Tensor:
             margin = self._value(model, one)
@@ -239,30 +254,24 @@ class RefusalKeeper:
                 raise ValueError(
                     "RefusalKeeper: keep returned a value without a graph, expected one derived of the model"
                 )
-            return margin
+            return margin * counts
 
-        one = self._rows()
+        one, counts = self._rows()
         with self._at_rest():
-            margin = stream_gradients(self.model, self.grains.shapes, value, take)
+            mean = self._ranks.stream(self.model, self.grains.shapes, value, take)
         for name in self.grains.shapes.keys() - found.keys():
-            found[name] = self.grains.nothing(name, named[name].device)
-        margin, *reduced = self._agreed([margin, *(found[name] for name in self.grains.shapes)])
-        self._check_margin(float(margin))
-        if not any(map(bool, learns)):
+            found[name] = self._ranks.reduce(self.grains, name, named[name], None)
+        any_learns = torch.stack([one.to(mean.device) for one in learns]).any().to(mean.dtype)
+        (margin, learning), reduced = self._ranks.agreed(
+            [mean, any_learns], {name: found[name] for name in self.grains.shapes}
+        )
+        self._check_margin(margin)
+        if not learning:
             raise ValueError(
                 f"RefusalKeeper: the margin is flat: its gradient is 0 for every weight at step {self._steps} (it is "
-                f"{float(margin):.3g}), expected one that tells weights apart; does it depend on weights that train?"
+                f"{margin:.3g}), expected one that tells weights apart; does it depend on weights that train?"
             )
-        return float(margin), dict(zip(self.grains.shapes, reduced, strict=True))
-
-    @staticmethod
-    def _agreed(tensors: list[Tensor]) -> list[Tensor]:
-        """Those of the first rank, where several train the same model: plans must be equal to the bit."""
-        dist = torch.distributed
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, src=0)
-        return tensors
+        return margin, reduced
 
     def _check_margin(self, margin: float) -> None:
         if not math.isfinite(margin):
@@ -362,7 +371,7 @@ def _names_in(optimizer: MaskedAdam, model: torch.nn.Module, what: str) -> dict[
     """Name in the model -> name in the optimizer, of every parameter that trains and that both have.
 
     Raises:
-        ValueError: they have none in common, or the optimizer does not know names; a sharded parameter.
+        ValueError: they have none in common, or the optimizer does not know names.
     """
     groups = optimizer.param_groups
     held = dict(zip(map(id, all_params(groups)), all_names(groups), strict=True))
@@ -373,13 +382,6 @@ def _names_in(optimizer: MaskedAdam, model: torch.nn.Module, what: str) -> dict[
             f"{what}: optimizer has none of the {len(named)} parameters of the model that train, expected the "
             "optimizer that trains this model; was the model replaced, moved or wrapped after it was built?"
         )
-    for name, p in named:
-        if is_sharded(p):
-            raise ValueError(
-                f"{what}: {name!r} is sharded (FSDP2, tensor parallel), expected parameters that each rank holds "
-                "whole: the margin's gradient is taken with other tensors in the parameters' place, and FSDP2 puts its "
-                "own there; train with DDP"
-            )
     masks = {name: FreezeMask(p.shape) for name, p in named if name in names}
     if any(group.get("param_names") is None for group in groups):
         raise ValueError(f"{what}: the optimizer's parameters have no names, expected model.named_parameters()")

@@ -34,7 +34,7 @@ def local(tensor: Any) -> Tensor:
     return tensor  # type: ignore[no-any-return]
 
 
-def _cuts(tensor: Any) -> list[tuple[int, Any]]:
+def cuts(tensor: Any) -> list[tuple[int, Any]]:
     """The dimensions of the mesh along which ranks hold different things of a sharded tensor, with its placements."""
     return [(dim, placement) for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
@@ -53,7 +53,7 @@ def held(tensor: Any) -> list[np.ndarray] | None:
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank has no part in it
         return [i[:0] for i in index]
-    for mesh_dim, placement in _cuts(tensor):
+    for mesh_dim, placement in cuts(tensor):
         if placement.is_partial():
             raise ValueError(
                 f"parameter of shape {tuple(tensor.shape)} has placements {tensor.placements}: its ranks hold terms of "
@@ -80,7 +80,7 @@ def shard_number(tensor: Any) -> int:
     """A number for the shard this rank holds; copies of a shard have the same."""
     number = 0
     if is_sharded(tensor) and (coordinate := tensor.device_mesh.get_coordinate()):
-        for mesh_dim, _ in _cuts(tensor):
+        for mesh_dim, _ in cuts(tensor):
             number = number * tensor.device_mesh.size(mesh_dim) + coordinate[mesh_dim]
     return number
 
@@ -89,13 +89,23 @@ def spread(shard: Tensor, like: Any) -> Tensor:
     """``shard`` as this rank's shard of a tensor placed as ``like`` is; an ordinary ``like``: ``shard`` itself."""
     if not is_sharded(like):
         return shard
+    return _placed(shard, like, like.shape)  # type: ignore[no-any-return]
+
+
+def _placed(shard: Tensor, like: Any, shape: Sequence[int]) -> Any:
+    """``shard`` as this rank's of a sharded tensor of this shape, cut as ``like`` is."""
     from torch.distributed.tensor import DTensor
 
     # Without shape and stride, sizes that do not divide evenly would be guessed from this rank's.
-    stride = torch.empty(like.shape, device="meta").stride()
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
-    )
+    size, stride = torch.Size(shape), torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(shard, like.device_mesh, like.placements, run_check=False, shape=size, stride=stride)
+
+
+def gathered(shard: Tensor, like: Any) -> Tensor:
+    """The whole of what ranks hold a ``shard`` of, cut as ``like`` is, of any dtype; of copies of a shard, any."""
+    as_bytes = shard.contiguous().unsqueeze(-1).view(torch.uint8)  # collectives do not know every dtype
+    whole = _placed(as_bytes, like, (*like.shape, as_bytes.shape[-1])).full_tensor()
+    return whole.view(shard.dtype).squeeze(-1)  # type: ignore[no-any-return]
 
 
 def take(tensor: Any, like: Any) -> Tensor:
@@ -149,7 +159,7 @@ def reduce_groups(tensor: Any) -> tuple[Any, ...]:
     if not is_sharded(tensor):
         return ()
     mesh = tensor.device_mesh
-    return tuple(mesh.get_group(dim) for dim, _ in _cuts(tensor) if mesh.size(dim) > 1)
+    return tuple(mesh.get_group(dim) for dim, _ in cuts(tensor) if mesh.size(dim) > 1)
 
 
 class PlanAgreement:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ages import Ages
+from ..model.sharding import held, local
 from ..plan.mask import FreezeMask
 from .adam import MaskedAdam
 from .state import unpack
@@ -20,7 +21,8 @@ _CHUNK: Final = 1 << 17  # weights whose own steps are looked at together
 
 @torch.no_grad()
 def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
-    """m̂ / (√v̂ + eps) of each weight, float32 of the parameter's shape; None before its first step.
+    """m̂ / (√v̂ + eps) of each weight, float32 of the parameter's shape; None before its first step. Of a sharded
+    parameter: of this rank's shard.
 
     Both moments are corrected for their bias, by the steps that the weight took since it was thawed. What stands still
     with its moments kept has the direction it had; without, 0. Weight decay is no part of it.
@@ -32,7 +34,9 @@ def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
     if not state:
         return None
     group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
-    mask, ages, step = optimizer._masks[name], optimizer._ages.get(name), int(state["step"].item())
+    whole, ages, step = optimizer._masks[name], optimizer._ages.get(name), int(state["step"].item())
+    param, there = local(param), held(param)
+    mask, ages = whole.shard(there), (ages and ages.shard(whole, there)) or None
     packing = FreezeMask(mask.shape) if optimizer._whole else mask
     keys = "exp_avg", "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
     first, second = (unpack(state[key], packing).reshape(mask.matrix_shape) for key in keys)

@@ -168,6 +168,23 @@ def test_sums_of_rows_that_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
         assert plan == plan_of(grains, values, 0.4)
 
 
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize("grain", ["row", "unit", "element"])
+def test_shards_add_up(grain: str, dim: int) -> None:
+    """Cut unevenly in three along a dimension, one shard of which may be empty; experts are cut within and between."""
+    grains = Grains.of(model_of("mixtral"), grain)  # type: ignore[arg-type]
+    for name, values in noise(grains).items():
+        size, parts = -(-values.shape[dim] // 3), []
+        for part in (slice(0, size), slice(size, 2 * size), slice(2 * size, None)):
+            held = [np.arange(size) for size in values.shape]
+            held[dim] = held[dim][part]
+            found = grains.reduce(name, values[np.ix_(*held)], held)
+            parts.append(found.view(*map(len, held)) if grain == "element" else found)
+        expected = grains.reduce(name, values)
+        found = torch.cat(parts, dim).reshape(-1) if grain == "element" else torch.stack(parts).sum(0)
+        torch.testing.assert_close(found, expected, msg=name)
+
+
 # ------------------------------------------------------------------------------------------------- elements
 
 

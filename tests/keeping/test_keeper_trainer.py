@@ -1,4 +1,4 @@
-"""The keeper under Trainer: what it keeps, logs and saves; a resumed run is an uninterrupted one; several processes."""
+"""The keeper under Trainer: what it keeps, logs and saves; a resumed run is an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from attribution_models import batch_of, refused
 from conftest import assert_same_bits
 from model_folders import png_size
-from ranks import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from trainer_run import arguments, dataset, model, plan
 from transformers import Trainer
 
@@ -73,40 +68,3 @@ def test_under_trainer(tmp_path: Path, freeze: sf.FreezePlan) -> None:
 def test_it_needs_an_optimizer_that_freezes(tmp_path: Path) -> None:
     run = Trainer(model=model(), args=arguments(tmp_path), train_dataset=dataset(), callbacks=[KeeperCallback(SAFETY)])
     refused("which does not freeze; build it as MaskedAdamW", run.train, TypeError)
-
-
-# ------------------------------------------------------------------------------------------ several processes
-
-
-def replicated(rank: int) -> list[Any]:
-    net = model()
-    wrapped = DistributedDataParallel(net)
-    optimizer = sf.MaskedAdamW(wrapped.named_parameters(), lr=1e-2)
-    # another seed on each rank, so that other prompts are drawn: the first rank's hold
-    keeper = sf.RefusalKeeper(wrapped, optimizer, SAFETY, every=2, prompts=2, seed=rank, grain="element")
-    rows = torch.stack([row["input_ids"] for row in dataset()])[rank::2]
-    for step in range(4):
-        wrapped(input_ids=rows[step : step + 2], labels=rows[step : step + 2]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [keeper.first_margin, keeper.plan.fingerprint, *(look.margin for look in keeper.log)]
-
-
-def test_ranks_freeze_the_same() -> None:
-    one, other = run_ranks(2, replicated)
-    assert one == other and len(one) == 4
-
-
-def sharded(rank: int) -> str:
-    net = model()
-    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
-    try:
-        sf.RefusalKeeper(net, sf.MaskedAdamW(net.named_parameters(), lr=1e-2), SAFETY)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_sharded_parameters_are_refused_by_name() -> None:
-    for text in run_ranks(2, sharded):
-        assert "'model.embed_tokens.weight' is sharded" in text and "train with DDP" in text
