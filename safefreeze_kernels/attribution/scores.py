@@ -489,6 +489,11 @@ def _unit_weights(model: torch.nn.Module, layout: UnitLayout) -> dict[str, Tenso
 def check_weights(weights: Mapping[str, Tensor]) -> None:
     names: dict[int, str] = {}
     for name, weight in weights.items():
+        if hasattr(weight, "placements"):
+            raise ValueError(
+                f"score_units: {name!r} is sharded (a DTensor), expected weights that this rank holds whole; score "
+                "before sharding"
+            )
         if weight.is_meta:
             raise ValueError(f"score_units: {name!r} is on the meta device, expected weights in memory; load them")
         if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

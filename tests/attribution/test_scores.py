@@ -334,6 +334,10 @@ def test_score_units_refuses_bad_words_and_models() -> None:
     with pytest.raises(ValueError, match="positions is 'prompt', expected one of 'predicting', 'response', 'all'"):
         score_units(tiny(), good, good, positions="prompt")  # type: ignore[arg-type]
     refused("model_type is 'mamba'", lambda: score_units(tiny("mamba"), good, good))
+    sharded = tiny()
+    weight = sharded.model.layers[0].self_attn.q_proj.weight
+    weight.placements = ("Shard(dim=0)",)  # as a DTensor has them
+    refused("q_proj.weight' is sharded", lambda: score_units(sharded, good, good))
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' is on the meta device"):
         score_units(tiny().to("meta"), good, good)
     used_up = iter(good)
