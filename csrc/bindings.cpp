@@ -97,18 +97,18 @@ void launch_copy(const Runs& work, uintptr_t tensors, uintptr_t dtype, bool gath
                   kernels->copy);
 }
 
-void launch_repack(uintptr_t old_bits, uintptr_t new_bits, uintptr_t from_at, uintptr_t to_at, int64_t n_chunks,
+void launch_repack(uintptr_t old_bits, uintptr_t new_bits, uintptr_t from_at, uintptr_t to_at,
                    int64_t numel, uintptr_t from, uintptr_t to, int64_t width, int threads) {
   run<RepackLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), at<const int64_t>(from_at),
                      at<const int64_t>(to_at), numel, at<const void>(from), at<void>(to), width},
-                    n_chunks, threads, kernels->repack);
+                    (numel + bits_chunk - 1) / bits_chunk, threads, kernels->repack);
 }
 
-void number_ages(uintptr_t born, uintptr_t frozen_bits, int64_t numel, uintptr_t there, uintptr_t numbers,
-                 uintptr_t ages, bool whole) {
-  py::gil_scoped_release unlocked;
-  kernels->number({at<const int32_t>(born), at<const uint8_t>(frozen_bits), numel, at<uint8_t>(there),
-                   at<const uint16_t>(numbers), at<uint16_t>(ages), whole});
+void launch_turn(uintptr_t old_bits, uintptr_t new_bits, int64_t numel, uintptr_t ages, uintptr_t turned, int64_t width,
+                 int64_t turned_width, uintptr_t becomes, uintptr_t seen, int64_t n_ages, int threads) {
+  run<TurnLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), numel, at<const void>(ages),
+                   at<void>(turned), width, turned_width, at<const uint32_t>(becomes), at<uint8_t>(seen), n_ages},
+                  (numel + bits_chunk - 1) / bits_chunk, threads, kernels->turn);
 }
 
 py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int64_t cols, int value,
@@ -196,7 +196,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("zero", &launch_zero);
   module.def("copy", &launch_copy);
   module.def("repack", &launch_repack);
-  module.def("number_ages", &number_ages);
+  module.def("turn", &launch_turn);
   module.def("compare", &compare_versions);
   module.def("borrow_openmp", [](const std::string& path) { return borrow_openmp(path.c_str()); });
   module.def("choose_isa", &choose_isa);
@@ -206,7 +206,7 @@ PYBIND11_MODULE(_C, module) {
   bind_cuda(module.def_submodule("cuda"));
 #endif
   // What the numpy dtypes that mirror them must add up to, in bytes.
-  module.attr("REPACK_ELEMENTS") = repack_elements;
+  module.attr("BITS_CHUNK") = bits_chunk;
   module.attr("STRUCT_SIZES") =
       py::dict(py::arg("RunPart") = sizeof(RunPart), py::arg("Chunk") = sizeof(Chunk), py::arg("Run") = sizeof(Run),
                py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));

@@ -884,41 +884,103 @@ void copy_chunk(const CopyLaunch& launch, int64_t chunk) {
   });
 }
 
+// Bits of 64 elements from element `start`, a multiple of 64, on; 0 beyond `end`.
+inline uint64_t word_of(const uint8_t* bits, int64_t start, int64_t end) {
+  uint64_t word = 0;
+  if (start + 64 <= end) {
+    memcpy(&word, bits + start / 8, 8);
+    return word;
+  }
+  memcpy(&word, bits + start / 8, static_cast<size_t>((end - start + 7) / 8));
+  return word & ((uint64_t(1) << (end - start)) - 1u);
+}
+
+// Moves what is held of 64 elements; 64 can be read and written. `was` and `now`: which are live.
 template <typename T>
-void repack_elements_of(const RepackLaunch& launch, int64_t chunk) {
-  T held[block + slack], stage[block + slack];
-  const T* from = static_cast<const T*>(launch.from) + launch.from_at[chunk];
-  T* to = static_cast<T*>(launch.to) + launch.to_at[chunk];
-  const int64_t first = chunk * repack_elements;
-  const int64_t end = first + repack_elements < launch.numel ? first + repack_elements : launch.numel;
-  for (int64_t start = first; start < end; start += block) {
-    const int64_t span = end - start < block ? end - start : block;
-    Bits was{launch.old_bits, start, 0, ~0u}, now{launch.new_bits, start, 0, ~0u};
-    const int64_t n_was = was.grow(span), n_now = now.grow(span);
-    memcpy(held, from, static_cast<size_t>(n_was) * sizeof(T));
-    memset(stage, 0, sizeof(stage));
-    put_by_bits(held, was, stage);
-    pick_by_bits(stage, now, held);
-    memcpy(to, held, static_cast<size_t>(n_now) * sizeof(T));
-    from += n_was;
-    to += n_now;
+inline void repack_64(const T*& from, uint64_t was, T*& to, uint64_t now) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  for (int k = 0; k < 64; k += 16, was >>= 16, now >>= 16) {
+    const __m512i values = _mm512_maskz_expand_epi32(static_cast<__mmask16>(was), load_16(from));
+    store_16(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(now), values));
+    from += count_16(was);
+    to += count_16(now);
+  }
+#else
+  T stage[64] = {};
+  for (int k = 0; k < 64; k += 8, was >>= 8) {
+    put_8(from, was & 0xff, stage + k);
+    from += count_8(was);
+  }
+  for (int k = 0; k < 64; k += 8, now >>= 8) {
+    pick_8(stage + k, now & 0xff, to);
+    to += count_8(now);
+  }
+#endif
+}
+
+template <typename T>
+void repack_elements(const RepackLaunch& launch, int64_t chunk) {
+  const T *from = static_cast<const T*>(launch.from) + launch.from_at[chunk],
+          *from_end = static_cast<const T*>(launch.from) + launch.from_at[chunk + 1];
+  T *to = static_cast<T*>(launch.to) + launch.to_at[chunk],
+    *to_end = static_cast<T*>(launch.to) + launch.to_at[chunk + 1];
+  const int64_t first = chunk * bits_chunk;
+  const int64_t end = first + bits_chunk < launch.numel ? first + bits_chunk : launch.numel;
+  for (int64_t start = first; start < end; start += 64) {
+    const uint64_t some = end - start < 64 ? (uint64_t(1) << (end - start)) - 1u : ~uint64_t(0);
+    const uint64_t was = ~word_of(launch.old_bits, start, end) & some;
+    uint64_t now = ~word_of(launch.new_bits, start, end) & some;
+    if (from_end - from >= 64 && to_end - to >= 64) {
+      repack_64(from, was, to, now);
+      continue;
+    }
+    for (; now; now &= now - 1u) {  // the last few: other threads, or nobody, have what lies beyond
+      const uint64_t bit = now & (~now + 1u);
+      *to++ = was & bit ? from[__builtin_popcountll(was & (bit - 1u))] : T(0);
+    }
+    from += __builtin_popcountll(was);
   }
 }
 
 void repack_chunk(const RepackLaunch& launch, int64_t chunk) {
-  launch.width == 4 ? repack_elements_of<uint32_t>(launch, chunk) : repack_elements_of<uint16_t>(launch, chunk);
+  const auto repack = launch.width == 4   ? repack_elements<uint32_t>
+                      : launch.width == 2 ? repack_elements<uint16_t>
+                                          : repack_elements<uint8_t>;
+  repack(launch, chunk);
 }
 
-void number_ages(const NumberLaunch& launch) {
-  uint16_t* ages = launch.ages;
-  const Bits live{launch.frozen_bits, 0, launch.numel, ~0u};
-  if (launch.there) {
-    live.each([&](int64_t i) { launch.there[launch.born[i]] = 1; });
-  } else if (launch.whole) {
-    live.each([&](int64_t i) { ages[i] = launch.numbers[launch.born[i]]; });
-  } else {
-    live.each([&](int64_t i) { *ages++ = launch.numbers[launch.born[i]]; });
+template <typename From, typename To>
+void turn_ages(const TurnLaunch& launch, int64_t chunk) {
+  const int64_t first = chunk * bits_chunk;
+  const int64_t end = first + bits_chunk < launch.numel ? first + bits_chunk : launch.numel;
+  const From* ages = static_cast<const From*>(launch.ages);
+  To* turned = static_cast<To*>(launch.turned);
+  for (int64_t start = first; start < end; start += 64) {
+    uint64_t was = word_of(launch.old_bits, start, end), now = word_of(launch.new_bits, start, end);
+    const int64_t stop = start + 64 < end ? start + 64 : end;
+    for (int64_t i = start; i < stop; ++i, was >>= 1, now >>= 1) {
+      const int64_t kind = static_cast<int64_t>((was & 1u) | (now & 1u) << 1);
+      const int64_t entry = kind * launch.n_ages + (ages ? static_cast<int64_t>(ages[i]) : 0);
+      turned[i] = static_cast<To>(launch.becomes[entry]);
+      // looked at first, so that threads do not fight for the line
+      if (!__atomic_load_n(launch.seen + entry, __ATOMIC_RELAXED)) {
+        __atomic_store_n(launch.seen + entry, uint8_t(1), __ATOMIC_RELAXED);
+      }
+    }
   }
+}
+
+template <typename From>
+void turn_from(const TurnLaunch& launch, int64_t chunk) {
+  const auto turn = launch.turned_width == 4   ? turn_ages<From, uint32_t>
+                    : launch.turned_width == 2 ? turn_ages<From, uint16_t>
+                                               : turn_ages<From, uint8_t>;
+  turn(launch, chunk);
+}
+
+void turn_chunk(const TurnLaunch& launch, int64_t chunk) {
+  (launch.width == 4 ? turn_from<uint32_t> : launch.width == 2 ? turn_from<uint16_t> : turn_from<uint8_t>)(launch,
+                                                                                                            chunk);
 }
 
 }  // namespace
@@ -931,7 +993,7 @@ const CpuKernels SAFEFREEZE_JOIN(cpu_kernels_, SAFEFREEZE_ISA) = {
     zero_chunk,
     copy_chunk,
     repack_chunk,
-    number_ages,
+    turn_chunk,
     SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA),
 };
 

@@ -20,7 +20,7 @@ struct CpuKernels {
   void (*zero)(const ZeroLaunch&, int64_t chunk);
   void (*copy)(const CopyLaunch&, int64_t chunk);
   void (*repack)(const RepackLaunch&, int64_t chunk);
-  void (*number)(const NumberLaunch&);
+  void (*turn)(const TurnLaunch&, int64_t chunk);
   Compare* compare;  // csrc/audit.cpp
 };
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.ages import WAS, Ages, Lines, after_all
+from ..kernels.ages import Ages, Lines, after_all
 from ..kernels.backend import choose_backend
+from ..kernels.bits import WAS
 from ..kernels.operands import STORAGE
 from ..kernels.parts import Part, WorkList
 from ..model.sharding import is_sharded
-from ..plan.mask import FreezeMask, pack_bits, unpack_bits
+from ..plan.mask import FreezeMask, unpack_bits
 from .checks import Member, Settings
 from .state import MOMENTS, PACKED, REMAINDER, repack
 
@@ -143,7 +144,7 @@ def _thawed(pairs: Sequence[Sequence[FreezeMask]]) -> list[Part]:
                 found[i] = Part(i, shape, some.size, cols=some) if axis else Part(i, shape, shape[1], some)
     for i, (was, now) in enumerate(pairs):
         if found[i] is None:
-            others = pack_bits(now.frozen_flags() | ~was.frozen_flags())
+            others = now.frozen_bits | ~was.frozen_bits
             found[i] = Part(i, was.matrix_shape, was.matrix_shape[1], frozen_bits=others)
     return found  # type: ignore[return-value]
 
@@ -196,7 +197,8 @@ def _moved(
             left = stays if key == REMAINDER else lossy
             plain = moment.dtype in (*STORAGE, torch.int16) and moment.is_contiguous()
             if not plain or any(mask.bits is not None for mask in (source, left, target)):
-                into[key] = repack(repack(moment, source, left), left, target)
+                held = moment if left is stays else repack(moment, source, left)
+                into[key] = repack(held, source if left is stays else left, target)
                 continue
             if id(left) not in parts:
                 parts[id(left)] = _route(source, left, target)
