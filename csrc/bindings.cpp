@@ -3,6 +3,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -97,10 +98,20 @@ void launch_copy(const Runs& work, uintptr_t tensors, uintptr_t dtype, bool gath
                   kernels->copy);
 }
 
-void launch_repack(uintptr_t old_bits, uintptr_t new_bits, uintptr_t from_at, uintptr_t to_at,
-                   int64_t numel, uintptr_t from, uintptr_t to, int64_t width, int threads) {
-  run<RepackLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), at<const int64_t>(from_at),
-                     at<const int64_t>(to_at), numel, at<const void>(from), at<void>(to), width},
+// Where what is clear in `bits` is held: per chunk, and of the end.
+std::vector<int64_t> places_of(const uint8_t* bits, int64_t numel) {
+  std::vector<int64_t> places{0};
+  for (int64_t start = 0; start < numel; start += bits_chunk) {
+    places.push_back(places.back() + kernels->count_clear(bits, start, std::min(start + bits_chunk, numel)));
+  }
+  return places;
+}
+
+void launch_repack(uintptr_t old_bits, uintptr_t new_bits, int64_t numel, uintptr_t from, uintptr_t to, int64_t width,
+                   int threads) {
+  const uint8_t *was = at<const uint8_t>(old_bits), *now = at<const uint8_t>(new_bits);
+  const std::vector<int64_t> from_at = places_of(was, numel), to_at = places_of(now, numel);
+  run<RepackLaunch>({was, now, from_at.data(), to_at.data(), numel, at<const void>(from), at<void>(to), width},
                     (numel + bits_chunk - 1) / bits_chunk, threads, kernels->repack);
 }
 
@@ -206,7 +217,6 @@ PYBIND11_MODULE(_C, module) {
   bind_cuda(module.def_submodule("cuda"));
 #endif
   // What the numpy dtypes that mirror them must add up to, in bytes.
-  module.attr("BITS_CHUNK") = bits_chunk;
   module.attr("STRUCT_SIZES") =
       py::dict(py::arg("RunPart") = sizeof(RunPart), py::arg("Chunk") = sizeof(Chunk), py::arg("Run") = sizeof(Run),
                py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));

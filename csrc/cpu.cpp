@@ -895,6 +895,13 @@ inline uint64_t word_of(const uint8_t* bits, int64_t start, int64_t end) {
   return word & ((uint64_t(1) << (end - start)) - 1u);
 }
 
+// How many bits are clear of elements from `start` on, up to `end`.
+int64_t count_clear(const uint8_t* bits, int64_t start, int64_t end) {
+  int64_t count = end - start;
+  for (; start < end; start += 64) count -= __builtin_popcountll(word_of(bits, start, end));
+  return count;
+}
+
 // Moves what is held of 64 elements; 64 can be read and written. `was` and `now`: which are live.
 template <typename T>
 inline void repack_64(const T*& from, uint64_t was, T*& to, uint64_t now) {
@@ -949,23 +956,71 @@ void repack_chunk(const RepackLaunch& launch, int64_t chunk) {
   repack(launch, chunk);
 }
 
+// Notes that an element had an entry. It is looked at first, so that threads do not fight for the line.
+inline void note(uint8_t* seen) {
+  if (!__atomic_load_n(seen, __ATOMIC_RELAXED)) __atomic_store_n(seen, uint8_t(1), __ATOMIC_RELAXED);
+}
+
+// Turns whole words of elements from `first` on, if a register holds what becomes of an age. Where it stopped.
+int64_t turn_few(const TurnLaunch& launch, int64_t first, int64_t end) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (launch.n_ages > 32 || launch.width != 1 || launch.turned_width != 1) return first;
+  const uint8_t* const ages = static_cast<const uint8_t*>(launch.ages);
+  uint8_t* const turned = static_cast<uint8_t*>(launch.turned);
+  __m512i becomes[4], seen[4];
+  for (int64_t way = 0; way < 4; ++way) {
+    uint16_t row[32] = {};
+    for (int64_t age = 0; age < launch.n_ages; ++age) {
+      row[age] = static_cast<uint16_t>(launch.becomes[way * launch.n_ages + age]);
+    }
+    becomes[way] = _mm512_loadu_si512(row);
+    seen[way] = _mm512_setzero_si512();
+  }
+  int64_t i = first;
+  for (const int64_t stop = first + (end - first) / 64 * 64; i < stop; i += 32) {
+    uint32_t was, now;
+    memcpy(&was, launch.old_bits + i / 8, 4);
+    memcpy(&now, launch.new_bits + i / 8, 4);
+    const uint32_t ways[4] = {~was & ~now, was & ~now, ~was & now, was & now};
+    const __m256i age = ages ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ages + i)) : __m256i{};
+    const __m512i wide = _mm512_maskz_cvtepu8_epi16(~0u, age), one = _mm512_set1_epi32(1);
+    const __m512i low = _mm512_maskz_cvtepu8_epi32(0xffff, _mm256_castsi256_si128(age));
+    const __m512i high = _mm512_maskz_cvtepu8_epi32(0xffff, _mm256_extracti128_si256(age, 1));
+    __m512i result = _mm512_setzero_si512();
+    for (int way = 0; way < 4; ++way) {
+      result = _mm512_mask_permutexvar_epi16(result, ways[way], wide, becomes[way]);
+      const __mmask16 here = static_cast<__mmask16>(ways[way]), there = static_cast<__mmask16>(ways[way] >> 16);
+      seen[way] = _mm512_mask_or_epi32(seen[way], here, seen[way], _mm512_maskz_sllv_epi32(0xffff, one, low));
+      seen[way] = _mm512_mask_or_epi32(seen[way], there, seen[way], _mm512_maskz_sllv_epi32(0xffff, one, high));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(turned + i), _mm512_maskz_cvtepi16_epi8(~0u, result));
+  }
+  for (int64_t way = 0; way < 4; ++way) {
+    uint32_t lanes_seen[16], some = 0;
+    _mm512_storeu_si512(lanes_seen, seen[way]);
+    for (const uint32_t lane : lanes_seen) some |= lane;
+    for (; some; some &= some - 1u) note(launch.seen + way * launch.n_ages + __builtin_ctz(some));
+  }
+  return i;
+#else
+  (void)launch, (void)end;
+  return first;
+#endif
+}
+
 template <typename From, typename To>
 void turn_ages(const TurnLaunch& launch, int64_t chunk) {
   const int64_t first = chunk * bits_chunk;
   const int64_t end = first + bits_chunk < launch.numel ? first + bits_chunk : launch.numel;
-  const From* ages = static_cast<const From*>(launch.ages);
-  To* turned = static_cast<To*>(launch.turned);
-  for (int64_t start = first; start < end; start += 64) {
-    uint64_t was = word_of(launch.old_bits, start, end), now = word_of(launch.new_bits, start, end);
-    const int64_t stop = start + 64 < end ? start + 64 : end;
-    for (int64_t i = start; i < stop; ++i, was >>= 1, now >>= 1) {
-      const int64_t kind = static_cast<int64_t>((was & 1u) | (now & 1u) << 1);
-      const int64_t entry = kind * launch.n_ages + (ages ? static_cast<int64_t>(ages[i]) : 0);
+  const From* const ages = static_cast<const From*>(launch.ages);
+  To* const turned = static_cast<To*>(launch.turned);
+  for (int64_t i = turn_few(launch, first, end); i < end;) {
+    uint64_t was = word_of(launch.old_bits, i, end), now = word_of(launch.new_bits, i, end);
+    for (const int64_t stop = i + 64 < end ? i + 64 : end; i < stop; ++i, was >>= 1, now >>= 1) {
+      const int64_t way = static_cast<int64_t>((was & 1u) | (now & 1u) << 1);
+      const int64_t entry = way * launch.n_ages + (ages ? static_cast<int64_t>(ages[i]) : 0);
       turned[i] = static_cast<To>(launch.becomes[entry]);
-      // looked at first, so that threads do not fight for the line
-      if (!__atomic_load_n(launch.seen + entry, __ATOMIC_RELAXED)) {
-        __atomic_store_n(launch.seen + entry, uint8_t(1), __ATOMIC_RELAXED);
-      }
+      note(launch.seen + entry);
     }
   }
 }
@@ -979,8 +1034,9 @@ void turn_from(const TurnLaunch& launch, int64_t chunk) {
 }
 
 void turn_chunk(const TurnLaunch& launch, int64_t chunk) {
-  (launch.width == 4 ? turn_from<uint32_t> : launch.width == 2 ? turn_from<uint16_t> : turn_from<uint8_t>)(launch,
-                                                                                                            chunk);
+  (launch.width == 4   ? turn_from<uint32_t>
+   : launch.width == 2 ? turn_from<uint16_t>
+                       : turn_from<uint8_t>)(launch, chunk);
 }
 
 }  // namespace
@@ -992,6 +1048,7 @@ const CpuKernels SAFEFREEZE_JOIN(cpu_kernels_, SAFEFREEZE_ISA) = {
     scale_chunk,
     zero_chunk,
     copy_chunk,
+    count_clear,
     repack_chunk,
     turn_chunk,
     SAFEFREEZE_JOIN(compare_, SAFEFREEZE_ISA),

@@ -131,7 +131,8 @@ struct CopyLaunch {
   bool gather;
 };
 
-// What threads take at a time of the two that follow, in elements of the tensor. Bits may be read to the last byte alone.
+// What threads take at a time of the two that follow, in elements of the tensor. Bits may be read to the last byte
+// alone.
 constexpr int64_t bits_chunk = 32768;
 
 // What is packed by one set of frozen bits, moved to how another packs it: what is live in both is kept, the rest is 0.

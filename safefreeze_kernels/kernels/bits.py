@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ..plan.mask import bits_before, unpack_bits
+from ..plan.mask import unpack_bits
 
 _C: Any = None
 with contextlib.suppress(ImportError):
@@ -57,10 +57,8 @@ def repack(
         held[was] = source
         target[:] = held[now]
         return
-    first = np.append(np.arange(0, numel, _C.BITS_CHUNK), numel)
-    places = [first - bits_before(bits, first) for bits in (old_bits, new_bits)]
-    at = (array.ctypes.data for array in (old_bits, new_bits, *places))
-    _C.repack(*at, numel, source.ctypes.data, target.ctypes.data, source.itemsize, torch.get_num_threads())
+    at = (array.ctypes.data for array in (source, target))
+    _C.repack(old_bits.ctypes.data, new_bits.ctypes.data, numel, *at, source.itemsize, torch.get_num_threads())
 
 
 def turn(

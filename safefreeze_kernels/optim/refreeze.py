@@ -186,25 +186,24 @@ def _moved(
     for change, into in zip(changes, moved, strict=True):
         packed_by = FreezeMask(change.before.shape).grown(change.was.shape) if change.was_whole else change.was
         was, source, target = change.shards(change.was, packed_by, change.member.packing)
-        stays = source | target
         # what thaws has a remainder, if any was kept: that is part of its weight
-        lossy = stays if not change.was_whole or change.member.whole or counts_on else stays | was
-        parts: dict[int, tuple[Part, Part]] = {}
+        loses = change.was_whole and not change.member.whole and not counts_on
+        parts: dict[bool, tuple[Part, Part]] = {}
         for key in PACKED:
             moment = state[change.member.param].get(key)
             if moment is None:
                 continue
-            left = stays if key == REMAINDER else lossy
+            lossy = loses and key != REMAINDER
             plain = moment.dtype in (*STORAGE, torch.int16) and moment.is_contiguous()
-            if not plain or any(mask.bits is not None for mask in (source, left, target)):
-                held = moment if left is stays else repack(moment, source, left)
-                into[key] = repack(held, source if left is stays else left, target)
+            if not plain or any(mask.bits is not None for mask in (was, source, target)):
+                into[key] = repack(repack(moment, source, was) if lossy else moment, was if lossy else source, target)
                 continue
-            if id(left) not in parts:
-                parts[id(left)] = _route(source, left, target)
+            if lossy not in parts:
+                stays = source | target
+                parts[lossy] = _route(source, stays | was if lossy else stays, target)
             into[key] = torch.empty(target.packed_shape, dtype=moment.dtype, device=moment.device)
             pair = (t.view(torch.bfloat16) if key == REMAINDER else t for t in (moment, into[key]))
-            routes.setdefault(moment.device, []).append((*pair, *parts[id(left)]))  # type: ignore[arg-type]
+            routes.setdefault(moment.device, []).append((*pair, *parts[lossy]))  # type: ignore[arg-type]
     for device, found in routes.items():
         sources, targets, taken, others = (list(column) for column in zip(*found, strict=True))
         backend = choose_backend(settings.backend, device, settings.optimizer)
