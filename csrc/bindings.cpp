@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -146,10 +147,14 @@ py::tuple distinct_numbers(const Numbers& numbers) {
   return py::make_tuple(as_array(found), which);
 }
 
+// A table of what it takes over.
 template <typename Row>
-Numbers as_table(const std::vector<Row>& rows) {
+Numbers as_table(std::vector<Row>&& rows) {
   constexpr py::ssize_t width = sizeof(Row) / sizeof(int64_t);
-  return Numbers({static_cast<py::ssize_t>(rows.size()), width}, reinterpret_cast<const int64_t*>(rows.data()));
+  auto* const kept = new std::vector<Row>(std::move(rows));
+  const py::capsule owner(kept, [](void* taken) { delete static_cast<std::vector<Row>*>(taken); });
+  return Numbers({static_cast<py::ssize_t>(kept->size()), width}, reinterpret_cast<const int64_t*>(kept->data()),
+                 owner);
 }
 
 // Runs and chunks of parts, tables of int64. Rows of `parts` are those of `listed_rows` in kernels/parts.py.
@@ -169,7 +174,7 @@ py::tuple lists_of(const py::list& parts, int64_t longest) {
                py::cast<bool>(row[8])},
               part++, longest);
   }
-  return py::make_tuple(as_table(lists.runs), as_table(lists.chunks));
+  return py::make_tuple(as_table(std::move(lists.runs)), as_table(std::move(lists.chunks)));
 }
 
 }  // namespace

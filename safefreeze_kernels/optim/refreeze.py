@@ -240,5 +240,10 @@ def _route(source: FreezeMask, stays: FreezeMask, target: FreezeMask) -> tuple[P
 
 def _places(mask: FreezeMask, stays: FreezeMask, axis: int) -> tuple[int, np.ndarray | None]:
     """How many rows or columns ``mask`` leaves live, and which of them ``stays`` does; None: all."""
-    live, left = (mask.live_cols, stays.live_cols) if axis else (mask.live_rows, stays.live_rows)
-    return live.size, None if left.size == live.size else np.searchsorted(live, left)
+    size = mask.matrix_shape[axis]
+    frozen, others = (some.frozen_cols if axis else some.frozen_rows for some in (mask, stays))
+    if frozen.size == others.size:
+        return size - frozen.size, None
+    live, left = np.ones(size, bool), np.ones(size, bool)
+    live[frozen] = left[others] = False
+    return size - frozen.size, np.flatnonzero(left[live])
