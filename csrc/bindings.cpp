@@ -3,10 +3,12 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -97,18 +99,28 @@ void launch_copy(const Runs& work, uintptr_t tensors, uintptr_t dtype, bool gath
                   kernels->copy);
 }
 
-void launch_repack(uintptr_t old_bits, uintptr_t new_bits, uintptr_t from_at, uintptr_t to_at, int64_t n_chunks,
-                   int64_t numel, uintptr_t from, uintptr_t to, int64_t width, int threads) {
-  run<RepackLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), at<const int64_t>(from_at),
-                     at<const int64_t>(to_at), numel, at<const void>(from), at<void>(to), width},
-                    n_chunks, threads, kernels->repack);
+// Where what is clear in `bits` is held: per chunk, and of the end.
+std::vector<int64_t> places_of(const uint8_t* bits, int64_t numel) {
+  std::vector<int64_t> places{0};
+  for (int64_t start = 0; start < numel; start += bits_chunk) {
+    places.push_back(places.back() + kernels->count_clear(bits, start, std::min(start + bits_chunk, numel)));
+  }
+  return places;
 }
 
-void number_ages(uintptr_t born, uintptr_t frozen_bits, int64_t numel, uintptr_t there, uintptr_t numbers,
-                 uintptr_t ages, bool whole) {
-  py::gil_scoped_release unlocked;
-  kernels->number({at<const int32_t>(born), at<const uint8_t>(frozen_bits), numel, at<uint8_t>(there),
-                   at<const uint16_t>(numbers), at<uint16_t>(ages), whole});
+void launch_repack(uintptr_t old_bits, uintptr_t new_bits, int64_t numel, uintptr_t from, uintptr_t to, int64_t width,
+                   int threads) {
+  const uint8_t *was = at<const uint8_t>(old_bits), *now = at<const uint8_t>(new_bits);
+  const std::vector<int64_t> from_at = places_of(was, numel), to_at = places_of(now, numel);
+  run<RepackLaunch>({was, now, from_at.data(), to_at.data(), numel, at<const void>(from), at<void>(to), width},
+                    (numel + bits_chunk - 1) / bits_chunk, threads, kernels->repack);
+}
+
+void launch_turn(uintptr_t old_bits, uintptr_t new_bits, int64_t numel, uintptr_t ages, uintptr_t turned, int64_t width,
+                 int64_t turned_width, uintptr_t becomes, uintptr_t seen, int64_t n_ages, int threads) {
+  run<TurnLaunch>({at<const uint8_t>(old_bits), at<const uint8_t>(new_bits), numel, at<const void>(ages),
+                   at<void>(turned), width, turned_width, at<const uint32_t>(becomes), at<uint8_t>(seen), n_ages},
+                  (numel + bits_chunk - 1) / bits_chunk, threads, kernels->turn);
 }
 
 py::tuple compare_versions(uintptr_t before, uintptr_t after, int64_t rows, int64_t cols, int value,
@@ -135,10 +147,14 @@ py::tuple distinct_numbers(const Numbers& numbers) {
   return py::make_tuple(as_array(found), which);
 }
 
+// A table of what it takes over.
 template <typename Row>
-Numbers as_table(const std::vector<Row>& rows) {
+Numbers as_table(std::vector<Row>&& rows) {
   constexpr py::ssize_t width = sizeof(Row) / sizeof(int64_t);
-  return Numbers({static_cast<py::ssize_t>(rows.size()), width}, reinterpret_cast<const int64_t*>(rows.data()));
+  auto* const kept = new std::vector<Row>(std::move(rows));
+  const py::capsule owner(kept, [](void* taken) { delete static_cast<std::vector<Row>*>(taken); });
+  return Numbers({static_cast<py::ssize_t>(kept->size()), width}, reinterpret_cast<const int64_t*>(kept->data()),
+                 owner);
 }
 
 // Runs and chunks of parts, tables of int64. Rows of `parts` are those of `listed_rows` in kernels/parts.py.
@@ -158,7 +174,7 @@ py::tuple lists_of(const py::list& parts, int64_t longest) {
                py::cast<bool>(row[8])},
               part++, longest);
   }
-  return py::make_tuple(as_table(lists.runs), as_table(lists.chunks));
+  return py::make_tuple(as_table(std::move(lists.runs)), as_table(std::move(lists.chunks)));
 }
 
 }  // namespace
@@ -196,7 +212,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("zero", &launch_zero);
   module.def("copy", &launch_copy);
   module.def("repack", &launch_repack);
-  module.def("number_ages", &number_ages);
+  module.def("turn", &launch_turn);
   module.def("compare", &compare_versions);
   module.def("borrow_openmp", [](const std::string& path) { return borrow_openmp(path.c_str()); });
   module.def("choose_isa", &choose_isa);
@@ -206,7 +222,6 @@ PYBIND11_MODULE(_C, module) {
   bind_cuda(module.def_submodule("cuda"));
 #endif
   // What the numpy dtypes that mirror them must add up to, in bytes.
-  module.attr("REPACK_ELEMENTS") = repack_elements;
   module.attr("STRUCT_SIZES") =
       py::dict(py::arg("RunPart") = sizeof(RunPart), py::arg("Chunk") = sizeof(Chunk), py::arg("Run") = sizeof(Run),
                py::arg("AdamWTensor") = sizeof(AdamWTensor), py::arg("Scalars") = sizeof(Scalars));

@@ -19,8 +19,9 @@ struct CpuKernels {
   void (*scale)(const ScaleLaunch&, int64_t chunk);
   void (*zero)(const ZeroLaunch&, int64_t chunk);
   void (*copy)(const CopyLaunch&, int64_t chunk);
+  int64_t (*count_clear)(const uint8_t* bits, int64_t start, int64_t end);
   void (*repack)(const RepackLaunch&, int64_t chunk);
-  void (*number)(const NumberLaunch&);
+  void (*turn)(const TurnLaunch&, int64_t chunk);
   Compare* compare;  // csrc/audit.cpp
 };
 

@@ -131,27 +131,31 @@ struct CopyLaunch {
   bool gather;
 };
 
-// State packed by one set of frozen bits, moved to how another packs it: what is live in both is kept, the rest is 0.
-// Bits are readable 8 bytes past their end.
-constexpr int64_t repack_elements = 32768;  // of the tensor: what one thread takes at a time
+// What threads take at a time of the two that follow, in elements of the tensor. Bits may be read to the last byte
+// alone.
+constexpr int64_t bits_chunk = 32768;
+
+// What is packed by one set of frozen bits, moved to how another packs it: what is live in both is kept, the rest is 0.
 struct RepackLaunch {
   const uint8_t *old_bits, *new_bits;
-  const int64_t *from_at, *to_at;  // per chunk: where its first live element is held
+  const int64_t *from_at, *to_at;  // per chunk, and of the end: where its first live element is held
   int64_t numel;
   const void* from;
   void* to;
-  int64_t width;  // bytes of an element: 2 or 4
+  int64_t width;  // bytes of an element: 1, 2 or 4
 };
 
-// The ages of live elements, in order (or, with `whole`, of all in their places), by number: `numbers` of each age.
-struct NumberLaunch {
-  const int32_t* born;         // of every element
-  const uint8_t* frozen_bits;  // readable 8 bytes past their end
+// Ages of single elements once new frozen bits replace old ones. An age is a number below `n_ages`; `becomes` says
+// which it becomes: of what stays live, thaws, freezes, and stays frozen, in rows of n_ages.
+struct TurnLaunch {
+  const uint8_t *old_bits, *new_bits;
   int64_t numel;
-  uint8_t* there;           // per age: set to 1 if an element has it; null: it is known
-  const uint16_t* numbers;  // per age
-  uint16_t* ages;
-  bool whole;
+  const void* ages;  // of every element; null: all have age 0
+  void* turned;
+  int64_t width, turned_width;  // bytes of each: 1, 2 or 4
+  const uint32_t* becomes;
+  uint8_t* seen;  // per entry of `becomes`, 0 before: 1 where an element had it
+  int64_t n_ages;
 };
 
 }  // namespace safefreeze

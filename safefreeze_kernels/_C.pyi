@@ -5,7 +5,6 @@ import numpy as np
 from torch import Tensor
 
 STRUCT_SIZES: dict[str, int]
-REPACK_ELEMENTS: int
 cuda: Any  # what csrc/bindings_cuda.cpp defines; only in builds with CUDA
 
 class Runs:
@@ -42,19 +41,11 @@ def norm(work: Runs, tensors: int, dtype: int, kind: int, partial: int, threads:
 def scale(work: Runs, tensors: int, dtype: int, factor: float, threads: int) -> None: ...
 def zero(work: Runs, tensors: int, dtype: int, threads: int) -> None: ...
 def copy(work: Runs, tensors: int, dtype: int, gather: bool, threads: int) -> None: ...
-def repack(
-    old_bits: int,
-    new_bits: int,
-    from_at: int,
-    to_at: int,
-    n_chunks: int,
-    numel: int,
-    source: int,
-    target: int,
-    width: int,
-    threads: int,
-) -> None: ...
-def number_ages(born: int, frozen_bits: int, numel: int, there: int, numbers: int, ages: int, whole: bool) -> None: ...
+def repack(old_bits: int, new_bits: int, numel: int, source: int, target: int, width: int, threads: int) -> None: ...
+def turn(
+    old_bits: int, new_bits: int, numel: int, ages: int, turned: int, width: int, turned_width: int, becomes: int,
+    seen: int, n_ages: int, threads: int,
+) -> None: ...  # fmt: skip
 def compare(
     before: int, after: int, rows: int, cols: int, value: int, frozen_rows: int, frozen_cols: int, frozen_bits: int
 ) -> tuple[int, int, int, int, float, float, float]: ...

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import base64
-import contextlib
+import functools
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 
-from ..plan.mask import FreezeMask, padded, unpack_bits
+from ..plan.mask import FreezeMask
+from .bits import NOW, WAS, narrowest, repack, roomy, turn
 
-_C: Any = None
-with contextlib.suppress(ImportError):
-    from .. import _C
+_LIVE: Final = 1  # bits of `Ages.there`
+_FROZEN: Final = 2
 
 
 @dataclass
@@ -29,40 +29,57 @@ class Ages:
 
     rows: np.ndarray  # int64 [rows]
     cols: np.ndarray  # int64 [cols]
-    elements: np.ndarray | None = None  # int32 [rows, cols]; only once single elements were thawed
+    elements: np.ndarray | None = None  # unsigned [rows, cols], numbers in `table`; once single elements were thawed
+    table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # ages, ascending
+    there: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # of each: may live, frozen ones have it
 
     @classmethod
     def none(cls, mask: FreezeMask) -> Ages:
-        n_rows, n_cols = mask.matrix_shape
-        return cls(np.zeros(n_rows, np.int64), np.zeros(n_cols, np.int64))
+        return cls.alike(mask.matrix_shape, 0)
+
+    @classmethod
+    def alike(cls, shape: tuple[int, int], age: int) -> Ages:
+        """The same for all elements of a matrix."""
+        return cls(np.full(shape[0], age, np.int64), np.zeros(shape[1], np.int64))
+
+    @classmethod
+    def of_elements(cls, ages: np.ndarray) -> Ages:
+        """``ages`` of the elements of a matrix: integers [rows, cols], 0 or more."""
+        found = np.zeros(int(ages.max(initial=0)) + 1, bool)  # to sort them would take many times longer
+        found[ages] = True
+        table, numbers = np.flatnonzero(found), np.cumsum(found) - 1
+        rows, cols = (np.zeros(size, np.int64) for size in ages.shape)
+        return cls(rows, cols, numbers.astype(narrowest(table.size))[ages], table, _anyone(table))
 
     def dense(self) -> np.ndarray:
-        """Of every element: int32 [rows, cols]; not to be written to."""
-        if self.elements is not None and not self.rows.any() and not self.cols.any():
-            return np.ascontiguousarray(self.elements, np.int32)
-        born: np.ndarray = np.maximum(self.rows.astype(np.int32)[:, None], self.cols.astype(np.int32)[None, :])
-        return born if self.elements is None else np.maximum(born, self.elements.astype(np.int32, copy=False))
+        """Of every element: int64, spreads to [rows, cols]; not to be written to."""
+        parts = [self.rows[:, None]] if self.rows.any() else []
+        parts += [self.cols[None]] if self.cols.any() else []
+        parts += [] if self.elements is None else [self.table[self.elements]]
+        return functools.reduce(np.maximum, parts, np.zeros((1, 1), np.int64))
 
-    def numbered(self, frozen_bits: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The different ages of the elements whose bit is clear, int64, ascending; and which of them each has, modulo
-        2**16: uint16 [such elements], or [elements] with others at 0 if ``whole``."""
-        born = self.dense().reshape(-1)
-        there = np.zeros(int(born.max()) + 1, np.uint8)  # to sort them would take many times longer
-        live, bits = np.zeros(0, bool), padded(frozen_bits)
-        if _C is None:
-            live = ~unpack_bits(frozen_bits, born.shape)
-            there[born[live]] = 1
-        else:
-            _C.number_ages(born.ctypes.data, bits.ctypes.data, born.size, there.ctypes.data, 0, 0, False)
-        number = (np.cumsum(there, dtype=np.int64) - 1).astype(np.uint16)
-        size = born.size - int(np.bitwise_count(frozen_bits).sum())
-        numbers = np.zeros(born.size if whole else size, np.uint16)
-        if _C is None:
-            numbers[live if whole else slice(None)] = number[born[live]]
-        else:
-            at = (array.ctypes.data for array in (number, numbers))
-            _C.number_ages(born.ctypes.data, bits.ctypes.data, born.size, 0, *at, whole)
-        return np.flatnonzero(there), numbers
+    def numbered(self, mask: FreezeMask, *, whole: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """The ages of what is live in ``mask``, int64; and which of them each element has, unsigned: [live elements]
+        or, if ``whole``, [elements], where what is frozen has any of them. None: there is but one."""
+        ages = self._by_element()
+        live = (ages.there & _LIVE) != 0
+        if ages.elements is None or live.sum() < 2:
+            return ages.table[live], None
+        numbers = ages.elements.reshape(-1)
+        if not whole:
+            numbers, every = roomy(mask.live_count, numbers.dtype), numbers
+            repack(every, None, numbers, mask.frozen_bits, mask.numel)
+        return np.where(live, ages.table, ages.table[live][0]), numbers
+
+    def _by_element(self) -> Ages:
+        """The same, with rows and columns worked into elements. Without ``elements``, all have the first of `table`."""
+        if self.elements is not None:
+            return Ages.of_elements(self.dense()) if self.rows.any() or self.cols.any() else self
+        (rows, of_row), (cols, of_col) = (np.unique(lines, return_inverse=True) for lines in (self.rows, self.cols))
+        table, numbers = np.unique(np.maximum.outer(rows, cols), return_inverse=True)
+        numbers = numbers.reshape(rows.size, cols.size).astype(narrowest(table.size))
+        elements = numbers[of_row[:, None], of_col] if table.size > 1 else None
+        return Ages(np.zeros_like(self.rows), np.zeros_like(self.cols), elements, table, _anyone(table))
 
     def shard(self, mask: FreezeMask, held: list[np.ndarray] | None) -> Ages:
         """Ages in a shard of the tensor (`sharding.held`), whose whole mask is ``mask``."""
@@ -70,11 +87,11 @@ class Ages:
             return self
         rows, cols = mask.matrix_index(held)
         elements = None if self.elements is None else self.elements[rows][:, cols]
-        return Ages(self.rows[rows], self.cols[cols], elements)
+        return replace(self, rows=self.rows[rows], cols=self.cols[cols], elements=elements)
 
     def encode(self) -> list[str]:
         """As text: rows, columns and, if there are any, elements."""
-        arrays = [self.rows, self.cols] + ([] if self.elements is None else [self.elements])
+        arrays = [self.rows, self.cols] + ([] if self.elements is None else [self.table[self.elements]])
         return [base64.b64encode(zlib.compress(a.astype("<i8").tobytes())).decode("ascii") for a in arrays]
 
     @classmethod
@@ -96,13 +113,14 @@ class Ages:
             if len(data) != size:
                 raise ValueError(f"ages of a thawed tensor hold {len(data)} bytes, expected {size} for {mask.shape}")
             found = np.frombuffer(data, "<i8").reshape(shape)
-            arrays.append(found.astype(np.int64 if len(arrays) < 2 else np.int32))
+            arrays.append(found.astype(np.int64))
             if found.size and not 0 <= found.min() <= found.max() <= step:
                 raise ValueError(f"ages of a thawed tensor are not within its {step} steps; they are damaged")
-        return cls(*arrays)
+        lines = cls(*arrays[:2])
+        return lines if len(arrays) < 3 else replace(cls.of_elements(arrays[2]), rows=lines.rows, cols=lines.cols)
 
     def __bool__(self) -> bool:
-        return bool(self.rows.any() or self.cols.any() or (self.elements is not None and self.elements.any()))
+        return bool(self.rows.any() or self.cols.any() or self.table[self.there != 0].any())
 
     def grown(self, old: FreezeMask, new: FreezeMask, *, whole: bool = False) -> Ages:
         """Ages once the tensor of mask ``old`` has grown to the shape of ``new`` (`FreezeMask.grown`). ``whole``: what
@@ -113,15 +131,16 @@ class Ages:
         ages = Ages.none(new)
         longer = [after > before for before, after in zip(old.matrix_shape, new.matrix_shape, strict=True)]
         across = (longer[1] and self.rows.any()) or (longer[0] and self.cols.any())
-        elements = self.elements
+        elements = None if self.elements is None else self.table[self.elements]
         if whole and across:
             elements = self.dense()
         else:
             ages.rows[rows], ages.cols[cols] = self.rows, self.cols
-        if elements is not None:
-            ages.elements = np.zeros(new.matrix_shape, np.int32)
-            ages.elements[np.ix_(rows, cols)] = elements
-        return ages
+        if elements is None:
+            return ages
+        born = np.zeros(new.matrix_shape, np.int64)
+        born[np.ix_(rows, cols)] = elements
+        return replace(Ages.of_elements(born), rows=ages.rows, cols=ages.cols)
 
     def after(
         self, old: FreezeMask, new: FreezeMask, step: int, *, was_whole: bool = False, whole: bool = False,
@@ -145,29 +164,43 @@ class Ages:
         self, old: FreezeMask, new: FreezeMask, step: int, was_whole: bool, whole: bool, counts_on: bool
     ) -> Ages:
         """`after`, whatever the masks freeze."""
-        if was_whole or whole:  # rows and columns pause at different times: each element has its own count
-            frozen, freezes = old.frozen_flags(), new.frozen_flags()
-            born, now = self.dense().copy(), np.int32(step)  # of rows and columns one is 0 where something is kept
-            if not was_whole:
-                np.copyto(born, np.int32(0), where=frozen)
-            np.subtract(now, born, out=born, where=frozen != freezes)
-            if not counts_on:
-                np.copyto(born, now, where=frozen & ~freezes)
-            if not whole:
-                np.copyto(born, np.int32(0), where=freezes)
-            return Ages(np.zeros_like(self.rows), np.zeros_like(self.cols), born)
-        rows, cols, elements = self.rows.copy(), self.cols.copy(), self.elements
+        if was_whole or whole or self.elements is not None or old.bits is not None:
+            return self._turned(old, new, step, was_whole, whole, counts_on)
+        rows, cols = self.rows.copy(), self.cols.copy()
         rows[old.frozen_rows] = cols[old.frozen_cols] = 0  # what earlier versions left there
         rows[np.setdiff1d(old.frozen_rows, new.frozen_rows)] = step
         cols[np.setdiff1d(old.frozen_cols, new.frozen_cols)] = step
-        if old.bits is not None:
-            thawed = unpack_bits(old.bits & ~new.frozen_bits, old.matrix_shape)
-            if elements is None:
-                elements = thawed * np.int32(step)
-            else:
-                elements = elements.astype(np.int32)
-                np.copyto(elements, np.int32(step), where=thawed)
-        return Ages(rows, cols, elements)
+        return Ages(rows, cols)
+
+    def _turned(
+        self, old: FreezeMask, new: FreezeMask, step: int, was_whole: bool, whole: bool, counts_on: bool
+    ) -> Ages:
+        """`after` of each element by itself: rows and columns may pause at different times."""
+        ages, none = self._by_element(), np.zeros_like
+        took = ages.table if was_whole else none(ages.table)  # of what was frozen
+        ways = {
+            0: ages.table, WAS: step - took if counts_on else none(took) + step,
+            NOW: step - ages.table if whole else none(took), WAS | NOW: took if whole else none(took),
+        }  # fmt: skip
+        known = np.stack([(ages.there & (_FROZEN if way & WAS else _LIVE)) != 0 for way in range(4)])
+        table, numbers = np.unique(np.stack([ways[way] for way in range(4)])[known], return_inverse=True)
+        becomes = np.zeros(known.shape, np.uint32)
+        becomes[known] = numbers
+        before = None if ages.elements is None else ages.elements.reshape(-1)
+        bits = old.frozen_bits, new.frozen_bits
+        elements, seen = turn(before, *bits, old.numel, becomes, narrowest(table.size))
+        there = np.zeros(table.size, np.uint8)
+        for way in range(4):
+            there[becomes[way][seen[way]]] |= _FROZEN if way & NOW else _LIVE
+        some = np.flatnonzero(there)
+        if some.size < 2:  # nothing that differs from element to element need be kept
+            return Ages.alike(old.matrix_shape, int(table[some].sum()))
+        return replace(ages, elements=elements.reshape(old.matrix_shape), table=table, there=there)
+
+
+def _anyone(table: np.ndarray) -> np.ndarray:
+    """`Ages.there` where it is not known who has which."""
+    return np.full(table.size, _LIVE | _FROZEN, np.uint8)
 
 
 def after_all(
@@ -199,10 +232,6 @@ def after_all(
     for (i, axis), piece in zip(plain, lines.split(flat), strict=True):
         found[i] = Ages(ages[i].rows, piece) if axis else Ages(piece, ages[i].cols)
     return found
-
-
-WAS: Final = 1  # bits of what `Lines.turned` tells of a line: it was frozen,
-NOW: Final = 2  # and it is now
 
 
 class Lines:

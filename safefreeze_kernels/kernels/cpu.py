@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.mask import bits_before, padded
 from .operands import ADAMW_TENSOR, DTYPE_CODES, NORM_CODES, SCALARS, AdamWOperands, NormKind, host_scalars
 from .parts import WorkList
 from .runs import CHUNK, RUN, RUN_PART, Runs
@@ -126,17 +125,6 @@ class CpuBackend:
 
     def scatter_(self, work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
         _copy(work, tensors, packed, gather=False)
-
-    def repack(self, source: Tensor, old_bits: np.ndarray, target: Tensor, new_bits: np.ndarray, numel: int) -> None:
-        """State of the elements of a tensor whose bit is clear in ``old_bits``, moved to ``target``, which holds those
-        whose bit is clear in ``new_bits``; what is in both is kept, the rest is 0."""
-        first = np.arange(0, numel, _C.REPACK_ELEMENTS)
-        places = [first - bits_before(bits, first) for bits in (old_bits, new_bits)]
-        old, new = padded(old_bits), padded(new_bits)
-        _C.repack(
-            old.ctypes.data, new.ctypes.data, places[0].ctypes.data, places[1].ctypes.data, first.size, numel,
-            source.data_ptr(), target.data_ptr(), source.element_size(), torch.get_num_threads(),
-        )  # fmt: skip
 
 
 def _copy(work: WorkList, tensors: Sequence[Tensor | None], packed: Sequence[Tensor], *, gather: bool) -> None:

@@ -241,25 +241,32 @@ def _single_elements(tensor: int, mask: FreezeMask, age: Ages | None, whole_stat
     picked = None if rows.size == shape[0] else rows
     part = Part(tensor, shape, shape[1], picked, packed_rows=picked, frozen_bits=bits, gapless=not whole_state)
     if age is not None:
-        part.born, ages = age.numbered(bits, whole=whole_state)
+        part.born, part.ages = age.numbered(mask, whole=whole_state)
         if part.born.size > MOST_AGES:
-            yield from _too_many_ages(part, age.dense().reshape(-1), ages)
+            yield from _too_many_ages(part)
             return
-        if part.born.size > 1:
-            part.ages = ages.astype(np.uint8) if part.born.size <= 256 else ages
     yield part
 
 
-def _too_many_ages(part: Part, born: np.ndarray, ages: np.ndarray) -> Iterable[Part]:
-    """A part with more than `MOST_AGES`, as parts that list their elements. ``born``: of all."""
-    assert part.frozen_bits is not None
-    live = np.flatnonzero(~unpack_bits(part.frozen_bits, born.shape))
+def _too_many_ages(part: Part) -> Iterable[Part]:
+    """A part with more than `MOST_AGES`, as parts that list their elements."""
+    assert part.frozen_bits is not None and part.ages is not None
+    live = np.flatnonzero(~unpack_bits(part.frozen_bits, part.shape).reshape(-1))
     places = np.arange(live.size) if part.gapless else live
-    group = np.searchsorted(part.born, born[live]) // MOST_AGES
+    group, ages = part.ages[places] // MOST_AGES, (part.ages % MOST_AGES).astype(np.uint16)
     for number in range(-(-part.born.size // MOST_AGES)):
-        some = part.born[number * MOST_AGES :][:MOST_AGES]
-        chosen = np.flatnonzero(group == number)
-        yield Part(part.tensor, (born.size, 1), 1, live[chosen], None, places[chosen], born=some, ages=ages)
+        some, chosen = part.born[number * MOST_AGES :][:MOST_AGES], np.flatnonzero(group == number)
+        if chosen.size:
+            yield Part(
+                part.tensor,
+                (part.shape[0] * part.shape[1], 1),
+                1,
+                live[chosen],
+                None,
+                places[chosen],
+                born=some,
+                ages=ages,
+            )
 
 
 def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..plan.mask import pack_bits
+from .bits import has_room, with_room
 from .parts import Part, WorkList, cut
 
 _C: Any = None
@@ -24,7 +25,6 @@ CHUNK: Final = np.dtype([("part", "i8"), ("begin", "i8"), ("end", "i8")])
 
 CHUNK_ELEMENTS: Final = 32_768  # 128 KB of float32: long enough to stream, short enough to balance
 _SPARSEST_BITS: Final = 3
-_READ_BEYOND: Final = 16  # small integers that kernels may read past the last
 
 
 class Runs:
@@ -81,8 +81,8 @@ class Runs:
     def _address(self, array: np.ndarray | None, dtype: type | None) -> int:
         if array is None:
             return 0
-        if array.itemsize < 4:  # bits or ages, of which kernels read words and vectors
-            array = np.concatenate([array, np.zeros(_READ_BEYOND, array.dtype)])
+        if array.itemsize < 4 and not has_room(array):  # bits or ages, of which kernels read words and vectors
+            array = with_room(array)
         self._keep.append(np.ascontiguousarray(array, dtype))
         return int(self._keep[-1].ctypes.data)
 

@@ -59,7 +59,7 @@ def _took(ages: Ages, rows: slice, step: int, stands_still: Tensor | None) -> Te
     what ``stands_still``, moments kept, ages are these numbers."""
     parts = [ages.rows[rows, None]] if ages.rows.any() else []
     parts += [ages.cols[None]] if ages.cols.any() else []
-    parts += [] if ages.elements is None else [ages.elements[rows]]
+    parts += [] if ages.elements is None else [ages.table[ages.elements[rows]]]
     born = functools.reduce(torch.maximum, (torch.from_numpy(part).float() for part in parts))
     if stands_still is None:
         return step - born

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -501,7 +502,7 @@ def _work_list(members: Sequence[Member], ages: Mapping[str, Ages]) -> WorkList:
             mask = FreezeMask((n_rows, 2 * n_cols), rows=mask.rows, cols=cols, elements=bits)
             if age is not None:
                 born = None if age.elements is None else age.elements.repeat(2, axis=1)
-                age = Ages(age.rows, age.cols.repeat(2), born)
+                age = replace(age, cols=age.cols.repeat(2), elements=born)
         masks.append(mask)
         aged.append(age)
     return compile_live(masks, aged, whole_state=any(member.whole for member in members))

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.ages import WAS, Ages, Lines, after_all
+from ..kernels.ages import Ages, Lines, after_all
 from ..kernels.backend import choose_backend
+from ..kernels.bits import WAS
 from ..kernels.operands import STORAGE
 from ..kernels.parts import Part, WorkList
 from ..model.sharding import is_sharded
-from ..plan.mask import FreezeMask, pack_bits, unpack_bits
+from ..plan.mask import FreezeMask, unpack_bits
 from .checks import Member, Settings
 from .state import MOMENTS, PACKED, REMAINDER, repack
 
@@ -143,7 +144,7 @@ def _thawed(pairs: Sequence[Sequence[FreezeMask]]) -> list[Part]:
                 found[i] = Part(i, shape, some.size, cols=some) if axis else Part(i, shape, shape[1], some)
     for i, (was, now) in enumerate(pairs):
         if found[i] is None:
-            others = pack_bits(now.frozen_flags() | ~was.frozen_flags())
+            others = now.frozen_bits | ~was.frozen_bits
             found[i] = Part(i, was.matrix_shape, was.matrix_shape[1], frozen_bits=others)
     return found  # type: ignore[return-value]
 
@@ -185,24 +186,24 @@ def _moved(
     for change, into in zip(changes, moved, strict=True):
         packed_by = FreezeMask(change.before.shape).grown(change.was.shape) if change.was_whole else change.was
         was, source, target = change.shards(change.was, packed_by, change.member.packing)
-        stays = source | target
         # what thaws has a remainder, if any was kept: that is part of its weight
-        lossy = stays if not change.was_whole or change.member.whole or counts_on else stays | was
-        parts: dict[int, tuple[Part, Part]] = {}
+        loses = change.was_whole and not change.member.whole and not counts_on
+        parts: dict[bool, tuple[Part, Part]] = {}
         for key in PACKED:
             moment = state[change.member.param].get(key)
             if moment is None:
                 continue
-            left = stays if key == REMAINDER else lossy
+            lossy = loses and key != REMAINDER
             plain = moment.dtype in (*STORAGE, torch.int16) and moment.is_contiguous()
-            if not plain or any(mask.bits is not None for mask in (source, left, target)):
-                into[key] = repack(repack(moment, source, left), left, target)
+            if not plain or any(mask.bits is not None for mask in (was, source, target)):
+                into[key] = repack(repack(moment, source, was) if lossy else moment, was if lossy else source, target)
                 continue
-            if id(left) not in parts:
-                parts[id(left)] = _route(source, left, target)
+            if lossy not in parts:
+                stays = source | target
+                parts[lossy] = _route(source, stays | was if lossy else stays, target)
             into[key] = torch.empty(target.packed_shape, dtype=moment.dtype, device=moment.device)
             pair = (t.view(torch.bfloat16) if key == REMAINDER else t for t in (moment, into[key]))
-            routes.setdefault(moment.device, []).append((*pair, *parts[id(left)]))  # type: ignore[arg-type]
+            routes.setdefault(moment.device, []).append((*pair, *parts[lossy]))  # type: ignore[arg-type]
     for device, found in routes.items():
         sources, targets, taken, others = (list(column) for column in zip(*found, strict=True))
         backend = choose_backend(settings.backend, device, settings.optimizer)
@@ -239,5 +240,10 @@ def _route(source: FreezeMask, stays: FreezeMask, target: FreezeMask) -> tuple[P
 
 def _places(mask: FreezeMask, stays: FreezeMask, axis: int) -> tuple[int, np.ndarray | None]:
     """How many rows or columns ``mask`` leaves live, and which of them ``stays`` does; None: all."""
-    live, left = (mask.live_cols, stays.live_cols) if axis else (mask.live_rows, stays.live_rows)
-    return live.size, None if left.size == live.size else np.searchsorted(live, left)
+    size = mask.matrix_shape[axis]
+    frozen, others = (some.frozen_cols if axis else some.frozen_rows for some in (mask, stays))
+    if frozen.size == others.size:
+        return size - frozen.size, None
+    live, left = np.ones(size, bool), np.ones(size, bool)
+    live[frozen] = left[others] = False
+    return size - frozen.size, np.flatnonzero(left[live])

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..grads.checks import settled
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
+from ..kernels.bits import repack as repack_bits
 from ..kernels.operands import STORAGE, moment_dtype
 from ..kernels.parts import compile_live
 from ..kernels.reference import from_remainder
@@ -102,10 +103,12 @@ def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: Freez
         return
     word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
     source, target = moment.view(word).view(-1), packed.view(word).view(-1)
-    backend: Any = choose_backend("auto", moment.device, "repack", (word,))
-    if backend.name == "cpu":
-        backend.repack(source, old.frozen_bits, target, new.frozen_bits, old.numel)
+    if moment.device.type == "cpu":
+        plain = torch.int32 if word == torch.float32 else torch.int16
+        held, into = (tensor.detach().view(plain).numpy() for tensor in (source, target))
+        repack_bits(held, old.frozen_bits, into, new.frozen_bits, old.numel)
         return
+    backend = choose_backend("auto", moment.device, "repack", (word,))
     whole = torch.zeros(old.numel, dtype=word, device=moment.device)
     backend.scatter_(compile_live([old]), [whole], [source])
     backend.gather(compile_live([new]), [whole], [target])

@@ -429,11 +429,6 @@ def unpack_bits(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.unpackbits(bits, count=math.prod(shape), bitorder="little").view(bool).reshape(shape)
 
 
-def padded(bits: np.ndarray) -> np.ndarray:
-    """Bits that native code can read 8 bytes past their end."""
-    return np.concatenate([bits, np.zeros(8, np.uint8)])
-
-
 def bits_before(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
     """How many bits are set before each of ``places``: int64."""
     words = np.concatenate([bits, np.zeros(-bits.size % 8 + 8, np.uint8)]).view("<u8")

@@ -9,6 +9,7 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from safefreeze_kernels.kernels import bits as bits_of_masks
 from safefreeze_kernels.kernels import reference
 from safefreeze_kernels.kernels.ages import Ages
 from safefreeze_kernels.kernels.backend import backend_state
@@ -29,7 +31,7 @@ from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_sc
 from safefreeze_kernels.kernels.parts import Part, WorkList, compile_frozen, compile_live
 from safefreeze_kernels.kernels.runs import CHUNK, CHUNK_ELEMENTS, RUN, Runs, lists_of
 from safefreeze_kernels.optim.state import repack
-from safefreeze_kernels.plan.mask import FreezeMask
+from safefreeze_kernels.plan.mask import FreezeMask, pack_bits, unpack_bits
 
 BY_NAME: dict[str, Any] = {name: backend_state(name) for name in (*BACKENDS, "reference")}
 COMPILED = [name for name in BACKENDS if name != "reference"]
@@ -83,11 +85,9 @@ def random_ages(rng: np.random.Generator, mask: FreezeMask) -> Ages | None:
         return None
     n_rows, n_cols = mask.matrix_shape
     by_row, by_col, by_element = rng.random(3) < (0.6, 0.5, 0.3)
-    return Ages(
-        rng.integers(0, 3, n_rows) if by_row else np.zeros(n_rows, np.int64),
-        rng.integers(0, 3, n_cols) if by_col else np.zeros(n_cols, np.int64),
-        rng.integers(0, 3, (n_rows, n_cols)) if by_element else None,
-    )
+    rows, cols = (rng.integers(0, 3 if by else 1, n) for by, n in ((by_row, n_rows), (by_col, n_cols)))
+    elements = Ages.of_elements(rng.integers(0, 3, (n_rows, n_cols))) if by_element else Ages.none(mask)
+    return replace(elements, rows=rows, cols=cols)
 
 
 SMALL = ((), (1,), (3,), (70,), (0, 5), (4, 0), (1, 1), (5, 7), (9, 33), (2, 3, 5), (3, 2, 2, 9), (33, 8))
@@ -222,7 +222,7 @@ def test_places_follow_the_packed_shape_and_ages_the_elements(whole_state: bool,
         born = np.zeros(mask.matrix_shape, np.int64)
         if age is not None:
             born = np.maximum(age.rows[:, None], age.cols[None, :])
-            born = born if age.elements is None else np.maximum(born, age.elements)
+            born = born if age.elements is None else np.maximum(born, age.table[age.elements])
         births.append(born.reshape(-1))
     for _, tensor, elements, places, born in visits(work, masks):
         assert np.array_equal(places, expected[tensor][elements]), masks[tensor]
@@ -261,16 +261,15 @@ def test_columns_of_many_ages_are_one_part(whole_state: bool) -> None:
 @pytest.mark.parametrize("n_ages", [1, 2, 256, 257, 65_536, 65_537, 65_600])
 def test_any_number_of_ages_is_told_apart(n_ages: int, whole_state: bool) -> None:
     mask = FreezeMask((140_000,), rows=range(0, 40, 4))
-    ages = Ages.none(mask)
-    ages.elements = (np.random.default_rng(n_ages).permutation(140_000) % n_ages * 3).astype(np.int32)[:, None]
-    work = compile_live([mask], [ages], whole_state=whole_state)
+    ages = np.random.default_rng(n_ages).permutation(140_000) % n_ages * 3
+    work = compile_live([mask], [Ages.of_elements(ages[:, None])], whole_state=whole_state)
     live = ~mask.dense().numpy()
     place = np.arange(live.size) if whole_state else np.cumsum(live) - 1
     found = np.full(live.size, -1)
     for _, _, elements, places, born in visits(work, [mask]):
         assert np.array_equal(places, place[elements])
         found[elements] = born
-    assert np.array_equal(found, np.where(live, ages.elements[:, 0], -1))
+    assert np.array_equal(found, np.where(live, ages, -1))
     if n_ages > 1:  # and by kernels
         scalars = np.zeros(len(work.born), SCALARS)
         scalars["bias2_sqrt"], scalars["eps"], scalars["step_size"] = 1.0, 1.0, work.born + 1
@@ -280,7 +279,7 @@ def test_any_number_of_ages_is_told_apart(n_ages: int, whole_state: bool) -> Non
             operands = AdamWOperands([param], *([moment] for moment in moments), grads=[torch.zeros(mask.shape)])
             scalars["beta1"] = 1.0
             BY_NAME[name].adamw_(work, operands, scalars, work.first_born.astype(np.int32), l2=False, amsgrad=False)
-            expected = np.where(live, ages.elements[:, 0] + 1, 0).astype(np.float32)
+            expected = np.where(live, ages + 1, 0).astype(np.float32)
             assert_same_bits(param, torch.from_numpy(expected), name)
     assert len(work.parts) == (1 if n_ages <= 65_536 else 2)
 
@@ -380,6 +379,38 @@ def test_state_moves_from_any_mask_to_any_other(isa: str, seed: int, large: bool
     full[old.dense()] = 0
     got = repack(full[~old.dense()].reshape(old.packed_shape), old, new)
     assert_same_bits(got, full[~new.dense()].reshape(new.packed_shape), f"{full.dtype}, {old} to {new}")
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("n_ages", "becoming"), [(None, 1), (1, 200), (30, 60), (40, 300), (256, 256), (257, 70_000), (70_000, 257)]
+)
+@pytest.mark.parametrize(("numel", "frozen"), [(0, 0.5), (1, 0.5), (71, 0.2), (4096, 1.0), (32_768, 0), (70_001, 0.3)])
+def test_ages_of_elements_turn_as_in_numpy(
+    numel: int, frozen: float, becoming: int, n_ages: int | None, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _C.choose_isa(isa)
+    rng = np.random.default_rng(numel)
+    numbers = None if n_ages is None else rng.integers(0, n_ages, numel).astype(bits_of_masks.narrowest(n_ages))
+    becomes = rng.integers(0, becoming, (4, n_ages or 1)).astype(np.uint32)
+    masks = [pack_bits(rng.random(numel) < frozen) for _ in range(2)]
+    given = numbers, *masks, numel, becomes, bits_of_masks.narrowest(becoming)
+    torch.set_num_threads(2)
+    turned, seen = bits_of_masks.turn(*given)
+    torch.set_num_threads(1)
+    assert bits_of_masks.has_room(turned)
+    for width in (np.uint8, np.uint16, np.uint32):
+        source = rng.integers(0, 200, numel).astype(width)[~unpack_bits(masks[0], (numel,))]
+        moved = [np.full(int((~unpack_bits(masks[1], (numel,))).sum()), 7, width) for _ in range(2)]
+        for target in moved:
+            bits_of_masks.repack(source, masks[0], target, masks[1], numel)
+            monkeypatch.setattr(bits_of_masks, "_C", None)
+        monkeypatch.undo()
+        assert np.array_equal(*moved), width
+    monkeypatch.setattr(bits_of_masks, "_C", None)
+    for got, right in zip((turned, seen), bits_of_masks.turn(*given), strict=True):
+        assert got.dtype == right.dtype and np.array_equal(got, right)
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -658,9 +689,9 @@ def test_threads_do_not_undo_each_other_where_ages_mix(by: str, dtype: torch.dty
     with two parts as large as a chunk, two threads walk the same memory at once, and a third of the attempts fails."""
     rng, shape = np.random.default_rng(3), (16, 4096)
     mask = FreezeMask(shape)
-    ages = Ages.none(mask)
     sizes = {"rows": shape[0], "cols": shape[1], "elements": shape}
-    setattr(ages, by, rng.integers(0, 2, sizes[by]))
+    born = rng.integers(0, 2, sizes[by])
+    ages = Ages.of_elements(born) if by == "elements" else replace(Ages.none(mask), **{by: born})
     work = compile_live([mask], [ages])
     start, grad = (torch.from_numpy(rng.standard_normal(shape, np.float32)).to(dtype) for _ in range(2))
     scalars = np.array(
