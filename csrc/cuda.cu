@@ -1,6 +1,6 @@
 // Kernels over work.h calling arithmetic.h. A block takes one tile; a thread takes a few of its elements at once:
-// whole, that is neighbours, 16 bytes to an access, where all operands are aligned; else apart, with the elements of
-// neighbouring threads side by side. All loads come before the arithmetic.
+// whole, that is neighbours, 16 bytes to an access of the widest operand, where all operands are aligned; else apart,
+// with the elements of neighbouring threads side by side. All loads come before the arithmetic.
 //
 // tests/helpers/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads
 // meet.
@@ -88,12 +88,13 @@ __device__ __forceinline__ T read_anew(const T& shared) {
   return *const_cast<const volatile T*>(&shared);
 }
 
-// n neighbours from the tile's element `here`; a list visits those whose bit is set in `chosen`.
+// n neighbours from the tile's element `here`, held from place `there` on; a list visits those whose bit is set in
+// `chosen`.
 template <int n>
 struct Whole {
   static constexpr int size = n;
   static constexpr bool apart = false;
-  uint32_t here, chosen;
+  uint32_t here, there, chosen;
 
   __device__ __forceinline__ uint32_t in_tensor(int i) const { return here + i; }
 
@@ -101,10 +102,10 @@ struct Whole {
   __device__ __forceinline__ Values<T, n> load(const T* tile) const {
     return *reinterpret_cast<const Values<T, n>*>(tile + here);
   }
-  // From a tensor, or from a packed twin: the places are the same.
+  // From a packed twin, or from a tensor.
   template <typename T>
-  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool) const {
-    return load(tile);
+  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool packed) const {
+    return *reinterpret_cast<const Values<T, n>*>(tile + (packed ? there : here));
   }
   // Values that are not chosen must be what was loaded.
   template <typename T>
@@ -113,11 +114,11 @@ struct Whole {
   }
   template <typename T>
   __device__ __forceinline__ Values<T, n> load_packed(const T* tile) const {
-    return load(tile);
+    return *reinterpret_cast<const Values<T, n>*>(tile + there);
   }
   template <typename T>
   __device__ __forceinline__ void store_packed(T* tile, const Values<T, n>& values) const {
-    store(tile, values);
+    *reinterpret_cast<Values<T, n>*>(tile + there) = values;
   }
 };
 
@@ -175,10 +176,32 @@ __device__ __forceinline__ int64_t misaligned(const T* address) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % access);
 }
 
-// What keeps a tile from being taken whole: lists, and bits that do not begin with a byte.
+// What keeps a tile from being taken whole, n elements at once: pieces of other lengths, and bits that do not begin
+// with a byte.
+template <int n>
 __device__ __forceinline__ int64_t obstacles(const Tile& tile, const TilePart& part) {
-  return part.cols | part.packed_cols | (part.frozen_bits ? tile.start % 8 : 0);
+  return tile.width % n | (part.frozen_bits ? tile.start % 8 : 0);
 }
+
+// Finds the piece that an element of a tile is in. It multiplies: right for numbers below 2^16, of widths below 2^16.
+struct Pieces {
+  uint32_t width, reciprocal;
+
+  static __device__ __forceinline__ Pieces of(const Tile& tile) {
+    const uint32_t width = static_cast<uint32_t>(tile.width);
+    return {width, width > 1 ? 0xffffffffu / width + 1 : 0};
+  }
+  __device__ __forceinline__ uint32_t piece(uint32_t number) const {
+    return width > 1 ? static_cast<uint32_t>(static_cast<uint64_t>(number) * reciprocal >> 32) : number;
+  }
+  // Where an element lies from the tile's first on: in the tensor, and in its twin.
+  __device__ __forceinline__ void find(uint32_t number, const Tile& tile, const TilePart& part, uint32_t& here,
+                                       uint32_t& there) const {
+    const uint32_t which = piece(number), within = number - which * width, listed = tile.at + which;
+    if (part.cols) here = at<const uint32_t>(part.cols)[listed] + within;
+    if (part.packed_cols) there = at<const uint32_t>(part.packed_cols)[listed] + within;
+  }
+};
 
 // Whether bits are set, of `size` (at most 8) elements of one byte or, size 1, of a single element.
 template <int size>
@@ -231,15 +254,17 @@ struct Visited {
 // `slots` apart. `visited`: of a tile of a gapless part, of which `tile` counts the elements then and `part` has no
 // bits.
 template <int n, int slots, typename Take>
-__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, bool frozen, bool whole, Take take,
-                                     const Visited* visited = nullptr) {
+__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, const Pieces& pieces, bool frozen,
+                                     bool whole, Take take, const Visited* visited = nullptr) {
   const uint32_t count = static_cast<uint32_t>(tile.count);
   const uint32_t wholes = whole ? count / n * n : 0;
   const uint32_t none = frozen ? 0u : ~0u;
 #pragma unroll 1
-  for (uint32_t here = threadIdx.x * n; here < wholes; here += threads * n) {
-    const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + here) ^ none : ~0u;
-    take(Whole<n>{here, bits & ((1u << n) - 1u)});
+  for (uint32_t number = threadIdx.x * n; number < wholes; number += threads * n) {
+    const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + number) ^ none : ~0u;
+    Whole<n> places{number, number, bits & ((1u << n) - 1u)};
+    if (pieces.width) pieces.find(number, tile, part, places.here, places.there);
+    take(places);
   }
   // Packed places of a warp begin where 32 bytes do: what is visited there lies side by side.
   const int32_t skew = visited && count ? static_cast<int32_t>(tile.packed % warp) : 0;
@@ -250,13 +275,11 @@ __device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, boo
     places.chosen = places.inside = 0;
 #pragma unroll
     for (int i = 0; i < slots; ++i) {
-      const uint32_t number = first + i * threads, inside = number < count,
-                     listed = tile.at + (inside ? number : count - 1);
-      const uint32_t here = visited     ? visited->element[listed - tile.at]
-                            : part.cols ? at<const uint32_t>(part.cols)[listed]
-                                        : listed - tile.at;
+      const uint32_t inside = first + i * threads < count, number = inside ? first + i * threads : count - 1;
+      uint32_t here = visited ? visited->element[number] : number, there = number;
+      if (pieces.width) pieces.find(number, tile, part, here, there);
       places.here[i] = here;
-      places.there[i] = part.packed_cols ? at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;
+      places.there[i] = there;
       const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;
       places.inside |= inside << i;
       places.chosen |= (inside & bit) << i;
@@ -291,6 +314,7 @@ template <typename Kind>
 struct AdamWTask {
   Tile tile;
   TilePart part;
+  Pieces pieces;
   AdamWTensor tensor;  // from the tile's first element on, as ages
   int64_t grad;
   const Scalars* rows;  // the part's
@@ -314,11 +338,12 @@ struct AdamWTask {
     const int64_t addresses = from.param | g | from.exp_avg | from.exp_avg_sq |
                               (Kind::amsgrad ? from.max_exp_avg_sq : 0) | (Kind::remainder ? from.remainder : 0);
     // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
-    whole = (addresses % access | obstacles(t, of) | of.ages | (of.frozen_bits ? of.shared | of.gapless : 0) |
-             (Kind::stochastic ? t.start % 8 : 0)) == 0;
+    whole = (addresses % access | obstacles<Kind::whole>(t, of) | of.ages |
+             (of.frozen_bits ? of.shared | of.gapless : 0) | (Kind::stochastic ? t.start % 8 : 0)) == 0;
     gapless = of.frozen_bits && of.gapless;
     tile = t;
     part = of;
+    pieces = Pieces::of(t);
     if (of.ages) part.ages += t.packed * 2;
     tensor = from;
     grad = g;
@@ -456,21 +481,23 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
     }
     values.store(task, places);
   };
-  walk<Kind::whole, Kind::apart>(task.tile, task.part, false, task.whole, take, task.gapless ? &visited : nullptr);
+  walk<Kind::whole, Kind::apart>(task.tile, task.part, task.pieces, false, task.whole, take,
+                                 task.gapless ? &visited : nullptr);
 }
 
 template <typename P>
 __global__ void __launch_bounds__(threads)
     scale_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, const float* factor_at) {
   using T = typename P::Stored;
+  constexpr int n = access / sizeof(T);
   const float factor = *factor_at;
   if (factor >= 1.0f) return;
   const Tile tile = work.tiles[blockIdx.x];
   const TilePart part = work.parts[tile.part];
   if (!tensors[tile.tensor].data) return;
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
-  const bool whole = (misaligned(data) | obstacles(tile, part) | (part.frozen_bits ? part.shared : 0)) == 0;
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+  const bool whole = (misaligned(data) | obstacles<n>(tile, part) | (part.frozen_bits ? part.shared : 0)) == 0;
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
     auto values = places.load(data);
 #pragma unroll
     for (int i = 0; i < places.size; ++i) {
@@ -483,13 +510,14 @@ __global__ void __launch_bounds__(threads)
 
 template <typename T>
 __global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors) {
+  constexpr int n = access / sizeof(T);
   const Tile tile = work.tiles[blockIdx.x];
   const TilePart part = work.parts[tile.part];
   if (!tensors[tile.tensor].data) return;
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
   // Written whole, what is not chosen would have to be read first.
-  const bool whole = (misaligned(data) | obstacles(tile, part) | part.frozen_bits) == 0;
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+  const bool whole = (misaligned(data) | obstacles<n>(tile, part) | part.frozen_bits) == 0;
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
     places.store(data, Values<T, std::remove_reference_t<decltype(places)>::size>{});
   });
 }
@@ -497,13 +525,14 @@ __global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ T
 template <typename T>
 __global__ void __launch_bounds__(threads)
     copy_kernel(const __grid_constant__ Tiles work, const PackedTensor* tensors, bool gather) {
+  constexpr int n = access / sizeof(T);
   __shared__ Visited visited;
   Tile tile = work.tiles[blockIdx.x];
   TilePart part = work.parts[tile.part];
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
   T* const twin = at<T>(tensors[tile.tensor].packed) + tile.packed;
   const bool gapless = part.frozen_bits && part.gapless;
-  const bool whole = (misaligned(data) | misaligned(twin) | obstacles(tile, part) | part.frozen_bits) == 0;
+  const bool whole = (misaligned(data) | misaligned(twin) | obstacles<n>(tile, part) | part.frozen_bits) == 0;
   if (gapless) {
     tile.count = static_cast<int32_t>(visited.find(tile, part, work.frozen));
     part.frozen_bits = 0;
@@ -515,7 +544,7 @@ __global__ void __launch_bounds__(threads)
       places.store(data, places.load_packed(twin));
     }
   };
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, take, gapless ? &visited : nullptr);
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, take, gapless ? &visited : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------- norms
@@ -551,6 +580,7 @@ template <typename P, NormKind kind>
 __global__ void __launch_bounds__(threads)
     norm_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, double* partial) {
   using T = typename P::Stored;
+  constexpr int n = 2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8;
   double so_far = 0;
 #pragma unroll 1
   for (int64_t number = blockIdx.x; number < work.n_tiles; number += gridDim.x) {
@@ -558,16 +588,15 @@ __global__ void __launch_bounds__(threads)
     const TilePart part = work.parts[tile.part];
     if (!tensors[tile.tensor].data) continue;
     const T* const data = at<const T>(tensors[tile.tensor].data) + tile.start;
-    const bool whole = (misaligned(data) | obstacles(tile, part)) == 0;
-    walk<2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8, 4>(
-        tile, part, work.frozen, whole, [&](const auto& places) {
-          auto values = places.load(data);
-          if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
+    const bool whole = (misaligned(data) | obstacles<n>(tile, part)) == 0;
+    walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
+      auto values = places.load(data);
+      if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
 #pragma unroll
-          for (int i = 0; i < places.size; ++i) {
-            if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
-          }
-        });
+      for (int i = 0; i < places.size; ++i) {
+        if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
+      }
+    });
   }
   merge_block<kind>(so_far, partial + blockIdx.x);
 }

@@ -99,6 +99,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "many_tiles": [
         (FreezeMask((TILE_ELEMENTS + 9,)), None), (scattered((2, TILE_ELEMENTS + 8), rows=True), None),
         (scattered((2, TILE_ELEMENTS // 2 + 200), elements=True), None), thawed((60, 220), cols=True),
+        (scattered((40, 576), rows=True), None), thawed((70, 264), rows=True),  # several rows to a tile
     ],
     "everything": [
         (FreezeMask((50,)), None), (scattered((5, 257), rows=True), None), (scattered((4, 330), cols=True), None),

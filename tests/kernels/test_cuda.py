@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,9 @@ from other_backends import SUITE, run_suite
 from safefreeze_kernels.kernels import backend as kernels
 from safefreeze_kernels.kernels import cuda, tiles
 from safefreeze_kernels.kernels.backend import Backend
+from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.kernels.tiles import TILE_ELEMENTS, TILE_PART, Tiles
+from safefreeze_kernels.plan.mask import FreezeMask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_STATE = kernels.backend_state("cuda")
@@ -72,6 +76,31 @@ def test_random_programs_on_the_host(native: Any) -> None:
 @needs_gpu
 def test_the_suite_holds_on_a_gpu() -> None:
     run_suite(*SUITE, CONTRACT, least=601, SAFEFREEZE_TEST_BACKEND="cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize(("width", "fill"), [(4096, 0.97), (1024, 0.97), (576, 0.95), (256, 0.97), (24, 0.95)])
+def test_short_rows_fill_tiles(width: int, fill: float) -> None:
+    """80% of the rows frozen, scattered: a block gets nearly as many elements as where nothing is, each once."""
+    rows = 3 * 2**20 // width
+    frozen = np.random.default_rng(width).random(rows) < 0.8
+    mask = FreezeMask((rows, width), rows=frozen)
+    form = Tiles.of(compile_live([mask]), CPU, rows=True)
+    found = form.host_tiles
+    assert found["count"].mean() > fill * TILE_ELEMENTS, f"{len(found)} tiles of {found['count'].mean():.0f} elements"
+    assert found["count"].max() <= TILE_ELEMENTS
+    assert (found["width"] == width).all()
+    assert (found["count"] % width == 0).all()
+    first = form.parts[0].numpy().view(TILE_PART)["cols"].item()
+    starts = np.ctypeslib.as_array((ctypes.c_int32 * int((~frozen).sum())).from_address(first))
+    visited = [
+        tile["start"] + starts[tile["at"] + np.arange(tile["count"]) // width] + np.arange(tile["count"]) % width
+        for tile in found
+    ]
+    assert np.array_equal(np.concatenate(visited), np.flatnonzero(np.repeat(~frozen, width)))
+    assert np.array_equal(found["packed"], np.cumsum(found["count"]) - found["count"]), "state follows in order"
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up
