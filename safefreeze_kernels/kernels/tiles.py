@@ -12,7 +12,11 @@ from torch import Tensor
 from .operands import to_device
 from .parts import Part, RunTable, WorkList, cut
 
-TILE_ELEMENTS: Final = 8192  # of a run: what a block of threads takes
+TILE_ELEMENTS: Final = 8192  # what a block of threads takes at most
+# Where there is less work, tiles are shorter, so that the last blocks end about together: no shorter than what a block
+# loads at once, and as many as a large GPU holds at once eight times over.
+_SHORTEST: Final = 2048
+_ENOUGH_TILES: Final = 4096
 # Mirrors of struct Tile and struct TilePart in csrc/work.h. What counts elements of one tile has 32 bits.
 TILE: Final = np.dtype(
     [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "age", "width")]
@@ -27,7 +31,8 @@ class Tiles:
     """A work list on one device.
 
     ``rows``: whether the backend's kernels take several rows to a tile, as pieces of a width (`Tile` in csrc/work.h);
-    else a list has single elements, and runs of ``_LISTED_BELOW`` elements are tiles of their own.
+    else a list has single elements, runs of ``_LISTED_BELOW`` elements are tiles of their own, and tiles are as long as
+    they may be.
 
     Attributes:
         host_tiles: rows of `TILE`, on the host.
@@ -162,7 +167,9 @@ def _on_host(work: WorkList, in_rows: bool) -> tuple[np.ndarray, np.ndarray, np.
             if values is not None:
                 parts[name][index] = kept.place(values)
     table = RunTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
-    tiles = _tiles(work, table, np.concatenate(list_at), parts, widths)
+    longest = min(max(int(table.counts.sum()) // _ENOUGH_TILES // 1024 * 1024, _SHORTEST), TILE_ELEMENTS)
+    longest = longest if in_rows else TILE_ELEMENTS
+    tiles = _tiles(work, table, np.concatenate(list_at), parts, widths, longest)
     return tiles, parts, lists.all(), bits.all(), ages.all()
 
 
@@ -179,11 +186,13 @@ def _piece(part: Part, runs: RunTable, in_rows: bool) -> int:
     return int(mean < _LISTED_BELOW)
 
 
-def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def _tiles(
+    work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray, widths: np.ndarray, longest: int
+) -> np.ndarray:
     """Rows of `TILE`. ``list_at``: where each run begins in the lists of its part, if that has any; ``widths``: of the
-    pieces of each part."""
+    pieces of each part; ``longest``: elements of a tile, or one piece."""
     width = np.maximum(widths, 1)[table.part]
-    run, offset, count = cut(table.counts, TILE_ELEMENTS // width * width)
+    run, offset, count = cut(table.counts, np.maximum(longest // width, 1) * width)
     tiles = np.zeros(run.size, TILE)
     part = table.part[run]
     tiles["tensor"] = np.array([part.tensor for part in work.parts], np.int64)[part] if run.size else 0
