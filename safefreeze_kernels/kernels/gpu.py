@@ -47,14 +47,14 @@ class StepTables:
     def __init__(self, work: WorkList, operands: AdamWOperands, *, rows: bool) -> None:
         device = operands.params[0].device
         tiles, uploads = Tiles.of(work, device, rows=rows), Uploads(device)
-        rows, self._uploads = uploads.upload(operands.table()), (uploads, tiles.uploads)
+        table, self._uploads = uploads.upload(operands.table()), (uploads, tiles.uploads)
         remainders = operands.remainders or [None] * len(operands.params)
         kinds = [
             (p.dtype, m.dtype, remainder is not None)
             for p, m, remainder in zip(operands.params, operands.exp_avgs, remainders, strict=True)
         ]
         self.launches = [
-            Launch(tiles, tiles.of_tensors(np.array([kind == other for other in kinds], bool)), rows, *kind)
+            Launch(tiles, tiles.of_tensors(np.array([kind == other for other in kinds], bool)), table, *kind)
             for kind in dict.fromkeys(kinds)
         ]
 
