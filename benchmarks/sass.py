@@ -248,7 +248,7 @@ def cuda_kernel(signature: str) -> Kernel:
     if name == "adamw":
         rounding, amsgrad = _ROUNDINGS[int(others[0])], others[1] == "true"
         packed = [sizes[1]] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
-        n = 16 // min(sizes)  # elements a thread takes at once
+        n = 16 // max(sizes)  # elements a thread takes at once: 16 bytes of the widest operand
         variant = [rounding] * (rounding != "nearest") + ["amsgrad"] * amsgrad
         return _adamw("cuda", dtypes, variant, n, sizes[0], packed)
     kind = _NORMS[int(others[0])] if name in ("norm", "total") else f"{others[0]} bytes" if name == "upload" else ""

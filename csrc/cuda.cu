@@ -1,6 +1,6 @@
 // Kernels over work.h calling arithmetic.h. A block takes one tile; a thread takes a few of its elements at once:
-// whole, that is neighbours, 16 bytes to an access, where all operands are aligned; else apart, with the elements of
-// neighbouring threads side by side. All loads come before the arithmetic.
+// whole, that is neighbours, 16 bytes to an access of the widest operand, where all operands are aligned; else apart,
+// with the elements of neighbouring threads side by side. All loads come before the arithmetic.
 //
 // tests/helpers/cuda_on_host runs this file on the host: no warp-wide operations, and barriers only where all threads
 // meet.
@@ -41,8 +41,25 @@ struct F32 {
   }
 };
 
+// A pair is two values of 16 bits in one word, the first in its lower half.
 struct BF16 {
   using Stored = uint16_t;
+  // As `narrow`, but for a NaN, which becomes 0x7fff: one instruction. `mend` turns those into what `narrow` makes.
+  static __device__ __forceinline__ uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    const uint32_t halves[2] = {first != first ? 0x7fffu : to_bf16(first),
+                                second != second ? 0x7fffu : to_bf16(second)};
+    return halves[0] | halves[1] << 16;
+#endif
+  }
+  static __device__ __forceinline__ uint32_t mend(uint32_t pair) {
+    pair ^= (pair & 0xffffu) == 0x7fffu ? 0x3fu : 0u;
+    return pair ^ (pair >> 16 == 0x7fffu ? 0x3f0000u : 0u);
+  }
   static __device__ __forceinline__ float widen(uint16_t stored) { return from_bf16(stored); }
   static __device__ __forceinline__ uint16_t narrow(float value) { return to_bf16(value); }
   static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_bf16(value, noise); }
@@ -63,18 +80,24 @@ struct alignas(n * sizeof(T) < access ? n * sizeof(T) : access) Values {
   T of[n];
 };
 
-// The compiler must have these values in registers here. Between two elements it keeps the work on one from being mixed
-// with that on the other, for which there are not enough registers.
-template <typename T, int n>
-__device__ __forceinline__ void pin(Values<T, n>& values) {
+// Changes values word by word.
+template <typename T, int n, typename Change>
+__device__ __forceinline__ void change_words(Values<T, n>& values, Change change) {
   char* const bytes = reinterpret_cast<char*>(&values);
 #pragma unroll
   for (size_t i = 0; i < sizeof(values) / 4; ++i) {
     uint32_t word;
     std::memcpy(&word, bytes + 4 * i, 4);
-    asm volatile("" : "+r"(word));
+    change(word);
     std::memcpy(bytes + 4 * i, &word, 4);
   }
+}
+
+// The compiler must have these values in registers here. Between two pairs of elements it keeps the work on one from
+// being mixed with that on the other, for which there are not enough registers.
+template <typename T, int n>
+__device__ __forceinline__ void pin(Values<T, n>& values) {
+  change_words(values, [](uint32_t& word) { asm volatile("" : "+r"(word)); });
 }
 
 template <typename... Registers>
@@ -88,12 +111,14 @@ __device__ __forceinline__ T read_anew(const T& shared) {
   return *const_cast<const volatile T*>(&shared);
 }
 
-// n neighbours from the tile's element `here`; a list visits those whose bit is set in `chosen`.
+// n neighbours from the tile's element `here`, held from place `there` on; a list visits those whose bit is set in
+// `chosen`.
 template <int n>
 struct Whole {
   static constexpr int size = n;
   static constexpr bool apart = false;
-  uint32_t here, chosen;
+  static constexpr uint32_t all = (1u << n) - 1u;
+  uint32_t here, there, chosen;
 
   __device__ __forceinline__ uint32_t in_tensor(int i) const { return here + i; }
 
@@ -101,25 +126,32 @@ struct Whole {
   __device__ __forceinline__ Values<T, n> load(const T* tile) const {
     return *reinterpret_cast<const Values<T, n>*>(tile + here);
   }
-  // From a tensor, or from a packed twin: the places are the same.
+  // From a packed twin, or from a tensor.
   template <typename T>
-  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool) const {
-    return load(tile);
+  __device__ __forceinline__ Values<T, n> load_either(const T* tile, bool packed) const {
+    return *reinterpret_cast<const Values<T, n>*>(tile + (packed ? there : here));
   }
-  // Values that are not chosen must be what was loaded.
+  // What is not chosen must be what was loaded: `blend`.
   template <typename T>
   __device__ __forceinline__ void store(T* tile, const Values<T, n>& values) const {
     *reinterpret_cast<Values<T, n>*>(tile + here) = values;
   }
   template <typename T>
   __device__ __forceinline__ Values<T, n> load_packed(const T* tile) const {
-    return load(tile);
+    return *reinterpret_cast<const Values<T, n>*>(tile + there);
   }
   template <typename T>
   __device__ __forceinline__ void store_packed(T* tile, const Values<T, n>& values) const {
-    store(tile, values);
+    *reinterpret_cast<Values<T, n>*>(tile + there) = values;
   }
 };
+
+// The values of elements that are not chosen become the old ones.
+template <typename T, int n>
+__device__ __forceinline__ void blend(Values<T, n>& values, const Values<T, n>& old, uint32_t chosen) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) values.of[i] = chosen >> i & 1 ? values.of[i] : old.of[i];
+}
 
 // n elements anywhere in the tile. Any of them may be read; those not `inside` are others' in truth.
 template <int n>
@@ -175,10 +207,32 @@ __device__ __forceinline__ int64_t misaligned(const T* address) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % access);
 }
 
-// What keeps a tile from being taken whole: lists, and bits that do not begin with a byte.
+// What keeps a tile from being taken whole, n elements at once: pieces of other lengths, and bits that do not begin
+// with a byte.
+template <int n>
 __device__ __forceinline__ int64_t obstacles(const Tile& tile, const TilePart& part) {
-  return part.cols | part.packed_cols | (part.frozen_bits ? tile.start % 8 : 0);
+  return tile.width % n | (part.frozen_bits ? tile.start % 8 : 0);
 }
+
+// Finds the piece that an element of a tile is in. It multiplies: right for numbers below 2^16, of widths below 2^16.
+struct Pieces {
+  uint32_t width, reciprocal;
+
+  static __device__ __forceinline__ Pieces of(const Tile& tile) {
+    const uint32_t width = static_cast<uint32_t>(tile.width);
+    return {width, width > 1 ? 0xffffffffu / width + 1 : 0};
+  }
+  __device__ __forceinline__ uint32_t piece(uint32_t number) const {
+    return width > 1 ? static_cast<uint32_t>(static_cast<uint64_t>(number) * reciprocal >> 32) : number;
+  }
+  // Where an element lies from the tile's first on: in the tensor, and in its twin.
+  __device__ __forceinline__ void find(uint32_t number, const Tile& tile, const TilePart& part, uint32_t& here,
+                                       uint32_t& there) const {
+    const uint32_t which = piece(number), within = number - which * width, listed = tile.at + which;
+    if (part.cols) here = at<const uint32_t>(part.cols)[listed] + within;
+    if (part.packed_cols) there = at<const uint32_t>(part.packed_cols)[listed] + within;
+  }
+};
 
 // Whether bits are set, of `size` (at most 8) elements of one byte or, size 1, of a single element.
 template <int size>
@@ -231,15 +285,17 @@ struct Visited {
 // `slots` apart. `visited`: of a tile of a gapless part, of which `tile` counts the elements then and `part` has no
 // bits.
 template <int n, int slots, typename Take>
-__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, bool frozen, bool whole, Take take,
-                                     const Visited* visited = nullptr) {
+__device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, const Pieces& pieces, bool frozen,
+                                     bool whole, Take take, const Visited* visited = nullptr) {
   const uint32_t count = static_cast<uint32_t>(tile.count);
   const uint32_t wholes = whole ? count / n * n : 0;
   const uint32_t none = frozen ? 0u : ~0u;
 #pragma unroll 1
-  for (uint32_t here = threadIdx.x * n; here < wholes; here += threads * n) {
-    const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + here) ^ none : ~0u;
-    take(Whole<n>{here, bits & ((1u << n) - 1u)});
+  for (uint32_t number = threadIdx.x * n; number < wholes; number += threads * n) {
+    const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + number) ^ none : ~0u;
+    Whole<n> places{number, number, bits & Whole<n>::all};
+    if (pieces.width) pieces.find(number, tile, part, places.here, places.there);
+    take(places);
   }
   // Packed places of a warp begin where 32 bytes do: what is visited there lies side by side.
   const int32_t skew = visited && count ? static_cast<int32_t>(tile.packed % warp) : 0;
@@ -250,13 +306,13 @@ __device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, boo
     places.chosen = places.inside = 0;
 #pragma unroll
     for (int i = 0; i < slots; ++i) {
-      const uint32_t number = first + i * threads, inside = number < count,
-                     listed = tile.at + (inside ? number : count - 1);
-      const uint32_t here = visited     ? visited->element[listed - tile.at]
-                            : part.cols ? at<const uint32_t>(part.cols)[listed]
-                                        : listed - tile.at;
+      const uint32_t inside = first + i * threads < count, number = inside ? first + i * threads : count - 1;
+      // Where registers are scarcest, nothing that threads share is kept from one turn to the next.
+      if constexpr (slots == 1) asm volatile("" ::: "memory");
+      uint32_t here = visited ? visited->element[number] : number, there = number;
+      if (pieces.width) pieces.find(number, tile, part, here, there);
       places.here[i] = here;
-      places.there[i] = part.packed_cols ? at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;
+      places.there[i] = there;
       const uint32_t bit = part.frozen_bits ? bits_of<1>(part, tile.start + here) ^ none : 1u;
       places.inside |= inside << i;
       places.chosen |= (inside & bit) << i;
@@ -282,8 +338,12 @@ struct AdamWKind {
   using State = typename S::Stored;
   static constexpr bool amsgrad = amsgrad_;
   static constexpr bool remainder = rounding == Rounding::remainder, stochastic = rounding == Rounding::stochastic;
-  static constexpr int whole = access / (sizeof(Param) < sizeof(State) ? sizeof(Param) : sizeof(State));
-  static constexpr int apart = stochastic || (amsgrad && remainder) ? 1 : 2;  // as many as there are registers for
+  static constexpr bool nearest = !remainder && !stochastic;
+  // Of the widest operand 16 bytes: those of a warp's threads lie side by side, and of others too.
+  static constexpr int whole = access / (sizeof(Param) > sizeof(State) ? sizeof(Param) : sizeof(State));
+  // As many as there are registers for.
+  static constexpr bool many = amsgrad && remainder;  // operands
+  static constexpr int apart = stochastic || many ? 1 : 2;
 };
 
 // What the threads of a block share: in shared memory it takes up no registers.
@@ -291,6 +351,7 @@ template <typename Kind>
 struct AdamWTask {
   Tile tile;
   TilePart part;
+  Pieces pieces;
   AdamWTensor tensor;  // from the tile's first element on, as ages
   int64_t grad;
   const Scalars* rows;  // the part's
@@ -311,14 +372,17 @@ struct AdamWTask {
     from.max_exp_avg_sq += t.packed * state;
     from.remainder += t.packed * 2;
     if (g) g += (from.packed_grad ? t.packed : t.start) * param;
-    const int64_t addresses = from.param | g | from.exp_avg | from.exp_avg_sq |
-                              (Kind::amsgrad ? from.max_exp_avg_sq : 0) | (Kind::remainder ? from.remainder : 0);
+    const int64_t params = from.param | g,
+                  states = from.exp_avg | from.exp_avg_sq | (Kind::amsgrad ? from.max_exp_avg_sq : 0);
+    constexpr int64_t n = Kind::whole;
     // Whole, frozen elements are written back as they are: no other part may visit them meanwhile.
-    whole = (addresses % access | obstacles(t, of) | of.ages | (of.frozen_bits ? of.shared | of.gapless : 0) |
-             (Kind::stochastic ? t.start % 8 : 0)) == 0;
+    whole = (params % (n * param) | states % (n * state) | (Kind::remainder ? from.remainder % (n * 2) : 0) |
+             obstacles<n>(t, of) | of.ages | (of.frozen_bits ? of.shared | of.gapless : 0) |
+             (Kind::stochastic ? t.start % n : 0)) == 0;
     gapless = of.frozen_bits && of.gapless;
     tile = t;
     part = of;
+    pieces = Pieces::of(t);
     if (of.ages) part.ages += t.packed * 2;
     tensor = from;
     grad = g;
@@ -353,7 +417,10 @@ struct AdamWValues {
   }
 
   template <typename Places>
-  __device__ __forceinline__ void store(const AdamWTask<Kind>& task, const Places& places) const {
+  __device__ __forceinline__ void store(const AdamWTask<Kind>& task, const Places& places) {
+    if constexpr (!Places::apart) {
+      if (places.chosen != Places::all) keep_old(task, places);
+    }
     places.store(at<typename Kind::Param>(task.tensor.param), p);
     places.store_packed(at<typename Kind::State>(task.tensor.exp_avg), m);
     places.store_packed(at<typename Kind::State>(task.tensor.exp_avg_sq), v);
@@ -365,35 +432,82 @@ struct AdamWValues {
     if constexpr (Kind::remainder) {
       return from_remainder(p.of[i], r.of[i]);
     } else {
-      return P::widen(p.of[i]);
+      return widen<P>(p, i);
     }
   }
 
-  // The new values of element i, unless it is frozen. `noise()`: 16 bits, of stochastic rounding.
-  template <typename Noise>
-  __device__ __forceinline__ void keep(int i, bool chosen, float new_p, float new_m, float new_v, float new_v_max,
-                                       Noise noise) {
-    const auto put = [chosen](auto& into, auto value) { into = chosen ? value : into; };
-    put(m.of[i], S::narrow(new_m));
-    put(v.of[i], S::narrow(new_v));
-    if constexpr (Kind::amsgrad) put(v_max.of[i], S::narrow(new_v_max));
-    if constexpr (Kind::remainder) {
-      uint16_t new_r;
-      put(p.of[i], to_remainder(new_p, new_r));
-      put(r.of[i], new_r);
-    } else if constexpr (Kind::stochastic) {
-      put(p.of[i], P::narrow(new_p, noise()));
+  template <typename Storage>
+  static __device__ __forceinline__ float widen(const Values<typename Storage::Stored, n>& values, int i) {
+    if constexpr (n > 2 && std::is_same_v<Storage, BF16>) {  // out of the word it is in, in one instruction
+      uint32_t pair;
+      std::memcpy(&pair, &values.of[i / 2 * 2], 4);
+      return F32::widen(i % 2 ? pair & 0xffff0000u : pair << 16);
     } else {
-      put(p.of[i], P::narrow(new_p));
+      return Storage::widen(values.of[i]);
     }
   }
 
-  __device__ __forceinline__ void finish_element() {
+  // The new values of elements i to i + count - 1. `noise(k)`: 16 bits for element i + k, of stochastic rounding.
+  template <int count, typename Noise>
+  __device__ __forceinline__ void keep(int i, const float (&new_p)[count], const float (&new_m)[count],
+                                       const float (&new_v)[count], const float (&new_v_max)[count], Noise noise) {
+    put<S>(m, i, new_m);
+    put<S>(v, i, new_v);
+    if constexpr (Kind::amsgrad) put<S>(v_max, i, new_v_max);
+    if constexpr (Kind::nearest) put<P>(p, i, new_p);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      some_nan |= new_p[k] != new_p[k];  // where a moment is
+      if constexpr (Kind::remainder) p.of[i + k] = to_remainder(new_p[k], r.of[i + k]);
+      if constexpr (Kind::stochastic) p.of[i + k] = P::narrow(new_p[k], noise(k));
+    }
     if constexpr (n > 1) {
       pin_all(p, g, m, v);
       if constexpr (Kind::amsgrad) pin(v_max);
       if constexpr (Kind::remainder) pin(r);
     }
+  }
+
+  // After the last element.
+  __device__ __forceinline__ void finish() {
+    if (!some_nan) return;
+    mend<S>(m);
+    mend<S>(v);
+    if constexpr (Kind::amsgrad) mend<S>(v_max);
+    if constexpr (Kind::nearest) mend<P>(p);
+  }
+
+ private:
+  bool some_nan = false;
+
+  template <typename Storage, int count>
+  static __device__ __forceinline__ void put(Values<typename Storage::Stored, n>& into, int i,
+                                             const float (&values)[count]) {
+    if constexpr (count == 2 && std::is_same_v<Storage, BF16>) {
+      const uint32_t pair = Storage::narrow_pair(values[0], values[1]);
+      std::memcpy(&into.of[i], &pair, 4);
+    } else {
+#pragma unroll
+      for (int k = 0; k < count; ++k) into.of[i + k] = Storage::narrow(values[k]);
+    }
+  }
+
+  template <typename Storage>
+  static __device__ __forceinline__ void mend(Values<typename Storage::Stored, n>& values) {
+    if constexpr (n % 2 == 0 && std::is_same_v<Storage, BF16>) {
+      change_words(values, [](uint32_t& word) { word = BF16::mend(word); });
+    }
+  }
+
+  // Reads them again: kept since they were loaded, they would take up registers.
+  __device__ __forceinline__ void keep_old(const AdamWTask<Kind>& task, Whole<n> places) {
+    asm volatile("" : "+r"(places.here), "+r"(places.there));
+    const auto again = [&](auto& values, const auto& old) { blend(values, old, places.chosen); };
+    again(p, places.load(at<typename Kind::Param>(task.tensor.param)));
+    again(m, places.load_packed(at<typename Kind::State>(task.tensor.exp_avg)));
+    again(v, places.load_packed(at<typename Kind::State>(task.tensor.exp_avg_sq)));
+    if constexpr (Kind::amsgrad) again(v_max, places.load_packed(at<typename Kind::State>(task.tensor.max_exp_avg_sq)));
+    if constexpr (Kind::remainder) again(r, places.load_packed(at<uint16_t>(task.tensor.remainder)));
   }
 };
 
@@ -421,61 +535,81 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
     AdamWValues<Kind, size> values;
     values.load(task, places);
     [[maybe_unused]] Words eight{};
-    if constexpr (Kind::stochastic) {  // of eight neighbours, or of one element
+    if constexpr (Kind::stochastic) {  // of eight neighbours, of the half of them that these are, or of one element
       uint32_t step = s.step;
       if constexpr (Places::apart) {
         if (task.part.ages) step = task.rows[values.age.of[0]].step;
       }
-      eight = noise_of_eight(launch.seed, step, task.number, (task.tile.start + places.in_tensor(0)) / 8);
+      const int64_t first = task.tile.start + places.in_tensor(0);
+      eight = noise_of_eight(launch.seed, step, task.number, first / 8);
+      if (size == 4 && first & 4) eight = {{eight.word[2], eight.word[3]}};
     }
+    constexpr int count = Places::apart ? 1 : 2;
 #pragma unroll
-    for (int i = 0; i < size; ++i) {
-      float m = S::widen(values.m.of[i]), v = S::widen(values.v.of[i]), v_max = 0.0f;
-      s.eps = read_anew(task.scalars.eps);
-      Scalars own = s;
-      if constexpr (Places::apart) {
-        if (task.part.ages) {
-          const Scalars& row = task.rows[values.age.of[i]];
-          own.step_size = row.step_size;
-          own.bias2_sqrt = row.bias2_sqrt;
+    for (int i = 0; i < size; i += count) {
+      float p[count], m[count], v[count], v_max[count] = {};
+      if constexpr (Kind::many) {
+        s.grad_multiplier = read_anew(task.scalars.grad_multiplier);
+        s.decay = read_anew(task.scalars.decay);
+        s.beta1 = read_anew(task.scalars.beta1);
+        s.one_minus_beta1 = read_anew(task.scalars.one_minus_beta1);
+        s.beta2 = read_anew(task.scalars.beta2);
+        s.one_minus_beta2 = read_anew(task.scalars.one_minus_beta2);
+        s.step_size = read_anew(task.scalars.step_size);
+        s.bias2_sqrt = read_anew(task.scalars.bias2_sqrt);
+        s.eps = read_anew(task.scalars.eps);
+      }
+      const auto update = [&](auto l2) {
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+          Scalars own = s;
+          if constexpr (Places::apart) {
+            if (task.part.ages) {
+              const Scalars& row = task.rows[values.age.of[i + k]];
+              own.step_size = row.step_size;
+              own.bias2_sqrt = row.bias2_sqrt;
+            }
+          }
+          m[k] = values.template widen<S>(values.m, i + k);
+          v[k] = values.template widen<S>(values.v, i + k);
+          if constexpr (amsgrad) v_max[k] = values.template widen<S>(values.v_max, i + k);
+          p[k] = values.param(i + k);
+          const float g = values.template widen<P>(values.g, i + k);
+          safefreeze::adamw<decltype(l2)::value, amsgrad>(p[k], g, m[k], v[k], v_max[k], own);
         }
-      }
-      if constexpr (amsgrad) v_max = S::widen(values.v_max.of[i]);
-      float p = values.param(i);
-      const float g = P::widen(values.g.of[i]);
-      if (launch.l2) {
-        safefreeze::adamw<true, amsgrad>(p, g, m, v, v_max, own);
-      } else {
-        safefreeze::adamw<false, amsgrad>(p, g, m, v, v_max, own);
-      }
-      values.keep(i, places.chosen >> i & 1, p, m, v, v_max, [&] {
-        const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i);
-        return size == 8 ? noise_of(eight, i) : noise_at(eight, element);
+      };
+      launch.l2 ? update(std::true_type{}) : update(std::false_type{});
+      values.template keep<count>(i, p, m, v, v_max, [&](int k) {
+        const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i + k);
+        return size >= 4 ? noise_of(eight, i + k) : noise_at(eight, element);
       });
-      values.finish_element();
     }
+    values.finish();
     values.store(task, places);
   };
-  walk<Kind::whole, Kind::apart>(task.tile, task.part, false, task.whole, take, task.gapless ? &visited : nullptr);
+  walk<Kind::whole, Kind::apart>(task.tile, task.part, task.pieces, false, task.whole, take,
+                                 task.gapless ? &visited : nullptr);
 }
 
 template <typename P>
 __global__ void __launch_bounds__(threads)
     scale_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, const float* factor_at) {
   using T = typename P::Stored;
+  constexpr int n = access / sizeof(T);
   const float factor = *factor_at;
   if (factor >= 1.0f) return;
   const Tile tile = work.tiles[blockIdx.x];
   const TilePart part = work.parts[tile.part];
   if (!tensors[tile.tensor].data) return;
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
-  const bool whole = (misaligned(data) | obstacles(tile, part) | (part.frozen_bits ? part.shared : 0)) == 0;
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+  const bool whole = (misaligned(data) | obstacles<n>(tile, part) | (part.frozen_bits ? part.shared : 0)) == 0;
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
     auto values = places.load(data);
+    const auto old = values;
 #pragma unroll
-    for (int i = 0; i < places.size; ++i) {
-      const T scaled = P::narrow(P::widen(values.of[i]) * factor);
-      values.of[i] = places.chosen >> i & 1 ? scaled : values.of[i];
+    for (int i = 0; i < places.size; ++i) values.of[i] = P::narrow(P::widen(values.of[i]) * factor);
+    if constexpr (!std::remove_reference_t<decltype(places)>::apart) {
+      if (places.chosen != places.all) blend(values, old, places.chosen);
     }
     places.store(data, values);
   });
@@ -483,13 +617,14 @@ __global__ void __launch_bounds__(threads)
 
 template <typename T>
 __global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors) {
+  constexpr int n = access / sizeof(T);
   const Tile tile = work.tiles[blockIdx.x];
   const TilePart part = work.parts[tile.part];
   if (!tensors[tile.tensor].data) return;
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
   // Written whole, what is not chosen would have to be read first.
-  const bool whole = (misaligned(data) | obstacles(tile, part) | part.frozen_bits) == 0;
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, [&](const auto& places) {
+  const bool whole = (misaligned(data) | obstacles<n>(tile, part) | part.frozen_bits) == 0;
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
     places.store(data, Values<T, std::remove_reference_t<decltype(places)>::size>{});
   });
 }
@@ -497,13 +632,14 @@ __global__ void __launch_bounds__(threads) zero_kernel(const __grid_constant__ T
 template <typename T>
 __global__ void __launch_bounds__(threads)
     copy_kernel(const __grid_constant__ Tiles work, const PackedTensor* tensors, bool gather) {
+  constexpr int n = access / sizeof(T);
   __shared__ Visited visited;
   Tile tile = work.tiles[blockIdx.x];
   TilePart part = work.parts[tile.part];
   T* const data = at<T>(tensors[tile.tensor].data) + tile.start;
   T* const twin = at<T>(tensors[tile.tensor].packed) + tile.packed;
   const bool gapless = part.frozen_bits && part.gapless;
-  const bool whole = (misaligned(data) | misaligned(twin) | obstacles(tile, part) | part.frozen_bits) == 0;
+  const bool whole = (misaligned(data) | misaligned(twin) | obstacles<n>(tile, part) | part.frozen_bits) == 0;
   if (gapless) {
     tile.count = static_cast<int32_t>(visited.find(tile, part, work.frozen));
     part.frozen_bits = 0;
@@ -515,7 +651,7 @@ __global__ void __launch_bounds__(threads)
       places.store(data, places.load_packed(twin));
     }
   };
-  walk<access / sizeof(T), 4>(tile, part, work.frozen, whole, take, gapless ? &visited : nullptr);
+  walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, take, gapless ? &visited : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------- norms
@@ -551,6 +687,7 @@ template <typename P, NormKind kind>
 __global__ void __launch_bounds__(threads)
     norm_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, double* partial) {
   using T = typename P::Stored;
+  constexpr int n = 2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8;
   double so_far = 0;
 #pragma unroll 1
   for (int64_t number = blockIdx.x; number < work.n_tiles; number += gridDim.x) {
@@ -558,16 +695,15 @@ __global__ void __launch_bounds__(threads)
     const TilePart part = work.parts[tile.part];
     if (!tensors[tile.tensor].data) continue;
     const T* const data = at<const T>(tensors[tile.tensor].data) + tile.start;
-    const bool whole = (misaligned(data) | obstacles(tile, part)) == 0;
-    walk<2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8, 4>(
-        tile, part, work.frozen, whole, [&](const auto& places) {
-          auto values = places.load(data);
-          if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
+    const bool whole = (misaligned(data) | obstacles<n>(tile, part)) == 0;
+    walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
+      auto values = places.load(data);
+      if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
 #pragma unroll
-          for (int i = 0; i < places.size; ++i) {
-            if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
-          }
-        });
+      for (int i = 0; i < places.size; ++i) {
+        if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
+      }
+    });
   }
   merge_block<kind>(so_far, partial + blockIdx.x);
 }

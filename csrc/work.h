@@ -54,14 +54,14 @@ struct Runs {
   bool frozen;
 };
 
-// The same list as GPU kernels read it. A tile is what one block of threads takes, at most tile_elements elements of a
-// run. Element i is element start + cols[at + i] of the tensor and packed + packed_cols[at + i] of its twin, or
-// start + i and packed + i where a list is missing. Of a gapless part with bits, `packed` is where the tile's first
-// visited element is held.
+// The same list as GPU kernels read it. A tile is what one block of threads takes, at most tile_elements elements: of a
+// run, or whole pieces of `width` elements. Piece k is held from element start + cols[at + k] of the tensor and
+// packed + packed_cols[at + k] of its twin; where a list is missing, pieces follow each other. Without lists width is
+// 0. Of a gapless part with bits, `packed` is where the tile's first visited element is held.
 constexpr int tile_elements = 8192;
 struct Tile {
   int64_t start, packed;
-  int32_t tensor, part, count, at, age, unused;
+  int32_t tensor, part, count, at, age, width;
 };
 struct TilePart {
   int64_t cols, packed_cols, frozen_bits, shared, gapless, ages;  // as in RunPart, in device memory; ages have 2 bytes

@@ -22,6 +22,7 @@ class CudaBackend(GpuBackend):
     """``native``: `_C.cuda`, or the same kernels compiled for the host (tests/helpers/cuda_on_host), on CPU tensors."""
 
     name = "cuda"
+    _rows = True
 
     def __init__(self, native: Any, device_type: str = "cuda") -> None:
         self._native, self._device_type = native, device_type

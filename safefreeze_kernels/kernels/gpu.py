@@ -35,32 +35,34 @@ class StepTables:
     are those of `ADAMW_TENSOR`."""
 
     @classmethod
-    def of(cls, work: WorkList, operands: AdamWOperands) -> StepTables:
-        """The tables of ``operands``, made at first use and kept there."""
+    def of(cls, work: WorkList, operands: AdamWOperands, *, rows: bool) -> StepTables:
+        """The tables of ``operands``, made at first use and kept there; ``rows`` as in `Tiles`."""
         if not isinstance(operands.native, cls):
-            operands.native = cls(work, operands)
+            operands.native = cls(work, operands, rows=rows)
         found: StepTables = operands.native
         for uploads in found._uploads:
             uploads.note_use()
         return found
 
-    def __init__(self, work: WorkList, operands: AdamWOperands) -> None:
+    def __init__(self, work: WorkList, operands: AdamWOperands, *, rows: bool) -> None:
         device = operands.params[0].device
-        tiles, uploads = Tiles.of(work, device), Uploads(device)
-        rows, self._uploads = uploads.upload(operands.table()), (uploads, tiles.uploads)
+        tiles, uploads = Tiles.of(work, device, rows=rows), Uploads(device)
+        table, self._uploads = uploads.upload(operands.table()), (uploads, tiles.uploads)
         remainders = operands.remainders or [None] * len(operands.params)
         kinds = [
             (p.dtype, m.dtype, remainder is not None)
             for p, m, remainder in zip(operands.params, operands.exp_avgs, remainders, strict=True)
         ]
         self.launches = [
-            Launch(tiles, tiles.of_tensors(np.array([kind == other for other in kinds], bool)), rows, *kind)
+            Launch(tiles, tiles.of_tensors(np.array([kind == other for other in kinds], bool)), table, *kind)
             for kind in dict.fromkeys(kinds)
         ]
 
 
 class GpuBackend(abc.ABC):
-    """All operations as launches, which a backend makes."""
+    """All operations as launches, which a backend makes. ``_rows``: its kernels take tiles of rows (`Tiles`)."""
+
+    _rows = False
 
     @abc.abstractmethod
     def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
@@ -94,7 +96,7 @@ class GpuBackend(abc.ABC):
     ) -> None:  # fmt: skip
         if not work.parts:
             return
-        tables = StepTables.of(work, operands)
+        tables = StepTables.of(work, operands, rows=self._rows)
         contents = [
             addresses(operands.grads), seed.to_bytes(8, "little"), np.ascontiguousarray(scalar_set, np.int32).tobytes(),
             scalars.tobytes() if isinstance(scalars, np.ndarray) else b"",
@@ -142,7 +144,7 @@ class GpuBackend(abc.ABC):
         """One for each dtype of ``tensors``; their rows are the addresses of ``addressed``."""
         device = _device(tensors)
         if device is not None:
-            tiles = Tiles.of(work, device)
+            tiles = Tiles.of(work, device, rows=self._rows)
             rows = self._upload(tiles, device, addresses(addressed)).view(torch.int64)
             for dtype, chosen in tiles.by_dtype(tensors):
                 if len(chosen):

@@ -12,19 +12,27 @@ from torch import Tensor
 from .operands import to_device
 from .parts import Part, RunTable, WorkList, cut
 
-TILE_ELEMENTS: Final = 8192  # of a run: what a block of threads takes
+TILE_ELEMENTS: Final = 8192  # what a block of threads takes at most
+# Where there is less work, tiles are shorter, so that the last blocks end about together: no shorter than what a block
+# loads at once, and as many as a large GPU holds at once eight times over.
+_SHORTEST: Final = 2048
+_ENOUGH_TILES: Final = 4096
 # Mirrors of struct Tile and struct TilePart in csrc/work.h. What counts elements of one tile has 32 bits.
 TILE: Final = np.dtype(
-    [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "age", "unused")]
+    [("start", "i8"), ("packed", "i8")] + [(name, "i4") for name in ("tensor", "part", "count", "at", "age", "width")]
 )
 _PART_COLUMNS: Final = ("cols", "packed_cols", "frozen_bits", "shared", "gapless", "ages")
 TILE_PART: Final = np.dtype([(name, "i8") for name in _PART_COLUMNS])
 
-_LISTED_BELOW: Final = 256  # runs shorter than this on average become a list of elements: they would not fill a block
+_LISTED_BELOW: Final = 256  # runs shorter than this on average become a list: they would not fill a block
 
 
 class Tiles:
     """A work list on one device.
+
+    ``rows``: whether the backend's kernels take several rows to a tile, as pieces of a width (`Tile` in csrc/work.h);
+    else a list has single elements, runs of ``_LISTED_BELOW`` elements are tiles of their own, and tiles are as long as
+    they may be.
 
     Attributes:
         host_tiles: rows of `TILE`, on the host.
@@ -37,17 +45,17 @@ class Tiles:
     """
 
     @classmethod
-    def of(cls, work: WorkList, device: torch.device) -> Tiles:
+    def of(cls, work: WorkList, device: torch.device, *, rows: bool = False) -> Tiles:
         """The tiles of ``work`` on ``device``, made at first use; they live as long as ``work``."""
-        found: Tiles | None = work.forms.get(device)
+        found: Tiles | None = work.forms.get((device, rows))
         if found is None:
-            found = work.forms[device] = cls(work, device)
+            found = work.forms[device, rows] = cls(work, device, rows=rows)
         found.uploads.note_use()
         return found
 
-    def __init__(self, work: WorkList, device: torch.device) -> None:
+    def __init__(self, work: WorkList, device: torch.device, *, rows: bool = False) -> None:
         self.frozen, self.uploads = work.frozen, Uploads(device)
-        self.host_tiles, parts, lists, bits, ages = _on_host(work)
+        self.host_tiles, parts, lists, bits, ages = _on_host(work, rows)
         self._lists, self._bits, self._ages = map(self.uploads.upload, (lists, bits, ages))
         bases = {"cols": self._lists, "packed_cols": self._lists, "frozen_bits": self._bits, "ages": self._ages}
         for name, base in bases.items():
@@ -134,23 +142,24 @@ class _Kept:
         return np.concatenate(self._pieces)
 
 
-def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _on_host(work: WorkList, in_rows: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Tiles; parts, with offsets into what follows, or -1; int32 lists, uint8 bits and int16 ages, each of all parts
     end to end."""
     lists, bits, ages = _Kept(np.int32), _Kept(np.uint8, 8), _Kept(np.int16)
     all_runs = work.runs()
     tables, list_at = [all_runs.take(slice(0))], [np.zeros(0, np.int64)]
-    parts = np.full(len(work.parts), -1, TILE_PART)
+    parts, widths = np.full(len(work.parts), -1, TILE_PART), np.zeros(len(work.parts), np.int64)
     parts["shared"], parts["gapless"] = work.shared(), [part.gapless for part in work.parts]
     for index, (part, here) in enumerate(zip(work.parts, all_runs.of_parts(len(work.parts)), strict=True)):
         runs, cols, packed_cols, some_bits = all_runs.take(here), part.cols, part.packed_cols, part.frozen_bits
-        at = np.zeros(runs.counts.size, np.int64)
-        short = runs.counts.size > 1 and runs.counts.sum() < _LISTED_BELOW * runs.counts.size
-        if short and part.shape[0] * part.shape[1] < 2**31:
-            runs, at, cols, packed_cols = _listed(work, part, runs)
-            some_bits = None
+        at, width = np.zeros(runs.counts.size, np.int64), 1 if cols is not None or packed_cols is not None else 0
+        piece = _piece(part, runs, in_rows)
+        if piece:
+            runs, at, cols, packed_cols = _listed(work, part, runs, piece)
+            some_bits, width = None, piece
         tables.append(runs)
         list_at.append(at)
+        widths[index] = width
         for name, values, kept in (
             ("cols", cols, lists), ("packed_cols", packed_cols, lists), ("frozen_bits", some_bits, bits),
             ("ages", part.ages, ages),
@@ -158,18 +167,38 @@ def _on_host(work: WorkList) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
             if values is not None:
                 parts[name][index] = kept.place(values)
     table = RunTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
-    return _tiles(work, table, np.concatenate(list_at), parts), parts, lists.all(), bits.all(), ages.all()
+    longest = min(max(int(table.counts.sum()) // _ENOUGH_TILES // 1024 * 1024, _SHORTEST), TILE_ELEMENTS)
+    longest = longest if in_rows else TILE_ELEMENTS
+    tiles = _tiles(work, table, np.concatenate(list_at), parts, widths, longest)
+    return tiles, parts, lists.all(), bits.all(), ages.all()
 
 
-def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Rows of `TILE`. ``list_at``: where each run begins in the lists of its part, if that has any."""
-    run, offset, count = cut(table.counts, TILE_ELEMENTS)
+def _piece(part: Part, runs: RunTable, in_rows: bool) -> int:
+    """Elements of the pieces that a part is to be listed in; 0: its runs stay as they are."""
+    n_rows, n_cols = part.shape
+    mean = runs.counts.sum() / max(runs.counts.size, 1)
+    if runs.counts.size < 2 or n_rows * n_cols >= 2**31:
+        return 0
+    lists = part.cols, part.packed_cols, part.frozen_bits, part.ages
+    if in_rows and part.packed_width == n_cols <= TILE_ELEMENTS // 2 and all(indices is None for indices in lists):
+        # Rows of other widths are not aligned: as many elements apart are taken from long runs.
+        return n_cols if mean < (_LISTED_BELOW if n_cols % 8 else TILE_ELEMENTS) else 0
+    return int(mean < _LISTED_BELOW)
+
+
+def _tiles(
+    work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarray, widths: np.ndarray, longest: int
+) -> np.ndarray:
+    """Rows of `TILE`. ``list_at``: where each run begins in the lists of its part, if that has any; ``widths``: of the
+    pieces of each part; ``longest``: elements of a tile, or one piece."""
+    width = np.maximum(widths, 1)[table.part]
+    run, offset, count = cut(table.counts, np.maximum(longest // width, 1) * width)
     tiles = np.zeros(run.size, TILE)
     part = table.part[run]
     tiles["tensor"] = np.array([part.tensor for part in work.parts], np.int64)[part] if run.size else 0
-    tiles["part"], tiles["count"], tiles["age"] = part, count, table.age[run]
+    tiles["part"], tiles["count"], tiles["age"], tiles["width"] = part, count, table.age[run], widths[part]
     listed, packed_listed = (parts[name][part] >= 0 for name in ("cols", "packed_cols"))
-    tiles["at"] = np.where(listed | packed_listed, list_at[run] + offset, 0)
+    tiles["at"] = np.where(listed | packed_listed, list_at[run] + offset // width[run], 0)
     tiles["start"] = table.start[run] + np.where(listed, 0, offset)
     tiles["packed"] = table.packed[run] + np.where(packed_listed, 0, offset)
     for index, one in enumerate(work.parts):
@@ -180,28 +209,30 @@ def _tiles(work: WorkList, table: RunTable, list_at: np.ndarray, parts: np.ndarr
 
 
 def _listed(
-    work: WorkList, part: Part, runs: RunTable
+    work: WorkList, part: Part, runs: RunTable, width: int
 ) -> tuple[RunTable, np.ndarray, np.ndarray, np.ndarray | None]:  # fmt: skip
-    """Runs of one part as a run for each age with a list of its elements, and of their packed places unless these
-    follow each other; and where each begins in the lists. Of a live list with bits, those whose bit is clear."""
+    """Runs of one part as a run for each age with a list of its pieces of ``width`` elements, and of their packed
+    places unless these follow each other; and where each begins in the lists. Of a live list with bits, single elements
+    whose bit is clear."""
     runs = runs.take(np.argsort(runs.age, kind="stable"))
     if part.gapless:
         runs = runs._replace(packed=work.gapless_places(part, runs.start))
-    run = np.repeat(np.arange(runs.counts.size), runs.counts)
-    before = np.cumsum(runs.counts) - runs.counts
-    step = np.arange(run.size) - np.repeat(before, runs.counts)
+    pieces = runs.counts // width
+    run = np.repeat(np.arange(pieces.size), pieces)
+    before = np.cumsum(pieces) - pieces
+    step = np.arange(run.size) - np.repeat(before, pieces)
     start, packed = runs.start.min(), runs.packed.min()
-    elements = (runs.start - start)[run] + (step if part.cols is None else part.cols[step])
-    places = (runs.packed - packed)[run] + (step if part.packed_cols is None else part.packed_cols[step])
+    elements = (runs.start - start)[run] + (step * width if part.cols is None else part.cols[step])
+    places = (runs.packed - packed)[run] + (step * width if part.packed_cols is None else part.packed_cols[step])
     if part.frozen_bits is not None:  # its rows share an age
         here = start + elements
         live = np.flatnonzero(part.frozen_bits[here >> 3] >> (here & 7).astype(np.uint8) & 1 == 0)
         elements, places = elements[live], np.arange(live.size) if part.gapless else places[live]
     first = np.flatnonzero(np.diff(runs.age, prepend=-1))
-    at, in_order = before[first], np.array_equal(places, np.arange(places.size))
+    at, in_order = before[first], np.array_equal(places, np.arange(places.size) * width)
     found = RunTable(
-        runs.part[first], np.full(first.size, start), packed + (at if in_order else 0 * at),
-        np.diff(np.append(at, elements.size)), runs.age[first],
+        runs.part[first], np.full(first.size, start), packed + (at * width if in_order else 0 * at),
+        np.diff(np.append(at, elements.size)) * width, runs.age[first],
     )  # fmt: skip
     if np.array_equal(places, elements):
         places = elements

@@ -75,7 +75,7 @@ def ageless(*masks: FreezeMask) -> Layout:
 # both widths at which 16-byte accesses are possible and widths at which they are not.
 LAYOUTS: Mapping[str, Layout] = {
     "freeze_none": ageless(*(FreezeMask(shape) for shape in ((), (3,), (40,), (7, 33), (2, 3, 5), (4, 160)))),
-    "freeze_rows": ageless(*(scattered(shape, rows=True) for shape in ((30,), (9, 24), (7, 320), (5, 257)))),
+    "freeze_rows": ageless(*(scattered(shape, rows=True) for shape in ((30,), (9, 24), (20, 22), (7, 320), (5, 257)))),
     "freeze_cols": ageless(*(scattered(shape, cols=True) for shape in ((9, 40), (3, 450), (2, 2, 21)))),
     "freeze_rows_and_cols": ageless(*(scattered(shape, rows=True, cols=True) for shape in ((9, 40), (5, 450)))),
     "freeze_elements": ageless(*(scattered(shape, elements=True) for shape in ((5,), (8, 24), (3, 330), (9, 33)))),
@@ -99,6 +99,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "many_tiles": [
         (FreezeMask((TILE_ELEMENTS + 9,)), None), (scattered((2, TILE_ELEMENTS + 8), rows=True), None),
         (scattered((2, TILE_ELEMENTS // 2 + 200), elements=True), None), thawed((60, 220), cols=True),
+        (scattered((40, 576), rows=True), None), thawed((70, 264), rows=True),  # several rows to a tile
     ],
     "everything": [
         (FreezeMask((50,)), None), (scattered((5, 257), rows=True), None), (scattered((4, 330), cols=True), None),
@@ -169,6 +170,7 @@ def _cases() -> Iterator[Case]:
         for state in (FP32, BF16):
             yield Case("adamw_", "everything", dtype, options={"state": state, "amsgrad": True, "l2": True})
         yield Case("adamw_", "freeze_elements", dtype, options={"state": BF16})
+        yield Case("adamw_", "freeze_elements", dtype, options={"state": BF16, "whole_state": True, "special": True})
         yield Case("adamw_", "everything", dtype, missing=True, options={"state": BF16})
         yield Case("zero_", "everything", dtype, missing=True)
         yield Case("scale_", "everything", dtype, missing=True, options={"factor": -0.75})

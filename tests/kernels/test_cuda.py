@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,16 @@ import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
+from conftest import assert_same_bits
 from other_backends import SUITE, run_suite
 
 from safefreeze_kernels.kernels import backend as kernels
 from safefreeze_kernels.kernels import cuda, tiles
-from safefreeze_kernels.kernels.backend import Backend
+from safefreeze_kernels.kernels.backend import Backend, choose_backend
+from safefreeze_kernels.kernels.operands import SCALARS, AdamWOperands, adamw_scalars
+from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.kernels.tiles import TILE_ELEMENTS, TILE_PART, Tiles
+from safefreeze_kernels.plan.mask import FreezeMask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_STATE = kernels.backend_state("cuda")
@@ -40,6 +46,13 @@ def on_host(native: Any, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> B
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_the_host(on_host: Backend, case: Case) -> None:
+    check(on_host, CPU, case)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout == "many_tiles"], ids=str)
+def test_long_tiles_on_the_host(monkeypatch: pytest.MonkeyPatch, on_host: Backend, case: Case) -> None:
+    """As they are where there is more work than in any case."""
+    monkeypatch.setattr(tiles, "_SHORTEST", TILE_ELEMENTS)
     check(on_host, CPU, case)
 
 
@@ -72,6 +85,87 @@ def test_random_programs_on_the_host(native: Any) -> None:
 @needs_gpu
 def test_the_suite_holds_on_a_gpu() -> None:
     run_suite(*SUITE, CONTRACT, least=601, SAFEFREEZE_TEST_BACKEND="cuda")
+
+
+# -------------------------------------------------------------------------------------------------------- rounding
+
+
+def all_bfloat16(order: int) -> torch.Tensor:
+    """Every pattern once, NaN payloads included, in one order for each number."""
+    patterns = np.random.default_rng(order).permutation(2**16).astype(np.uint16)
+    return torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
+
+
+def many_floats() -> torch.Tensor:
+    """Beside each bfloat16 what rounds to it and to its neighbours: ties, the next on either side, and others."""
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1234, 0xABCD], np.uint32)
+    bits = (np.arange(2**16, dtype=np.uint32)[:, None] << 16 | low).reshape(-1)
+    return torch.from_numpy(np.random.default_rng(0).permutation(bits).view(np.float32))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["whole", "apart"])
+@pytest.mark.parametrize(
+    ("param", "grad", "betas"),
+    [(all_bfloat16(0), all_bfloat16(1), (0.9, 0.99)), (all_bfloat16(0), all_bfloat16(1), (0.0, 0.0)),
+     (torch.ones(2**19), many_floats(), (0.0, 0.9))],
+    ids=["bfloat16", "bfloat16, no memory", "float32"],
+)  # fmt: skip
+def test_bfloat16_is_rounded_alike(
+    on_host: Backend, offset: int, param: torch.Tensor, grad: torch.Tensor, betas: tuple[float, float]
+) -> None:
+    """To the same bits as `cpu`, which makes one NaN of all: rounded in pairs by the hardware, NaNs become others."""
+    work, scalars = compile_live([FreezeMask((grad.numel(),))]), np.zeros(1, SCALARS)
+    scalars[0] = adamw_scalars(lr=0.5, betas=betas, eps=1e-8, weight_decay=0.1, step=1, decoupled=True)
+
+    def step(backend: Backend) -> list[torch.Tensor]:
+        def at_offset(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values[:offset], values])[offset:]
+
+        zero = torch.zeros(grad.numel(), dtype=torch.bfloat16)
+        moments = [all_bfloat16(2), all_bfloat16(3)] if param.dtype == torch.bfloat16 else [zero, zero]
+        p, g, m, v = (at_offset(values) for values in (param, grad, *moments))
+        operands = AdamWOperands([p], [m], [v])
+        operands.grads = [g]  # type: ignore[assignment]
+        backend.adamw_(work, operands, scalars, np.zeros(1, np.int32), l2=False, amsgrad=False)
+        return [p, m, v]
+
+    for name, got, right in zip("pmv", step(on_host), step(choose_backend("cpu", CPU, "test")), strict=True):
+        assert_same_bits(got, right, name, any_nan=got.dtype == torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize(("width", "fill"), [(4096, 0.97), (1024, 0.97), (576, 0.95), (256, 0.97), (24, 0.95)])
+def test_short_rows_fill_tiles(monkeypatch: pytest.MonkeyPatch, width: int, fill: float) -> None:
+    """80% of the rows frozen, scattered: a block gets nearly as many elements as where nothing is, each once."""
+    monkeypatch.setattr(tiles, "_ENOUGH_TILES", 64)
+    rows = 3 * 2**20 // width
+    frozen = np.random.default_rng(width).random(rows) < 0.8
+    mask = FreezeMask((rows, width), rows=frozen)
+    form = Tiles.of(compile_live([mask]), CPU, rows=True)
+    found = form.host_tiles
+    assert found["count"].mean() > fill * TILE_ELEMENTS, f"{len(found)} tiles of {found['count'].mean():.0f} elements"
+    assert found["count"].max() <= TILE_ELEMENTS
+    assert (found["width"] == width).all()
+    assert (found["count"] % width == 0).all()
+    first = form.parts[0].numpy().view(TILE_PART)["cols"].item()
+    starts = np.ctypeslib.as_array((ctypes.c_int32 * int((~frozen).sum())).from_address(first))
+    visited = [
+        tile["start"] + starts[tile["at"] + np.arange(tile["count"]) // width] + np.arange(tile["count"]) % width
+        for tile in found
+    ]
+    assert np.array_equal(np.concatenate(visited), np.flatnonzero(np.repeat(~frozen, width)))
+    assert np.array_equal(found["packed"], np.cumsum(found["count"]) - found["count"]), "state follows in order"
+
+
+@pytest.mark.parametrize(("millions", "length"), [(1, 2048), (16, 4096), (25, 6144), (64, 8192)])
+def test_little_work_is_cut_into_shorter_tiles(millions: int, length: int) -> None:
+    """So that a GPU's last blocks end about together."""
+    masks = [FreezeMask((2**10, 2**10))] * millions
+    counts = Tiles.of(compile_live(masks), CPU, rows=True).host_tiles["count"]
+    assert counts.max() == length
+    assert counts.sum() == millions * 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up

@@ -382,6 +382,20 @@ MUTANTS: Final = (
         ("kernels/test_cuda.py",),
     ),
     Mutant(
+        "CUDA: an element is looked for in the row before its own",
+        "csrc/cuda.cu",
+        "0xffffffffu / width + 1 : 0",
+        "0xffffffffu / width : 0",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
+        "CUDA: a NaN is left as the hardware rounds it",
+        "csrc/cuda.cu",
+        "    values.finish();\n",
+        "",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
         "compiled: eps is added before the root is taken",
         "csrc/arithmetic.h",
         "(square_root(second_moment) / s.bias2_sqrt + s.eps)",
