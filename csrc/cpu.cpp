@@ -17,19 +17,16 @@ namespace {
 
 constexpr int64_t block = 1024;
 
-template <int width>
-struct WordOf {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<2> {
-  using type = uint16_t;
-};
-
 template <typename T>
 T* at(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
+
+// What moves is moved as bits.
+inline uint32_t* bits_of(float* data) { return reinterpret_cast<uint32_t*>(data); }
+inline const uint32_t* bits_of(const float* data) { return reinterpret_cast<const uint32_t*>(data); }
+inline uint16_t* bits_of(uint16_t* data) { return data; }
+inline const uint16_t* bits_of(const uint16_t* data) { return data; }
 
 int64_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -150,7 +147,6 @@ inline void store_some(uint16_t* data, __mmask16 some, __m512i values) {
 }
 constexpr bool picks_columns_by_bits = true;
 #define SAFEFREEZE_SIXTEEN  // the step takes sixteen at a time, in registers, and leaves alone those it is told to
-constexpr bool steps_among = true;
 
 template <typename T>
 inline void pick_16(const T* data, uint64_t picked, T* out) {
@@ -204,7 +200,6 @@ void put_by_bits(const T* values, const Bits& bits, T* data) {
 }
 #else
 constexpr bool picks_columns_by_bits = false;
-constexpr bool steps_among = false;
 
 #if defined(__AVX2__)
 // Eight neighbours at a time, in whole vectors too. Of every eight bits: which neighbours are picked, one after the
@@ -466,10 +461,7 @@ struct Block {
   int64_t n;
 };
 
-// Of a part with bits a block is as many neighbours as it has room for of those that are picked. Small ones, so that
-// the next is picked while the divisions of the one before are under way.
-constexpr int64_t picked_block = 512;
-
+// Of a part with bits a block is as many neighbours as it has room for of those that are picked.
 template <typename Step>
 void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
   const RunPart& part = work.parts[chunk.part];
@@ -479,8 +471,7 @@ void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
     for (int64_t done = 0; done < run.count;) {
       Place place{run.start + done}, packed{run.packed + (part.gapless ? picked : done)};
       place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};
-      const int64_t left = run.count - done, most = part.gapless || left < block ? left : block;
-      const int64_t n = place.bits.grow(most, picked_block), span = place.bits.span;
+      const int64_t n = place.bits.grow(run.count - done, block), span = place.bits.span;
       if (n == span) place.bits = {};
       place.followed = run.count - done - ahead;
       place.shared = packed.shared = part.shared != 0;
@@ -602,21 +593,18 @@ inline void keep_param(Floats value, Integers& stored, Integers& extra) {
                                               : bf16_of((Integers)value);
 }
 
-inline Floats read_16(const float* data) { return (Floats)load_16(reinterpret_cast<const uint32_t*>(data)); }
+inline Floats read_16(const float* data) { return (Floats)load_16(bits_of(data)); }
 inline Integers read_16(const uint16_t* data) { return (Integers)load_16(data); }
-inline Floats read_some(const float* data, __mmask16 some) {
-  return (Floats)load_some(reinterpret_cast<const uint32_t*>(data), some);
-}
+inline Floats read_some(const float* data, __mmask16 some) { return (Floats)load_some(bits_of(data), some); }
 inline Integers read_some(const uint16_t* data, __mmask16 some) { return (Integers)load_some(data, some); }
 
 // Writes those that are `live` of sixteen. `whole`: of the others the bits that `data` has, which are those of `was`.
 template <bool whole, typename T, typename Sixteen>
 inline void write_16(T* data, __mmask16 live, Sixteen was, Sixteen now) {
-  using Bits = typename WordOf<sizeof(T)>::type;
   if (whole) {
-    store_16(reinterpret_cast<Bits*>(data), _mm512_mask_blend_epi32(live, (__m512i)was, (__m512i)now));
+    store_16(bits_of(data), _mm512_mask_blend_epi32(live, (__m512i)was, (__m512i)now));
   } else {
-    store_some(reinterpret_cast<Bits*>(data), live, (__m512i)now);
+    store_some(bits_of(data), live, (__m512i)now);
   }
 }
 #endif
@@ -844,7 +832,84 @@ void make_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
   });
 }
 
+#if defined(SAFEFREEZE_SIXTEEN)
+// Single elements of float32 or bfloat16, rounded to nearest or with remainders, without a block's preparations. State
+// without gaps meets what is picked of p and g, a few hundred at a time: while their divisions are under way the next
+// are picked. Where state lies as its tensor does nothing is picked, and what is frozen is stepped over in place.
+template <typename P>
+void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTensor& tensor, int64_t grad) {
+  constexpr int64_t few = 512;
+  alignas(64) P p_picked[few + slack], g_picked[few + slack];
+  alignas(64) Aged aged;
+  const RunPart& part = launch.work.parts[chunk.part];
+  const Scalars* const rows = launch.scalars + launch.scalar_set[chunk.part];
+  const bool bf16 = launch.state_dtype[part.tensor] == static_cast<int32_t>(DType::bf16), gapless = part.gapless != 0;
+  const AdamWBlock step =
+      (bf16 ? choose_block<uint16_t> : choose_block<float>)(sizeof(P) == 2,
+                                                            tensor.remainder ? Rounding::remainder : Rounding::nearest,
+                                                            launch.l2, launch.amsgrad, part.ages != 0);
+  for (int64_t r = chunk.begin; r < chunk.end; ++r) {
+    const Run& run = launch.work.runs[r];
+    P* p = at<P>(tensor.param) + run.start;
+    const P* g = at<const P>(grad) + run.start;
+    Bits bits{at<const uint8_t>(part.frozen_bits), run.start, 0, ~0u};
+    for (int64_t packed = run.packed, left = run.count; left;) {
+      bits.span = left < block ? left : block;
+      const auto state = [&](int64_t address) -> void* { return at<char>(address + packed * (bf16 ? 2 : 4)); };
+      Elements e{p,
+                 g,
+                 state(tensor.exp_avg),
+                 state(tensor.exp_avg_sq),
+                 state(tensor.max_exp_avg_sq),
+                 at<uint16_t>(tensor.remainder + packed * 2),
+                 &aged,
+                 bits,
+                 bits.span,
+                 left - ahead};
+      if (gapless) {
+        bits.span = 0;
+        e.n = bits.grow(left, few);
+        e.live = {};
+      }
+      const bool picked = e.n < bits.span;
+      if (picked) {
+        pick_by_bits(bits_of(p), bits, bits_of(p_picked), left - ahead);
+        pick_by_bits(bits_of(g), bits, bits_of(g_picked), left - ahead);
+        e.p = p_picked;
+        e.g = g_picked;
+      }
+      if (part.ages) {
+        const Place here{packed};
+        (part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(part, here, e.n, rows, false, aged);
+      }
+      step(e, *rows);
+      if (picked) put_by_bits(bits_of(p_picked), bits, bits_of(p));
+      packed += e.n;
+      p += bits.span;
+      g += bits.span;
+      left -= bits.span;
+      bits.first += bits.span;
+    }
+  }
+}
+
+// Whether a chunk was one of `adamw_singles`, which are done then.
+bool done_as_singles(const AdamWLaunch& launch, const Chunk& chunk) {
+  const RunPart& part = launch.work.parts[chunk.part];
+  const AdamWTensor& tensor = launch.tensors[part.tensor];
+  const DType dtype = static_cast<DType>(launch.param_dtype[part.tensor]);
+  const bool stochastic = launch.stochastic && dtype == DType::bf16 && !tensor.remainder;
+  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16) return false;
+  const int64_t grad = launch.grads[part.tensor].data;
+  if (grad) (dtype == DType::f32 ? adamw_singles<float> : adamw_singles<uint16_t>)(launch, chunk, tensor, grad);
+  return true;
+}
+#endif
+
 void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
+#if defined(SAFEFREEZE_SIXTEEN)
+  if (done_as_singles(launch, launch.work.chunks[chunk])) return;
+#endif
   alignas(64) Stage stage[6];
   alignas(64) Aged aged;
   walk(launch.work, chunk, [&](const Block& b) {
@@ -856,43 +921,36 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const Scalars* const rows = launch.scalars + launch.scalar_set[b.part_index] + b.age;
     const Aged* const by_age = b.part.ages ? &aged : nullptr;
     const bool stochastic = launch.stochastic && dtype != DType::f32 && !tensor.remainder;
-    // State that lies as its tensor does is stepped where it is, with what is frozen among it.
-    const Bits live = b.place.bits;
-    const bool some = steps_among && live.bytes && !b.place.cols && !b.packed.together() && !b.place.shared &&
-                      !stochastic && dtype != DType::f16;
-    Place place = b.place, packed = b.packed;
-    if (some) place.bits = packed.bits = {};
-    const int64_t n = some ? live.span : b.n;
     if (by_age) {
-      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, packed, n, rows, stochastic, aged);
+      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, stochastic, aged);
     }
-    const Operand p = operand(dtype, tensor.param, place, n, stage[0]);
-    const Operand g = operand(dtype, grad, tensor.packed_grad ? packed : place, n, stage[1]);
-    const Operand m = operand(state, tensor.exp_avg, packed, n, stage[2]);
-    const Operand v = operand(state, tensor.exp_avg_sq, packed, n, stage[3]);
-    const Operand x =
-        launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, packed, n, stage[4]) : Operand{nullptr, false, false};
+    const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
+    const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1]);
+    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);
+    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3]);
+    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4])
+                                     : Operand{nullptr, false, false};
     Operand extra{nullptr, true, false};
     Rounding rounding = Rounding::nearest;
     if (tensor.remainder) {
       rounding = Rounding::remainder;
-      extra = operand(DType::bf16, tensor.remainder, packed, n, stage[5]);
+      extra = operand(DType::bf16, tensor.remainder, b.packed, b.n, stage[5]);
     } else if (stochastic) {
       rounding = Rounding::stochastic;
       extra.data = stage[5];
-      make_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), place, n,
+      make_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place, b.n,
                  static_cast<uint16_t*>(extra.data));
     }
     const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
-    const int64_t followed = p.staged ? n : place.followed;
+    const int64_t followed = p.staged ? b.n : b.place.followed;
     choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(
-        {p.data, g.data, m.data, v.data, x.data, extras, by_age, some ? live : Bits{}, n, followed}, *rows);
-    put_back(p, dtype, tensor.param, place, n, rounding == Rounding::stochastic ? extras : nullptr);
-    put_back(m, state, tensor.exp_avg, packed, n);
-    put_back(v, state, tensor.exp_avg_sq, packed, n);
-    put_back(x, state, tensor.max_exp_avg_sq, packed, n);
-    put_back(extra, DType::bf16, tensor.remainder, packed, n);
+        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed}, *rows);
+    put_back(p, dtype, tensor.param, b.place, b.n, rounding == Rounding::stochastic ? extras : nullptr);
+    put_back(m, state, tensor.exp_avg, b.packed, b.n);
+    put_back(v, state, tensor.exp_avg_sq, b.packed, b.n);
+    put_back(x, state, tensor.max_exp_avg_sq, b.packed, b.n);
+    put_back(extra, DType::bf16, tensor.remainder, b.packed, b.n);
   });
 }
 
