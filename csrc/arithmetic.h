@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if defined(__CUDACC__)
 #define SAFEFREEZE_INLINE __host__ __device__ __forceinline__
 #else
@@ -34,17 +38,25 @@ SAFEFREEZE_INLINE float square_root(float x) {
 #endif
 }
 
-// One element of Adam(W). `l2` adds weight_decay * p to the gradient; `amsgrad` divides by the running maximum,
-// which keeps NaN as torch.maximum does.
-template <bool l2, bool amsgrad>
-SAFEFREEZE_INLINE void adamw(float& p, float g, float& m, float& v, float& v_max, const Scalars& s) {
+#if defined(__AVX512F__)
+// Sixteen elements in a register, for what is written once for one or sixteen.
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Integers __attribute__((vector_size(64)));
+
+SAFEFREEZE_INLINE Floats square_root(Floats x) { return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
+#endif
+
+// Adam(W) of one element, or of several whose scalars may differ. `l2` adds weight_decay * p to the gradient; `amsgrad`
+// divides by the running maximum, which keeps NaN as torch.maximum does.
+template <bool l2, bool amsgrad, typename Float, typename Own>
+SAFEFREEZE_INLINE void adamw(Float& p, Float g, Float& m, Float& v, Float& v_max, const Own& s) {
   g = g * s.grad_multiplier;
   if (l2) g = g + s.weight_decay * p;
   m = s.beta1 * m + s.one_minus_beta1 * g;
   v = s.beta2 * v + s.one_minus_beta2 * (g * g);
-  float second_moment = v;
+  Float second_moment = v;
   if (amsgrad) {
-    v_max = (v > v_max || v != v) ? v : v_max;
+    v_max = ((v > v_max) | (v != v)) ? v : v_max;
     second_moment = v_max;
   }
   p = s.decay * p - s.step_size * m / (square_root(second_moment) / s.bias2_sqrt + s.eps);
@@ -62,12 +74,17 @@ SAFEFREEZE_INLINE float from_bf16(uint16_t stored) {
   return x.value;
 }
 
+// Of the bits of one float32 or of several, those of the nearest bfloat16.
+template <typename Word>
+SAFEFREEZE_INLINE Word bf16_of(Word bits) {
+  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? Word{} + 0x7fc0u : rounded;
+}
+
 SAFEFREEZE_INLINE uint16_t to_bf16(float value) {
   FloatBits x;
   x.value = value;
-  const uint32_t rounded = (x.bits + 0x7fffu + ((x.bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (x.bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(bf16_of(x.bits));
 }
 
 SAFEFREEZE_INLINE float from_f16(uint16_t stored) {
@@ -104,28 +121,44 @@ SAFEFREEZE_INLINE uint16_t to_f16(float value) {
 // ties to even one could not tell which way they went); a NaN loses its payload. A weight that was written from outside
 // meets a remainder that is not its own: their master still rounds to the weight. Only where the bits would be a NaN's
 // (zero has no neighbour below, infinity none above) the master is the weight itself.
+template <typename Word>
+SAFEFREEZE_INLINE Word master_of(Word stored, Word remainder) {
+  const Word bits = ((stored - (remainder >> 15)) << 16) | remainder;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? stored << 16 : bits;
+}
+
+template <typename Word>
+SAFEFREEZE_INLINE Word split_master(Word bits, Word& remainder) {
+  bits = (bits & 0x7fffffffu) > 0x7f800000u ? Word{} + 0x7fc00000u : bits;
+  remainder = bits & 0xffffu;
+  return (bits + 0x8000u) >> 16;
+}
+
 SAFEFREEZE_INLINE float from_remainder(uint16_t stored, uint16_t remainder) {
   FloatBits x;
-  x.bits = ((static_cast<uint32_t>(stored) - (remainder >> 15)) << 16) | remainder;
-  const bool is_nan = (x.bits & 0x7fffffffu) > 0x7f800000u;
-  x.bits = is_nan ? static_cast<uint32_t>(stored) << 16 : x.bits;
+  x.bits = master_of<uint32_t>(stored, remainder);
   return x.value;
 }
 
 SAFEFREEZE_INLINE uint16_t to_remainder(float value, uint16_t& remainder) {
   FloatBits x;
   x.value = value;
-  if ((x.bits & 0x7fffffffu) > 0x7f800000u) x.bits = 0x7fc00000u;
-  remainder = static_cast<uint16_t>(x.bits);
-  return static_cast<uint16_t>((x.bits + 0x8000u) >> 16);
+  uint32_t lower;
+  const uint32_t upper = split_master(x.bits, lower);
+  remainder = static_cast<uint16_t>(lower);
+  return static_cast<uint16_t>(upper);
 }
 
 // Stochastic rounding: up with the probability that makes the expected result exact, to 16 bits. `noise` is uniform.
+template <typename Word>
+SAFEFREEZE_INLINE Word bf16_of(Word bits, Word noise) {
+  return (bits & 0x7fffffffu) > 0x7f800000u ? Word{} + 0x7fc0u : (bits + noise) >> 16;
+}
+
 SAFEFREEZE_INLINE uint16_t to_bf16(float value, uint16_t noise) {
   FloatBits x;
   x.value = value;
-  const bool is_nan = (x.bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(is_nan ? 0x7fc0u : (x.bits + noise) >> 16);
+  return static_cast<uint16_t>(bf16_of<uint32_t>(x.bits, noise));
 }
 
 SAFEFREEZE_INLINE uint16_t to_f16(float value, uint16_t noise) {

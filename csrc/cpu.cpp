@@ -22,6 +22,12 @@ T* at(int64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
+// What moves is moved as bits.
+inline uint32_t* bits_of(float* data) { return reinterpret_cast<uint32_t*>(data); }
+inline const uint32_t* bits_of(const float* data) { return reinterpret_cast<const uint32_t*>(data); }
+inline uint16_t* bits_of(uint16_t* data) { return data; }
+inline const uint16_t* bits_of(const uint16_t* data) { return data; }
+
 int64_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // ------------------------------------------------------------------------------------------------ picking elements
@@ -41,21 +47,27 @@ struct Bits {
     if (shift) word = word >> shift | static_cast<uint64_t>(from[8]) << (64 - shift);
     return flip ? ~word : word;
   }
+  // The same of sixteen, in the low bits.
+  uint32_t sixteen(int64_t i) const {
+    uint32_t word;
+    memcpy(&word, bytes + ((first + i) >> 3), 4);
+    return (word >> (first & 7) ^ flip) & 0xffffu;
+  }
   // Those of the last few, fewer than 64.
   uint64_t rest(int64_t i) const { return i < span ? whole(i) & ((uint64_t(1) << (span - i)) - 1u) : 0; }
 
-  // Lets the span grow to as many of `most` neighbours as a block has room for. How many of them are picked.
-  int64_t grow(int64_t most) {
+  // Lets the span grow to as many of `most` neighbours as there is room for. How many of them are picked.
+  int64_t grow(int64_t most, int64_t room) {
     int64_t picks = 0;
     for (; span + 64 <= most; span += 64) {
       const int more = __builtin_popcountll(whole(span));
-      if (picks + more > block) return picks;
+      if (picks + more > room) return picks;
       picks += more;
     }
     const int64_t before = span;
     span = most;
     const int more = __builtin_popcountll(rest(before));
-    if (picks + more <= block) return picks + more;
+    if (picks + more <= room) return picks + more;
     span = before;
     return picks;
   }
@@ -80,14 +92,18 @@ struct Place {
   const int32_t* cols = nullptr;
   const Run* rows = nullptr;
   int64_t picks = 0;
-  int64_t n_rows = 0;   // rows from `rows` on in this chunk: more than the block has, if others follow
-  bool shared = false;  // other threads may be writing to the elements between: touch none but one's own
+  int64_t followed = 0;  // from element `start` on, how many have an element of the run `ahead` of them
+  int64_t n_rows = 0;    // rows from `rows` on in this chunk: more than the block has, if others follow
+  bool shared = false;   // other threads may be writing to the elements between: touch none but one's own
 
   bool together() const { return !cols && !bits.bytes; }
   int64_t row_start(int64_t row) const { return rows ? rows[row].start : start; }
   // The row to fetch while `row` is picked: two ahead, since hardware prefetchers lose their way among picks (Zen 5).
   int64_t row_to_fetch(int64_t row) const { return row_start(row + 2 < n_rows ? row + 2 : row); }
 };
+
+// How far ahead memory is fetched within a run: hardware prefetchers stop at the end of every page.
+constexpr int64_t ahead = 256;
 
 template <typename T>
 inline void prefetch(const T* data) {
@@ -130,6 +146,7 @@ inline void store_some(uint16_t* data, __mmask16 some, __m512i values) {
   _mm256_mask_storeu_epi16(data, some, _mm512_maskz_cvtepi32_epi16(0xffff, values));
 }
 constexpr bool picks_columns_by_bits = true;
+#define SAFEFREEZE_SIXTEEN  // the step takes sixteen at a time, in registers, and leaves alone those it is told to
 
 template <typename T>
 inline void pick_16(const T* data, uint64_t picked, T* out) {
@@ -142,9 +159,10 @@ inline void put_16(const T* values, uint64_t picked, T* data) {
 inline int count_16(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xffff)); }
 
 template <typename T>
-void pick_by_bits(const T* data, const Bits& bits, T* out) {
+void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
   int64_t i = 0;
   for (; i + 64 <= bits.span; i += 64) {
+    for (int k = 0; i < followed && k < 64; k += 16) prefetch(data + i + k + ahead);
     const uint64_t picked = bits.whole(i);
     if (!picked) continue;
     for (int k = 0; k < 64; k += 16) {
@@ -255,9 +273,10 @@ inline void put_8(const T* __restrict values, uint64_t picked, T* data) {
 inline int count_8(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xff)); }
 
 template <typename T>
-void pick_by_bits(const T* data, const Bits& bits, T* out) {
+void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
   int64_t i = 0;
   for (; i + 64 <= bits.span; i += 64) {
+    for (int k = 0; i < followed && k < 64; k += 16) prefetch(data + i + k + ahead);
     const uint64_t picked = bits.whole(i);
     if (!picked) continue;
     for (int k = 0; k < 64; k += 8) {
@@ -314,7 +333,7 @@ template <typename T>
 void pick(const T* data, const Place& place, int64_t n, T* __restrict out) {
   if (!place.cols) {
     const T* here = data + place.start;
-    if (!place.shared) return pick_by_bits(here, place.bits, out);
+    if (!place.shared) return pick_by_bits(here, place.bits, out, place.followed);
     return place.bits.each([&](int64_t i) { *out++ = here[i]; });
   }
   for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
@@ -452,8 +471,9 @@ void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
     for (int64_t done = 0; done < run.count;) {
       Place place{run.start + done}, packed{run.packed + (part.gapless ? picked : done)};
       place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};
-      const int64_t n = place.bits.grow(run.count - done), span = place.bits.span;
+      const int64_t n = place.bits.grow(run.count - done, block), span = place.bits.span;
       if (n == span) place.bits = {};
+      place.followed = run.count - done - ahead;
       place.shared = packed.shared = part.shared != 0;
       if (!part.gapless) packed.bits = place.bits;
       if (n) step(Block{part, chunk.part, 0, place, packed, n});
@@ -489,6 +509,7 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
     for (int64_t done = 0; done < run.count;) {
       int64_t n = run.count - done < block ? run.count - done : block;
       Place place{run.start + (cols ? 0 : done)};
+      if (!cols) place.followed = run.count - done - ahead;
       if (cols) {
         place.cols = cols + done;
         place.rows = &run;
@@ -496,7 +517,7 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
         if (col_bits) {
           const int64_t last = cols[run.count - 1] + 1;
           place.bits = {col_bits, from, 0, 0};
-          n = place.bits.grow(last - from);
+          n = place.bits.grow(last - from, block);
           from += place.bits.span;
         }
         place.picks = n;
@@ -546,41 +567,149 @@ inline void keep_param(float value, uint16_t& stored, uint16_t& extra) {
                                               : to_bf16(value);
 }
 
+#if defined(SAFEFREEZE_SIXTEEN)
+// The same of sixteen in registers, where bits of bfloat16 and of extras are words.
+inline Floats value_of(Floats stored) { return stored; }
+inline Floats value_of(Integers stored) { return (Floats)(stored << 16); }
+inline void keep(Floats value, Floats& stored) { stored = value; }
+inline void keep(Floats value, Integers& stored) { stored = bf16_of((Integers)value); }
+
+template <Rounding rounding>
+inline Floats param_of(Floats stored, Integers) {
+  return stored;
+}
+template <Rounding rounding>
+inline Floats param_of(Integers stored, Integers extra) {
+  return rounding == Rounding::remainder ? (Floats)master_of(stored, extra) : value_of(stored);
+}
+template <Rounding rounding>
+inline void keep_param(Floats value, Floats& stored, Integers&) {
+  stored = value;
+}
+template <Rounding rounding>
+inline void keep_param(Floats value, Integers& stored, Integers& extra) {
+  stored = rounding == Rounding::remainder    ? split_master((Integers)value, extra)
+           : rounding == Rounding::stochastic ? bf16_of((Integers)value, extra)
+                                              : bf16_of((Integers)value);
+}
+
+inline Floats read_16(const float* data) { return (Floats)load_16(bits_of(data)); }
+inline Integers read_16(const uint16_t* data) { return (Integers)load_16(data); }
+inline Floats read_some(const float* data, __mmask16 some) { return (Floats)load_some(bits_of(data), some); }
+inline Integers read_some(const uint16_t* data, __mmask16 some) { return (Integers)load_some(data, some); }
+
+// Writes those that are `live` of sixteen. `whole`: of the others the bits that `data` has, which are those of `was`.
+template <bool whole, typename T, typename Sixteen>
+inline void write_16(T* data, __mmask16 live, Sixteen was, Sixteen now) {
+  if (whole) {
+    store_16(bits_of(data), _mm512_mask_blend_epi32(live, (__m512i)was, (__m512i)now));
+  } else {
+    store_some(bits_of(data), live, (__m512i)now);
+  }
+}
+#endif
+
+// One element, or sixteen in registers, as they are stored.
+template <Rounding rounding, bool l2, bool amsgrad, typename P, typename S, typename Extra, typename Own>
+SAFEFREEZE_INLINE void adamw_stored(P& p, P g, S& m, S& v, S& x, Extra& extra, const Own& s) {
+  auto param = param_of<rounding>(p, extra);
+  auto first = value_of(m), second = value_of(v), largest = amsgrad ? value_of(x) : second;
+  adamw<l2, amsgrad>(param, value_of(g), first, second, largest, s);
+  keep_param<rounding>(param, p, extra);
+  keep(first, m);
+  keep(second, v);
+  if (amsgrad) keep(largest, x);
+}
+
 // What depends on age, of each element of a block.
 struct Aged {
   float step_size[block + slack], bias2_sqrt[block + slack];
   uint32_t step[block];  // of stochastic rounding
 };
 
+// What a step works on: `n` elements side by side, each operand float32 or bfloat16.
+struct Elements {
+  void* p;
+  const void* g;
+  void *m, *v, *x;
+  uint16_t* extras;
+  const Aged* aged;
+  Bits live;  // which of them are to be stepped; the others stay as they are. Without bytes: all are
+  int64_t n;
+  int64_t followed;  // how many have elements of the same run `ahead` of them
+};
+
+#if defined(SAFEFREEZE_SIXTEEN)
+// Those of sixteen neighbours that are `live`. `whole`: all lie within the block. Whatever is computed of the others is
+// dropped.
+template <bool whole, Rounding rounding, bool l2, bool amsgrad, bool by_age, typename P, typename S>
+SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* extras, const Aged& aged, int64_t i,
+                                uint32_t live, const Scalars& s) {
+  const auto read = [&](const auto* data) { return whole ? read_16(data + i) : read_some(data + i, live); };
+  const auto p_was = read(p);
+  const auto m_was = read(m), v_was = read(v);
+  auto p_now = p_was;
+  auto m_now = m_was, v_now = v_was, x_now = amsgrad ? read(x) : m_was;
+  const Integers extra_was = rounding == Rounding::nearest ? Integers{} : read(extras);
+  const auto x_was = x_now;
+  Integers extra_now = extra_was;
+  if (by_age) {
+    struct Own : Scalars {
+      Floats step_size, bias2_sqrt;
+    } own{s, read_16(aged.step_size + i), read_16(aged.bias2_sqrt + i)};
+    adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, own);
+  } else {
+    adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, s);
+  }
+  write_16<whole>(p + i, live, p_was, p_now);
+  write_16<whole>(m + i, live, m_was, m_now);
+  write_16<whole>(v + i, live, v_was, v_now);
+  if (amsgrad) write_16<whole>(x + i, live, x_was, x_now);
+  if (rounding == Rounding::remainder) write_16<whole>(extras + i, live, extra_was, extra_now);
+}
+#endif
+
 template <typename P, typename S, Rounding rounding, bool l2, bool amsgrad, bool by_age>
-void adamw_block(void* params, const void* grads, void* exp_avgs, void* exp_avg_sqs, void* max_exp_avg_sqs,
-                 uint16_t* __restrict extras, const Aged* aged, int64_t n, Scalars s) {
-  P* __restrict p = static_cast<P*>(params);
-  const P* __restrict g = static_cast<const P*>(grads);
-  S* __restrict m = static_cast<S*>(exp_avgs);
-  S* __restrict v = static_cast<S*>(exp_avg_sqs);
-  S* __restrict x = static_cast<S*>(max_exp_avg_sqs);
-  const float* __restrict step_size = by_age ? aged->step_size : nullptr;
-  const float* __restrict bias2_sqrt = by_age ? aged->bias2_sqrt : nullptr;
+void adamw_block(const Elements& e, Scalars s) {
+  P* __restrict p = static_cast<P*>(e.p);
+  const P* __restrict g = static_cast<const P*>(e.g);
+  S* __restrict m = static_cast<S*>(e.m);
+  S* __restrict v = static_cast<S*>(e.v);
+  S* __restrict x = static_cast<S*>(e.x);
+  uint16_t* __restrict extras = e.extras;
+  const int64_t n = e.n;
+#if defined(SAFEFREEZE_SIXTEEN)
+  const Bits some = e.live;
+  const int64_t followed = e.followed;
+  for (int64_t i = 0; i < n; i += 16) {
+    uint32_t live = some.bytes ? some.sixteen(i) : 0xffffu;
+    if (i < followed) {
+      prefetch(p + i + ahead);
+      prefetch(g + i + ahead);
+      prefetch(m + i + ahead);
+      prefetch(v + i + ahead);
+    }
+    if (i + 16 <= n) {
+      if (live) adamw_16<true, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, *e.aged, i, live, s);
+    } else if (live &= (1u << (n - i)) - 1u) {
+      adamw_16<false, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, *e.aged, i, live, s);
+    }
+  }
+#else
   for (int64_t i = 0; i < n; ++i) {
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
-    float pi = param_of<rounding>(p[i], extra), mi = value_of(m[i]), vi = value_of(v[i]);
-    float xi = amsgrad ? value_of(x[i]) : 0.0f;
-    Scalars own = s;
+    S none{};
     if (by_age) {
-      own.step_size = step_size[i];
-      own.bias2_sqrt = bias2_sqrt[i];
+      s.step_size = e.aged->step_size[i];
+      s.bias2_sqrt = e.aged->bias2_sqrt[i];
     }
-    adamw<l2, amsgrad>(pi, value_of(g[i]), mi, vi, xi, own);
-    keep_param<rounding>(pi, p[i], extra);
-    keep(mi, m[i]);
-    keep(vi, v[i]);
-    if (amsgrad) keep(xi, x[i]);
+    adamw_stored<rounding, l2, amsgrad>(p[i], g[i], m[i], v[i], amsgrad ? x[i] : none, extra, s);
     if (rounding == Rounding::remainder) extras[i] = extra;
   }
+#endif
 }
 
-using AdamWBlock = void (*)(void*, const void*, void*, void*, void*, uint16_t*, const Aged*, int64_t, Scalars);
+using AdamWBlock = void (*)(const Elements&, Scalars);
 
 template <typename P, typename S, Rounding rounding>
 AdamWBlock choose_flags(bool l2, bool amsgrad, bool by_age) {
@@ -703,7 +832,84 @@ void make_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
   });
 }
 
+#if defined(SAFEFREEZE_SIXTEEN)
+// Single elements of float32 or bfloat16, rounded to nearest or with remainders, without a block's preparations. State
+// without gaps meets what is picked of p and g, a few hundred at a time: while their divisions are under way the next
+// are picked. Where state lies as its tensor does nothing is picked, and what is frozen is stepped over in place.
+template <typename P>
+void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTensor& tensor, int64_t grad) {
+  constexpr int64_t few = 512;
+  alignas(64) P p_picked[few + slack], g_picked[few + slack];
+  alignas(64) Aged aged;
+  const RunPart& part = launch.work.parts[chunk.part];
+  const Scalars* const rows = launch.scalars + launch.scalar_set[chunk.part];
+  const bool bf16 = launch.state_dtype[part.tensor] == static_cast<int32_t>(DType::bf16), gapless = part.gapless != 0;
+  const AdamWBlock step =
+      (bf16 ? choose_block<uint16_t> : choose_block<float>)(sizeof(P) == 2,
+                                                            tensor.remainder ? Rounding::remainder : Rounding::nearest,
+                                                            launch.l2, launch.amsgrad, part.ages != 0);
+  for (int64_t r = chunk.begin; r < chunk.end; ++r) {
+    const Run& run = launch.work.runs[r];
+    P* p = at<P>(tensor.param) + run.start;
+    const P* g = at<const P>(grad) + run.start;
+    Bits bits{at<const uint8_t>(part.frozen_bits), run.start, 0, ~0u};
+    for (int64_t packed = run.packed, left = run.count; left;) {
+      bits.span = left < block ? left : block;
+      const auto state = [&](int64_t address) -> void* { return at<char>(address + packed * (bf16 ? 2 : 4)); };
+      Elements e{p,
+                 g,
+                 state(tensor.exp_avg),
+                 state(tensor.exp_avg_sq),
+                 state(tensor.max_exp_avg_sq),
+                 at<uint16_t>(tensor.remainder + packed * 2),
+                 &aged,
+                 bits,
+                 bits.span,
+                 left - ahead};
+      if (gapless) {
+        bits.span = 0;
+        e.n = bits.grow(left, few);
+        e.live = {};
+      }
+      const bool picked = e.n < bits.span;
+      if (picked) {
+        pick_by_bits(bits_of(p), bits, bits_of(p_picked), left - ahead);
+        pick_by_bits(bits_of(g), bits, bits_of(g_picked), left - ahead);
+        e.p = p_picked;
+        e.g = g_picked;
+      }
+      if (part.ages) {
+        const Place here{packed};
+        (part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(part, here, e.n, rows, false, aged);
+      }
+      step(e, *rows);
+      if (picked) put_by_bits(bits_of(p_picked), bits, bits_of(p));
+      packed += e.n;
+      p += bits.span;
+      g += bits.span;
+      left -= bits.span;
+      bits.first += bits.span;
+    }
+  }
+}
+
+// Whether a chunk was one of `adamw_singles`, which are done then.
+bool done_as_singles(const AdamWLaunch& launch, const Chunk& chunk) {
+  const RunPart& part = launch.work.parts[chunk.part];
+  const AdamWTensor& tensor = launch.tensors[part.tensor];
+  const DType dtype = static_cast<DType>(launch.param_dtype[part.tensor]);
+  const bool stochastic = launch.stochastic && dtype == DType::bf16 && !tensor.remainder;
+  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16) return false;
+  const int64_t grad = launch.grads[part.tensor].data;
+  if (grad) (dtype == DType::f32 ? adamw_singles<float> : adamw_singles<uint16_t>)(launch, chunk, tensor, grad);
+  return true;
+}
+#endif
+
 void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
+#if defined(SAFEFREEZE_SIXTEEN)
+  if (done_as_singles(launch, launch.work.chunks[chunk])) return;
+#endif
   alignas(64) Stage stage[6];
   alignas(64) Aged aged;
   walk(launch.work, chunk, [&](const Block& b) {
@@ -714,9 +920,9 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const DType state = static_cast<DType>(launch.state_dtype[b.part.tensor]);
     const Scalars* const rows = launch.scalars + launch.scalar_set[b.part_index] + b.age;
     const Aged* const by_age = b.part.ages ? &aged : nullptr;
+    const bool stochastic = launch.stochastic && dtype != DType::f32 && !tensor.remainder;
     if (by_age) {
-      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, launch.stochastic,
-                                                                    aged);
+      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, stochastic, aged);
     }
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
     const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1]);
@@ -729,7 +935,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     if (tensor.remainder) {
       rounding = Rounding::remainder;
       extra = operand(DType::bf16, tensor.remainder, b.packed, b.n, stage[5]);
-    } else if (launch.stochastic && dtype != DType::f32) {
+    } else if (stochastic) {
       rounding = Rounding::stochastic;
       extra.data = stage[5];
       make_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place, b.n,
@@ -737,8 +943,9 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     }
     const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
-    choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(p.data, g.data, m.data, v.data, x.data,
-                                                                           extras, by_age, b.n, *rows);
+    const int64_t followed = p.staged ? b.n : b.place.followed;
+    choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(
+        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed}, *rows);
     put_back(p, dtype, tensor.param, b.place, b.n, rounding == Rounding::stochastic ? extras : nullptr);
     put_back(m, state, tensor.exp_avg, b.packed, b.n);
     put_back(v, state, tensor.exp_avg_sq, b.packed, b.n);
