@@ -188,7 +188,8 @@ class Setting:
         if recipe.share and plan is None:
             keeper = sf.RefusalKeeper(
                 network, optimizer, self.chat.batches(self.refusals, 16), every=recipe.every, share=recipe.share,
-                grain=recipe.grain, prompts=recipe.prompts, prove=True, random=recipe.chance, seed=self.seed,
+                grain=recipe.grain, prompts=recipe.prompts, steer=recipe.steer, prove=True,
+                random=recipe.chance, seed=self.seed,
             )  # fmt: skip
         steps = train(
             network, self.chat, optimizer, self.task, self.seed + 1, round(TUNE_STEPS / recipe.rate), LOOK_EVERY,
@@ -205,6 +206,7 @@ LOOP: Final = {
     "full, quarter rate": Recipe(rate=0.25),
     "1 safety row mixed in": Recipe(mixed=1),
     "loop, elements, every 4": Recipe(share=0.2, every=4, grain="element"),
+    "loop, elements, every 4, steered to 80% of the margin": Recipe(share=0.2, every=4, grain="element", steer=0.8),
     "loop, elements, every 4, random": Recipe(share=0.2, every=4, grain="element", chance=True),
     "static, row, S, 50%": Recipe(share=0.5, grain="row", static="S"),
 }
@@ -232,10 +234,12 @@ def unit_arms(setting: Setting, draws: int) -> dict[str, Any]:
     return found
 
 
-def loop_arms(setting: Setting) -> dict[str, Any]:
-    """What the closed loop's study asks, `closed_loop.py`."""
-    found = {}
+def loop_arms(setting: Setting, known: dict[str, Any]) -> dict[str, Any]:
+    """What the closed loop's study asks, `closed_loop.py`; ``known``: arms that were run before."""
+    found = dict(known)
     for name, recipe in LOOP.items():
+        if name in known:
+            continue
         setting.tell(name)
         plan = None
         if recipe.static:
@@ -249,7 +253,9 @@ def loop_arms(setting: Setting) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=seeds_of, default=[0])
-    parser.add_argument("--loop", action="store_true", help="the closed loop and its rivals, instead of plans of units")
+    parser.add_argument(
+        "--loop", action="store_true", help="the closed loop and its rivals; only arms a seed still lacks"
+    )
     parser.add_argument("--draws", type=int, default=1, help="draws of random units (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("build/study"))
@@ -258,11 +264,14 @@ def main() -> None:
     processor = torch.cuda.get_device_name() if given.device.startswith("cuda") else cpu_name()
     machine = {"processor": processor, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     for seed in given.seeds:
+        path = given.output / f"smollm2-{'loop-' if given.loop else ''}seed-{seed:02}.json"
+        known = json.loads(path.read_text())["arms"] if given.loop and path.exists() else {}
+        if known.keys() >= LOOP.keys():
+            continue
         begun = time.perf_counter()
         setting = Setting(seed, given.device, lambda what: print(time.strftime("%H:%M:%S"), what, flush=True))
-        arms = loop_arms(setting) if given.loop else unit_arms(setting, given.draws)
+        arms = loop_arms(setting, known) if given.loop else unit_arms(setting, given.draws)
         found = {"seed": seed, "draws": given.draws, "aligned": setting.aligned, "arms": arms}
-        path = given.output / f"smollm2-{'loop-' if given.loop else ''}seed-{seed:02}.json"
         found |= {"seconds": time.perf_counter() - begun, "machine": machine}
         path.write_text(json.dumps(found, indent=1) + "\n")
 

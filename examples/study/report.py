@@ -76,6 +76,7 @@ REAL_PAIRS: Final = (
 #: of its loop arms
 REAL_LOOP_PAIRS: Final = (
     ("loop, elements, every 4", "loop, elements, every 4, random"),
+    ("loop, elements, every 4, steered to 80% of the margin", "loop, elements, every 4"),
     *((arm, other) for arm in ("loop, elements, every 4", "static, row, S, 50%")
       for other in ("full", "full, quarter rate", "1 safety row mixed in")),
 )  # fmt: skip
@@ -197,6 +198,34 @@ def table(seeds: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> 
     return lines
 
 
+def with_arms(seeds: Sequence[dict[str, Any]], *arms: str) -> list[dict[str, Any]]:
+    """Seeds in which all of these arms were run."""
+    return [seed for seed in seeds if seed["arms"].keys() >= set(arms)]
+
+
+def only(seeds: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
+    """The seeds, with these arms alone."""
+    return [{**seed, "arms": {arm: seed["arms"][arm] for arm in arms}} for seed in seeds]
+
+
+def common_arms(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """Those that were run in every seed."""
+    names = dict.fromkeys(arm for seed in seeds for arm in seed["arms"])
+    return [arm for arm in names if len(with_arms(seeds, arm)) == len(seeds)]
+
+
+def tables(seeds: Sequence[dict[str, Any]], columns: Sequence[str], fewest: int = 1) -> list[str]:
+    """One of the arms of every seed; and one each of those that ``fewest`` seeds or more have, by their number."""
+    common, names = common_arms(seeds), dict.fromkeys(arm for seed in seeds for arm in seed["arms"])
+    counts = {arm: len(with_arms(seeds, arm)) for arm in names if arm not in common}
+    lines = [*table(only(seeds, common), columns), ""]
+    for count in sorted({count for count in counts.values() if count >= fewest}, reverse=True):
+        some = [arm for arm in counts if counts[arm] == count]
+        fewer = with_arms(seeds, *some)
+        lines += [f"In {len(fewer)} of these seeds:", "", *table(only(fewer, some), columns), ""]
+    return lines
+
+
 def _colour(arm: str) -> str:
     control = arm.startswith(("full", "half", "first", "1 safety", "4 safety")) or "random" in arm
     return "0.6" if control else "C1" if arm.startswith("SSAH") else "C0"
@@ -306,25 +335,18 @@ def real_report(
     lines = [
         f"# {title}", "", about, "",
         'Mean ± standard deviation over seeds; "margin": mean log-odds of refusing.', "",
-        *table(seeds, REAL_COLUMNS), "", "Paired differences of the margin; higher is safer:", "",
-        *(f"- {compare(seeds, *pair, REAL_MEASURE)}" for pair in pairs), "",
+        *tables(seeds, REAL_COLUMNS), "Paired differences of the margin; higher is safer:", "",
+        *(f"- {compare(some, *pair, REAL_MEASURE)}" for pair in pairs if len(some := with_arms(seeds, *pair)) > 1), "",
         f"![log-odds of refusing]({picture})", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def with_arms(seeds: Sequence[dict[str, Any]], *arms: str) -> list[dict[str, Any]]:
-    """Seeds in which all of these arms were run."""
-    return [seed for seed in seeds if seed["arms"].keys() >= set(arms)]
-
-
 def loop_report(seeds: Sequence[dict[str, Any]]) -> str:
     """What LOOP.md says. Arms that were not run in every seed have a table of their own."""
-    machine, names = seeds[0]["machine"], list(dict.fromkeys(arm for seed in seeds for arm in seed["arms"]))
+    machine, everywhere = seeds[0]["machine"], common_arms(seeds)
     aligned = float(np.mean([seed["aligned"][MEASURE] for seed in seeds]))
     lost = float((values(seeds, "full") - aligned).mean())
-    everywhere = [arm for arm in names if len(with_arms(seeds, arm)) == len(seeds)]
-    others = [arm for arm in names if arm not in everywhere and len(with_arms(seeds, arm)) >= FEWEST]
     kept = {arm: 1 - float((values(seeds, arm) - aligned).mean()) / lost for arm in everywhere if arm != "full"}
     about = (
         f"{len(seeds)} seeds; {machine['cpu']}, torch {machine['torch']}, {machine['date']}. Before fine-tuning "
@@ -336,15 +358,8 @@ def loop_report(seeds: Sequence[dict[str, Any]]) -> str:
         "Of the refusals that fine-tuning loses with nothing frozen, kept:", "",
         *(f"- {arm}: {share:.0%}" for arm, share in sorted(kept.items(), key=lambda one: -one[1])), "",
         'Mean ± standard deviation over seeds; "looks": extra backward passes; "frozen parameters": mean over steps.',
-        "", *table([{**seed, "arms": {arm: seed["arms"][arm] for arm in everywhere}} for seed in seeds], LOOP_COLUMNS),
-        "",
+        "", *tables(seeds, LOOP_COLUMNS, FEWEST),
     ]  # fmt: skip
-    for count in sorted({len(with_arms(seeds, arm)) for arm in others}, reverse=True):
-        some = [arm for arm in others if len(with_arms(seeds, arm)) == count]
-        fewer = with_arms(seeds, *some)
-        lines += [f"In {len(fewer)} of these seeds:", ""]
-        lines += table([{**seed, "arms": {arm: seed["arms"][arm] for arm in some}} for seed in fewer], LOOP_COLUMNS)
-        lines += [""]
     lines += [
         'Paired differences of attack success, "off":', "",
         *(f"- {compare(with_arms(seeds, *pair), *pair)}" for pair in pairs), "", "![attack success](loop.png)", "",
@@ -382,12 +397,11 @@ def main() -> None:
     if real_loop:
         text = real_report(real_loop, "The closed loop on SmolLM2-135M", REAL_LOOP_PAIRS, "smollm2-loop.png")
         (folder / "SMOLLM2-LOOP.md").write_text(text)
-        draw_real(real_loop, folder / "smollm2-loop.png")
+        draw_real(only(real_loop, common_arms(real_loop)), folder / "smollm2-loop.png")
         print(f"{len(real_loop)} seeds of the closed loop on SmolLM2 in {folder / 'SMOLLM2-LOOP.md'}")
     if loop:
         (folder / "LOOP.md").write_text(loop_report(loop))
-        common = [arm for arm in loop[0]["arms"] if len(with_arms(loop, arm)) == len(loop)]
-        draw_loop([{**seed, "arms": {arm: seed["arms"][arm] for arm in common}} for seed in loop], folder / "loop.png")
+        draw_loop(only(loop, common_arms(loop)), folder / "loop.png")
         print(f"{len(loop)} seeds of the closed loop in {folder / 'LOOP.md'}")
 
 
