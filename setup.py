@@ -35,7 +35,7 @@ SANITIZERS = (
     [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
 )
 # These are compiled once for each instruction set; the processor decides at run time.
-PER_ISA = ["csrc/cpu.cpp", "csrc/audit.cpp"]
+PER_ISA = ["csrc/cpu.cpp", "csrc/moves.cpp", "csrc/audit.cpp"]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-mavx2", "-mf16c"]

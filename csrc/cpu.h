@@ -25,6 +25,15 @@ struct CpuKernels {
   Compare* compare;  // csrc/audit.cpp
 };
 
+#if defined(SAFEFREEZE_ISA)
+// csrc/moves.cpp
+void SAFEFREEZE_JOIN(zero_, SAFEFREEZE_ISA)(const ZeroLaunch&, int64_t chunk);
+void SAFEFREEZE_JOIN(copy_, SAFEFREEZE_ISA)(const CopyLaunch&, int64_t chunk);
+int64_t SAFEFREEZE_JOIN(count_clear_, SAFEFREEZE_ISA)(const uint8_t* bits, int64_t start, int64_t end);
+void SAFEFREEZE_JOIN(repack_, SAFEFREEZE_ISA)(const RepackLaunch&, int64_t chunk);
+void SAFEFREEZE_JOIN(turn_, SAFEFREEZE_ISA)(const TurnLaunch&, int64_t chunk);
+#endif
+
 extern const CpuKernels cpu_kernels_baseline;
 #if defined(SAFEFREEZE_X86)
 extern const CpuKernels cpu_kernels_avx2;
