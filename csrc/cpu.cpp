@@ -149,6 +149,13 @@ constexpr bool picks_columns_by_bits = true;
 #define SAFEFREEZE_SIXTEEN  // the step takes sixteen at a time, in registers, and leaves alone those it is told to
 
 template <typename T>
+struct Pick {
+  const T* data;
+  T* out;
+  Pick(const T* from, T* to) : data(from), out(to) {}
+};
+
+template <typename T>
 inline void pick_16(const T* data, uint64_t picked, T* out) {
   store_16(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(picked), load_16(data)));
 }
@@ -158,25 +165,31 @@ inline void put_16(const T* values, uint64_t picked, T* data) {
 }
 inline int count_16(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xffff)); }
 
-template <typename T>
-void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
+// Picks from each of some arrays at once; `followed`: how many neighbours have others of their run `ahead` of them.
+template <typename... T>
+void pick_by_bits(const Bits& bits, int64_t followed, Pick<T>... from) {
   int64_t i = 0;
   for (; i + 64 <= bits.span; i += 64) {
-    for (int k = 0; i < followed && k < 64; k += 16) prefetch(data + i + k + ahead);
     const uint64_t picked = bits.whole(i);
+    for (int k = 0; i < followed && k < 64; k += 16) (prefetch(from.data + i + k + ahead), ...);
     if (!picked) continue;
     for (int k = 0; k < 64; k += 16) {
-      pick_16(data + i + k, picked >> k, out);
-      out += count_16(picked >> k);
+      const int count = count_16(picked >> k);
+      ((pick_16(from.data + i + k, picked >> k, from.out), from.out += count), ...);
     }
   }
   uint64_t picked = bits.rest(i);
   for (; i + 16 <= bits.span; i += 16, picked >>= 16) {
-    pick_16(data + i, picked, out);
-    out += count_16(picked);
+    const int count = count_16(picked);
+    ((pick_16(from.data + i, picked, from.out), from.out += count), ...);
   }
   const __mmask16 some = static_cast<__mmask16>(picked);
-  if (some) store_16(out, _mm512_maskz_compress_epi32(some, load_some(data + i, some)));
+  if (some) (store_16(from.out, _mm512_maskz_compress_epi32(some, load_some(from.data + i, some))), ...);
+}
+
+template <typename T>
+void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
+  pick_by_bits(bits, followed, Pick<T>{data, out});
 }
 
 template <typename T>
@@ -838,7 +851,7 @@ void make_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
 // are picked. Where state lies as its tensor does nothing is picked, and what is frozen is stepped over in place.
 template <typename P>
 void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTensor& tensor, int64_t grad) {
-  constexpr int64_t few = 512;
+  constexpr int64_t few = 256;
   alignas(64) P p_picked[few + slack], g_picked[few + slack];
   alignas(64) Aged aged;
   const RunPart& part = launch.work.parts[chunk.part];
@@ -873,8 +886,7 @@ void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTen
       }
       const bool picked = e.n < bits.span;
       if (picked) {
-        pick_by_bits(bits_of(p), bits, bits_of(p_picked), left - ahead);
-        pick_by_bits(bits_of(g), bits, bits_of(g_picked), left - ahead);
+        pick_by_bits(bits, left - ahead, Pick{bits_of(p), bits_of(p_picked)}, Pick{bits_of(g), bits_of(g_picked)});
         e.p = p_picked;
         e.g = g_picked;
       }
