@@ -538,6 +538,47 @@ def test_the_compiled_step_is_the_specification(name: str, whole: bool, seed: in
     step.check(step.run(BY_NAME[name]), step.run(BY_NAME["reference"]), f"{name} against reference", any_nan=True)
 
 
+# Shares of frozen elements on both sides of every way through a block: nothing but what is live, a few hundred picked
+# neighbours, more neighbours than a block holds; one row off every boundary, of 1, 15, 16, 17 and 63 to 65 elements.
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("whole", [False, True], ids=["packed", "whole"])
+@pytest.mark.parametrize("n_ages", [1, 3, 33, 300])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=short)
+def test_single_elements_of_any_density_and_age(isa: str, whole: bool, n_ages: int, dtype: torch.dtype) -> None:
+    _C.choose_isa(isa)
+    rng = np.random.default_rng(n_ages)
+    for share, shape in [
+        *((share, (3, 2743)) for share in (0.0005, 0.05, 0.5, 0.9, 0.999)),
+        *((0.4, (1, n)) for n in (1, 2, 15, 16, 17, 31, 63, 64, 65, 255, 257)),
+    ]:
+        mask = FreezeMask(shape, elements=torch.from_numpy(rng.random(shape) < share))
+        ages = Ages.none(mask)
+        ages.elements = rng.integers(0, n_ages, shape).astype(np.int32)
+        work = compile_live([mask], [ages], whole_state=whole)
+        p, g, m, v, x = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for _ in range(5))
+        g[mask.dense()] = math.nan
+        scalars = np.array(
+            [
+                adamw_scalars(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=1 + i, decoupled=True)
+                for i in range(len(work.born))
+            ],
+            SCALARS,
+        )
+        results = []
+        for name in ("cpu", "reference"):
+            state = [
+                (t if whole else t[~mask.dense()].reshape(mask.packed_shape)).clone() for t in (m, v.abs(), x.abs())
+            ]
+            param, (first, second, largest) = p.to(dtype), (t.to(dtype) for t in state)
+            operands = AdamWOperands([param], [first], [second], [largest], grads=[g.to(dtype)])
+            BY_NAME[name].adamw_(work, operands, scalars, work.first_born.astype(np.int32), l2=False, amsgrad=True)
+            results.append((param, first, second, largest))
+        for what, got, expected in zip(("p", "m", "v", "max"), *results, strict=True):
+            assert_same_bits(got, expected, f"{what}, {isa}, {share} of {shape}")
+        assert_same_bits(results[0][0], p.to(dtype), f"frozen part, {isa}, {share} of {shape}", where=mask.dense())
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @examples(60)
 def test_packed_gradients_make_the_same_step(name: str, seed: int, large: bool) -> None:
@@ -600,7 +641,7 @@ def test_the_step_is_the_published_formula(name: str, amsgrad: bool, l2: bool, d
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "baseline"])
 @examples(100)
 def test_every_instruction_set_gives_the_bits_of_the_baseline(isa: str, seed: int, large: bool) -> None:
-    step = Step(seed, large)
+    step = Step(seed, large, whole=seed % 3 == 0)
     live, frozen = step.work, compile_frozen(step.masks)
     results = []
     for chosen in ("baseline", isa):
@@ -632,7 +673,7 @@ def test_an_instruction_set_this_processor_lacks_is_refused() -> None:
 @needs_cpu
 @examples(25)
 def test_any_number_of_threads_gives_the_same_bits(seed: int, large: bool) -> None:
-    step = Step(seed, large)
+    step = Step(seed, large, whole=seed % 3 == 0)
     frozen = compile_frozen(step.masks)
     results = []
     for threads in (1, 2, 3, 7):
@@ -821,7 +862,7 @@ for seed in range({seeds}):
     for isa in ISAS if backend.name == "cpu" else [None]:
         if isa:
             _C.choose_isa(isa)
-        step = Step(seed, large=seed % 4 == 0)
+        step = Step(seed, large=seed % 4 == 0, whole=seed % 3 == 0)
         frozen = compile_frozen(step.masks)
         for at_end in (True, False):
             print(isa, seed, at_end, step.masks, flush=True)
