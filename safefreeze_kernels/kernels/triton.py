@@ -462,25 +462,24 @@ class TritonBackend(GpuBackend):
             launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits,
             ages=work.ages,
         )  # fmt: skip
-        _launch(adamw_kernel, launch, *tables, seed_there, **constants)
+        self._launch(adamw_kernel, launch, *tables, seed_there, **constants)
 
     def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:
         work, named = launch.work, {name.upper(): value for name, value in options.items()}
         constants = settings(launch.dtype, lists=work.lists, bits=work.bits, FROZEN=work.frozen, **named)
-        _launch(KERNELS[operation], launch, *tensors, **constants)
+        self._launch(KERNELS[operation], launch, *tensors, **constants)
+
+    def _launch(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
+        tiles = launch.tiles
+        if len(tiles):
+            with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
+                kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)
 
     def _partial_norms(self, n_tiles: int) -> int:
         return n_tiles
 
     def _total(self, partial: Tensor, kind: NormKind) -> Tensor:
         return partial.amax() if kind == "largest_absolute" else partial.sum()
-
-
-def _launch(kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
-    tiles = launch.tiles
-    if len(tiles):
-        with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
-            kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)
 
 
 def load() -> TritonBackend:

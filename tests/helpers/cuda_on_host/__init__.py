@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,7 +21,8 @@ COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.w
 
 
 def build() -> Any:
-    """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s."""
+    """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s. Beside
+    them: ``set_order`` and ``set_launcher``, of which module.cpp tells, and ``KERNELS``: place in the library -> name."""
     assert COMPILER is not None, "cuda_on_host: no C++ compiler was found"
     inputs = sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.[ch]*")])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
@@ -41,4 +43,14 @@ def build() -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.KERNELS = {at: name for at, _, kind, name in _symbols(library) if kind == "t" and "_kernel" in name}
+    module.set_shared([(at, size) for at, size, kind, name in _symbols(library) if kind == "b" and ")::" in name])
+    assert module.KERNELS
     return module
+
+
+def _symbols(library: Path) -> list[tuple[int, int, str, str]]:
+    """Place, bytes, kind and readable name of what the kernels' namespace holds."""
+    listed = subprocess.run(["nm", "-C", "-S", library], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"^(\w+) (\w+) (\w) (.*safefreeze::cuda::\(anonymous namespace\)::.*)$", listed, re.MULTILINE)
+    return [(int(at, 16), int(size, 16), kind, name) for at, size, kind, name in found]
