@@ -5,7 +5,7 @@ program counter runs first) and meet again at labels. What a GPU leaves to chanc
 here, which names the kernel and the line:
 
     an access outside the memory that the caller declared, or at an address that is not a multiple of its width,
-    two threads that access the same global memory in one launch, one of them writing,
+    two threads that write to the same global memory in one launch,
     two warps that access the same shared memory, one of them writing, with no barrier between,
     a barrier that some threads of a block never reach, a shuffle among lanes that have diverged,
     an instruction that is not known.
@@ -98,8 +98,10 @@ class _Log:
         return 1 + int(new.sum()), 1 + int((new | (np.diff(sectors) != 0)).sum())
 
     def race(self, group: int) -> str:
-        """Two accesses of the same memory, one of them writing, by different groups of threads; empty: none."""
-        stores, loads = (self._units([entry for entry in self._entries if entry[3] == store]) for store in (True, False))
+        """Two accesses of the same memory, one of them writing, by different groups of threads; empty: none. Global memory
+        may be read while it is written (``group`` 1): kernels read what they do not use."""
+        stores = self._units([entry for entry in self._entries if entry[3]])
+        loads = self._units([entry for entry in self._entries if not entry[3] and group > 1])
         units, who, lines = stores[0], stores[1] // group, stores[2]
         again = np.flatnonzero((units[1:] == units[:-1]) & (who[1:] != who[:-1])) if units.size else units
         if again.size:
