@@ -1,8 +1,9 @@
 """The GPU kernels as machine code: ``python -m benchmarks.sass [--arch 90 …] [--only PATTERN] [--quick]``.
 
 Needs no GPU. Compiles every kernel of kernels/triton.py with the parameters and options it is launched with, by the
-installed Triton and by the oldest that is served (requirements/triton-older.txt, fetched into build/); takes the CUDA kernels out of the built extension, or compiles csrc/cuda.cu where that holds none. Disassembles both and prints a
-table. A kernel fails, and with it the command,
+installed Triton and by the oldest that is served (requirements/triton-older.txt, fetched into build/); takes the CUDA
+kernels out of the built extension, or compiles csrc/cuda.cu where that holds none. Disassembles all and prints a table.
+A kernel fails, and with it the command,
 
     if fewer 16-byte loads or stores are in it than its walk over neighbours needs, for every operand (one of 8 bytes
         where a thread holds no more of an operand),
@@ -348,8 +349,8 @@ def triton_codes(kernels: Iterable[Kernel], archs: Sequence[int], jobs: int, fol
 
 
 def triton_processes(jobs: int, folder: str = "") -> ProcessPoolExecutor:
-    """Fresh processes: where Triton interprets, it does not compile. ``folder``: where another Triton than the installed
-    one is, as `older_triton` fetches it."""
+    """Fresh processes: where Triton interprets, it does not compile. ``folder``: of another Triton than the installed
+    one, as `older_triton` fetches it."""
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_compile_for_real, initargs=(folder,))
 
 
@@ -370,7 +371,18 @@ def older_triton() -> str:
     folder = OLDER.parents[1] / "build" / wanted.split(";")[0].replace("==", "-")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may be at it
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), "-r", str(OLDER)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(partial),
+            "-r",
+            str(OLDER),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             shutil.rmtree(partial, ignore_errors=True)

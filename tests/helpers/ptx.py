@@ -1,7 +1,7 @@
 """A SIMT interpreter of PTX: runs what compilers emit for NVIDIA GPUs, on host memory, without a GPU.
 
 All threads of some blocks are the lanes of numpy arrays. Threads that diverge wait for those behind them (the lowest
-program counter runs first) and meet again at labels. What a GPU leaves to chance, or would not report, is a `Fault`
+program counter runs first) and meet again at labels. What a GPU leaves to chance, or would not report, is a `FaultError`
 here, which names the kernel and the line:
 
     an access outside the memory that the caller declared, or at an address that is not a multiple of its width,
@@ -19,20 +19,20 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-
-from ptx_operations import UNSIGNED, Decoder, Fault, Some, Step, type_of
+from ptx_decoder import Decoder, Some, Step
+from ptx_operations import UNSIGNED, FaultError, type_of
 
 WARP: Final = 32
 SECTOR: Final = 32  # bytes
 POISON: Final = 0xA5
-SHARED_WINDOW: Final = np.uint64(1 << 62)  # where generic addresses of shared memory begin
 _TYPES: Final = tuple(f"{kind}{bits}" for kind in "busf" for bits in (8, 16, 32, 64))
 _THREADS: Final = 16384  # of blocks that run side by side
+
 
 class Memory:
     """Global memory: ranges of this process's own, which the caller declares and keeps alive."""
@@ -98,8 +98,8 @@ class _Log:
         return 1 + int(new.sum()), 1 + int((new | (np.diff(sectors) != 0)).sum())
 
     def race(self, group: int) -> str:
-        """Two accesses of the same memory, one of them writing, by different groups of threads; empty: none. Global memory
-        may be read while it is written (``group`` 1): kernels read what they do not use."""
+        """Two accesses of the same memory, one of them writing, by different groups of threads; empty: none. Global
+        memory may be read while it is written (``group`` 1): kernels read what they do not use."""
         stores = self._units([entry for entry in self._entries if entry[3]])
         loads = self._units([entry for entry in self._entries if not entry[3] and group > 1])
         units, who, lines = stores[0], stores[1] // group, stores[2]
@@ -112,7 +112,9 @@ class _Log:
             met = np.flatnonzero((units[at] == loads[0]) & (who[at] != loads[1] // group))
             if met.size:
                 i, j = int(met[0]), int(at[met[0]])
-                return f"written at line {lines[j]} by thread {stores[1][j]}, read at line {loads[2][i]} by {loads[1][i]}"
+                return (
+                    f"written at line {lines[j]} by thread {stores[1][j]}, read at line {loads[2][i]} by {loads[1][i]}"
+                )
         return ""
 
     @staticmethod
@@ -271,11 +273,11 @@ class Kernel:
         memory that the launch asks for.
 
         Raises:
-            Fault: the kernel did what it must not, or what is not known here.
+            FaultError: the kernel did what it must not, or what is not known here.
         """
         if [len(value) for value in params] != [size for _, size in self.params.values()]:
             sizes = [size for _, size in self.params.values()]
-            raise Fault(f"{self.name}: parameters of {[len(p) for p in params]} bytes, expected {sizes}")
+            raise FaultError(f"{self.name}: parameters of {[len(p) for p in params]} bytes, expected {sizes}")
         block = bytearray(-(-self.param_bytes // 16) * 16)
         for (at, size), value in zip(self.params.values(), params, strict=True):
             block[at : at + size] = value
@@ -288,9 +290,9 @@ class Kernel:
                 machine.run()
             counts.instructions += machine.issued
             if race := machine.shared_log.race(WARP):
-                raise Fault(f"{self.name}: a race in shared memory: {race}, and no barrier between")
+                raise FaultError(f"{self.name}: a race in shared memory: {race}, and no barrier between")
         if race := log.race(1):
-            raise Fault(f"{self.name}: a race in global memory: {race}")
+            raise FaultError(f"{self.name}: a race in global memory: {race}")
         requests, sectors = log.traffic()
         counts.requests, counts.sectors = counts.requests + requests, counts.sectors + sectors
         counts.threads += grid * threads
@@ -314,7 +316,7 @@ class _Machine:
         self.special = {
             "%tid.x": tid, "%ctaid.x": (self.block + first).astype(width), "%laneid": tid % width(WARP),
             "%warpid": tid // width(WARP), "%ntid.x": width(threads), "%nctaid.x": width(grid),
-            **{f"%{name}.{axis}": width(name.startswith("n")) for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "yz"},
+            **{f"%{of}.{axis}": width(of[0] == "n") for of in ("tid", "ctaid", "ntid", "nctaid") for axis in "yz"},
         }  # fmt: skip
         self.r: list[Any] = []
         self.params = {w: np.frombuffer(params, dtype) for w, dtype in UNSIGNED.items()}
@@ -343,7 +345,7 @@ class _Machine:
             at = min(self.groups)
             threads = self.groups.pop(at)
             if at >= len(kernel.blocks):
-                raise Fault(f"{kernel.name}: ran past the end")
+                raise FaultError(f"{kernel.name}: ran past the end")
             some = None if threads.size == self.n else threads
             decoded = kernel.decoded[at]
             if decoded is None:
@@ -360,7 +362,9 @@ class _Machine:
             self.join(self.next, stay)
         if self.waiting:
             at, threads = next(iter(self.waiting.items()))
-            raise Fault(f"{kernel.name}: {threads.size} threads wait at a barrier (block {at}) that others never reach")
+            raise FaultError(
+                f"{kernel.name}: {threads.size} threads wait at a barrier (block {at}) that others never reach"
+            )
 
     def join(self, at: int, threads: np.ndarray) -> None:
         """Threads that go on at a block of the program."""
@@ -379,7 +383,9 @@ class _Machine:
         if not gone.all():
             self.waiting[at] = threads[~gone]
 
-    def access(self, space: str, some: Some, at: np.ndarray, width: int, count: int, store: bool, code: _Statement) -> Any:
+    def access(
+        self, space: str, some: Some, at: np.ndarray, width: int, count: int, store: bool, code: _Statement
+    ) -> Any:
         """Where ``count`` words of ``width`` bytes lie: (indices of words, words)."""
         at = np.broadcast_to(np.asarray(at, np.uint64), (self.n if some is None else some.size,))
         threads, size = self.all if some is None else some, width * count
@@ -401,8 +407,8 @@ class _Machine:
         self.log.add(at, threads + self.offset, size, store, code.line)
         return self.memory.words(at, width)
 
-    def fault(self, code: _Statement, what: str) -> Fault:
-        return Fault(f"{self.kernel.name}, line {code.line}: {code.text}: {what}")
+    def fault(self, code: _Statement, what: str) -> FaultError:
+        return FaultError(f"{self.kernel.name}, line {code.line}: {code.text}: {what}")
 
 
 _FREE: Final = ("mov", "cvta", "ret", "exit")  # what the assembler takes away, or does once

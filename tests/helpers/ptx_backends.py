@@ -13,8 +13,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -81,7 +81,9 @@ class Watched(GpuBackend):
         self._given.append(uploaded)
         return uploaded
 
-    def _step(self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, **options: Any) -> None:
+    def _step(
+        self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, **options: Any
+    ) -> None:
         self._reach(launch, *tables, seed_there)
         super()._step(launch, tables, seed, seed_there, **options)  # type: ignore[safe-super]
 
@@ -144,19 +146,29 @@ def short_name(signature: str) -> str:
 
 
 class PtxCuda(Watched, CudaBackend):
-    """The CUDA backend. One at a time: launches of the library compiled for the host go to the last one made."""
+    """The CUDA backend."""
 
     def __init__(self, ptx: str) -> None:
         Watched.__init__(self)
         native = cuda_on_host.build()
         CudaBackend.__init__(self, native, "cpu")
         module = Module(ptx)
-        readable = subprocess.run(["c++filt"], input="\n".join(module.kernels), capture_output=True, text=True, check=True)
+        readable = subprocess.run(
+            ["c++filt"], input="\n".join(module.kernels), capture_output=True, text=True, check=True
+        )
         self.kernels: Mapping[str, Kernel] = dict(
             zip(map(short_name, readable.stdout.splitlines()), module.kernels.values(), strict=True)
         )
         self._names = {at: short_name(name) for at, name in native.KERNELS.items()}
-        native.set_launcher(self._launch)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Meanwhile launches of the library compiled for the host come here."""
+        self._native.set_launcher(self._launch)
+        try:
+            yield
+        finally:
+            self._native.set_launcher(None)
 
     refusal = Watched.refusal
 
@@ -188,7 +200,9 @@ class PtxTriton(Watched, TritonBackend):
         self._folder, self._version = folder, Path(folder).name if folder else triton.__version__
         self.change = change  # of PTX, before it is read
         here = ROOT / "safefreeze_kernels" / "kernels"
-        self._sources = [path.read_bytes() for path in sorted([*here.glob("triton*.py"), here / "tiles.py", here / "operands.py"])]
+        self._sources = [
+            path.read_bytes() for path in sorted([*here.glob("triton*.py"), here / "tiles.py", here / "operands.py"])
+        ]
         self._tables = WeakKeyDictionary()
         self.kernels: dict[str, tuple[Kernel, int, int]] = {}
         self._pool: Any = None
@@ -224,12 +238,12 @@ class PtxTriton(Watched, TritonBackend):
         text: str = self._pool.submit(_compiled, name, settings, missing, ARCH).result()
         return text
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-@cache
-def older_triton() -> str:
-    """`sass.older_triton`, asked once."""
-    return sass.older_triton()
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Meanwhile the processes that compile are there."""
+        try:
+            yield
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None

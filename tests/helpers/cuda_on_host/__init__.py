@@ -22,7 +22,8 @@ COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.w
 
 def build() -> Any:
     """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s. Beside
-    them: ``set_order`` and ``set_launcher``, of which module.cpp tells, and ``KERNELS``: place in the library -> name."""
+    them ``set_order`` and ``set_launcher``, of which module.cpp tells, and ``KERNELS``: place in the library -> name.
+    """
     assert COMPILER is not None, "cuda_on_host: no C++ compiler was found"
     inputs = sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.[ch]*")])
     key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
