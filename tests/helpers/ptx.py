@@ -1,8 +1,8 @@
 """A SIMT interpreter of PTX: runs what compilers emit for NVIDIA GPUs, on host memory, without a GPU.
 
 All threads of some blocks are the lanes of numpy arrays. Threads that diverge wait for those behind them (the lowest
-program counter runs first) and meet again at labels. What a GPU leaves to chance, or would not report, is a `FaultError`
-here, which names the kernel and the line:
+program counter runs first) and meet again at labels. What a GPU leaves to chance, or would not report, is a
+`FaultError` here, which names the kernel and the line:
 
     an access outside the memory that the caller declared, or at an address that is not a multiple of its width,
     two threads that write to the same global memory in one launch,
@@ -104,6 +104,8 @@ class _Log:
         loads = self._units([entry for entry in self._entries if not entry[3] and group > 1])
         units, who, lines = stores[0], stores[1] // group, stores[2]
         again = np.flatnonzero((units[1:] == units[:-1]) & (who[1:] != who[:-1])) if units.size else units
+        if group > 1:  # in shared memory Triton has threads that hold the same value write it together
+            again = again[lines[again] != lines[again + 1]]
         if again.size:
             i = int(again[0])
             return f"written at line {lines[i]} by thread {stores[1][i]}, at line {lines[i + 1]} by {stores[1][i + 1]}"

@@ -161,8 +161,8 @@ REDUCE: Final = {"add": np.add, "min": np.minimum, "max": np.maximum, **BITWISE}
 INTEGER: Final[dict[str, Callable[..., Any]]] = {
     **BITWISE, "not": operator.invert, "add": operator.add, "sub": operator.sub, "mul.lo": operator.mul,
     "neg": lambda a: a.dtype.type(0) - a, "abs": np.abs, "min": np.minimum, "max": np.maximum,
-    "mul.wide": _wide(operator.mul), "mul.hi": _high, "mad.lo": lambda a, b, c: a * b + c, "brev": _reverse, "prmt": _permute, "lop3": _logic,
-    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "mul.wide": _wide(operator.mul), "mul.hi": _high, "mad.lo": lambda a, b, c: a * b + c, "brev": _reverse,
+    "prmt": _permute, "lop3": _logic, "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     **{f"shf.{way}.{how}": partial(_funnel, way == "l", how == "clamp") for way in "lr" for how in ("wrap", "clamp")},
 }  # fmt: skip
 FLOAT: Final[dict[str, Callable[..., Any]]] = {
