@@ -18,6 +18,7 @@ without, it is the assembler's option that counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -384,13 +385,11 @@ def older_triton() -> str:
             str(OLDER),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UnavailableError(f"{wanted} could not be fetched: {done.stderr.strip()[-300:]}")
-        try:
+        with contextlib.suppress(OSError):  # it may be there by now
             partial.rename(folder)
-        except OSError:
-            shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            raise UnavailableError(f"{wanted} could not be fetched: {done.stderr.strip()[-300:]}")
     return str(folder)
 
 

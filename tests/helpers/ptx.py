@@ -233,13 +233,15 @@ class Kernel:
         self.registers: dict[str, tuple[int, int]] = {}  # name -> number, bytes (0: a predicate)
         self._ranges: dict[str, int] = {}
         self.labels: dict[str, int] = {}
-        self.blocks: list[list[_Statement]] = [[]]
-        self._read("{" + body)
-        self.decoded: list[tuple[list[Step], int] | None] = [None] * len(self.blocks)
+        self._body = "{" + body
+        self.blocks: list[list[_Statement]] = []  # read when it is first run
+        self.decoded: list[tuple[list[Step], int] | None] = []
         self.used: set[str] = set()  # opcodes of blocks that ran
 
-    def _read(self, body: str) -> None:
-        for kind, what in _statements(body, self._lines):
+    def read(self) -> None:
+        """Its blocks, none of them decoded."""
+        self.blocks = [[]]
+        for kind, what in _statements(self._body, self._lines):
             if kind == "label":
                 if self.blocks[-1]:
                     self.blocks.append([])
@@ -254,6 +256,7 @@ class Kernel:
                 self.blocks[-1].append(what)
                 if what.opcode.split(".")[0] in ("bra", "ret", "exit", "bar", "barrier"):
                     self.blocks.append([])
+        self.decoded = [None] * len(self.blocks)
 
     def register(self, name: str) -> tuple[int, int] | None:
         if name not in self.registers:
@@ -280,6 +283,8 @@ class Kernel:
         if [len(value) for value in params] != [size for _, size in self.params.values()]:
             sizes = [size for _, size in self.params.values()]
             raise FaultError(f"{self.name}: parameters of {[len(p) for p in params]} bytes, expected {sizes}")
+        if not self.blocks:
+            self.read()
         block = bytearray(-(-self.param_bytes // 16) * 16)
         for (at, size), value in zip(self.params.values(), params, strict=True):
             block[at : at + size] = value

@@ -23,10 +23,13 @@ COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.w
 def build() -> Any:
     """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s. Beside
     them ``set_order`` and ``set_launcher``, of which module.cpp tells, and ``KERNELS``: place in the library -> name.
+    With SAFEFREEZE_SANITIZE=1 a misaligned access ends the process.
     """
     assert COMPILER is not None, "cuda_on_host: no C++ compiler was found"
     inputs = sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.[ch]*")])
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
+    sanitized = os.environ.get("SAFEFREEZE_SANITIZE") == "1"
+    flags = ["-fsanitize=alignment", "-fno-sanitize-recover=all"] if sanitized else []
+    key = hashlib.sha256(b"".join([repr(flags).encode(), *(path.read_bytes() for path in inputs)])).hexdigest()[:16]
     folder = ROOT / "build" / "cuda_on_host" / key
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
@@ -35,7 +38,7 @@ def build() -> Any:
         include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
         subprocess.run(
             [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden",
-             "-shared", "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
+             "-shared", *flags, "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
             check=True,
         )  # fmt: skip
         partial.rename(library)
