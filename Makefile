@@ -44,9 +44,10 @@ GPU_PYTHON ?= python3
 gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
-# What the GPU kernels are compiled to; needs no GPU. ARGS="--quick --arch 90", for example.
+# What the GPU kernels are compiled to, and what that moves and issues; needs no GPU. ARGS="--quick --arch 90", for example.
 sass: $(VENV)/.test $(VENV)/.built
 	$(PY) -m benchmarks.sass $(ARGS)
+	$(PY) -m benchmarks.traffic --output benchmarks/results/traffic.txt
 
 # The documentation, with the reference from the docstrings, to build/site; warnings are errors.
 docs: $(VENV)/.docs $(VENV)/.built
@@ -74,9 +75,11 @@ define sanitized
 	$(4) $(foreach name,$(5),$(or $(wildcard $(CURDIR)/tests/*/test_$(name).py),$(error no test_$(name).py)))
 endef
 
-# AddressSanitizer and UndefinedBehaviorSanitizer.
+# AddressSanitizer and UndefinedBehaviorSanitizer; and the CUDA kernels run on the host, where a misaligned access, for
+# which a GPU stops, ends the process.
 sanitize: $(VENV)/.test $(VENV)/.built
 	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
+	SAFEFREEZE_SANITIZE=1 $(PY) -m pytest -m "not slow" -k on_the_host tests/kernels/test_cuda.py
 
 # ThreadSanitizer, on threads that share memory; a race ends the run with an error. Addresses are not randomised
 # meanwhile: older versions of the sanitizer cannot place their own.

@@ -1,8 +1,9 @@
 """The GPU kernels as machine code: ``python -m benchmarks.sass [--arch 90 …] [--only PATTERN] [--quick]``.
 
-Needs no GPU. Compiles every kernel of kernels/triton.py with the parameters and options it is launched with; takes the
-CUDA kernels out of the built extension, or compiles csrc/cuda.cu where that holds none. Disassembles both and prints a
-table. A kernel fails, and with it the command,
+Needs no GPU. Compiles every kernel of kernels/triton.py with the parameters and options it is launched with, by the
+installed Triton and by the oldest that is served (requirements/triton-older.txt, fetched into build/); takes the CUDA
+kernels out of the built extension, or compiles csrc/cuda.cu where that holds none. Disassembles all and prints a table.
+A kernel fails, and with it the command,
 
     if fewer 16-byte loads or stores are in it than its walk over neighbours needs, for every operand (one of 8 bytes
         where a thread holds no more of an operand),
@@ -17,6 +18,7 @@ without, it is the assembler's option that counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -27,7 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +39,7 @@ import torch
 
 ARCHS: Final = (80, 90, 100)
 CEILING: Final = 64  # registers per thread: a multiprocessor then holds 1024 threads
+OLDER: Final = Path(__file__).parents[1] / "requirements" / "triton-older.txt"
 _SOURCE: Final = Path(__file__).parents[1] / "csrc" / "cuda.cu"
 _SIZES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "32 bits": 4, "16 bits": 2}
 
@@ -311,7 +314,7 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
             packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
             variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
             shorts, n = (_SHORT[param], _SHORT[state]), _per_thread(settings)
-            yield _adamw("triton", shorts, variant, n, param.itemsize, packed, settings=settings)
+            yield _adamw("triton", shorts, variant, n, param.itemsize, packed, settings=by_name(settings))
     for dtype in dtypes:
         for name, (lists, bits, ages) in _LISTS.items():
             if ages and name != "all":  # only a step looks at them
@@ -329,7 +332,7 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
             ):
                 words = ", ".join(word for word in (variant, name) if word)
                 wide = _accesses_of(_per_thread(settings), [dtype.itemsize])
-                yield Kernel("triton", kernel, _SHORT[dtype], words, wide * loads, wide * stores, settings)
+                yield Kernel("triton", kernel, _SHORT[dtype], words, wide * loads, wide * stores, by_name(settings))
 
 
 def _per_thread(settings: dict[str, Any]) -> int:
@@ -338,34 +341,86 @@ def _per_thread(settings: dict[str, Any]) -> int:
     return elements
 
 
-def triton_codes(kernels: Iterable[Kernel], archs: Sequence[int], jobs: int) -> Iterator[Code]:
-    """What becomes of them, in order, architecture by architecture."""
-    # In fresh processes: where Triton interprets, it does not compile.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_compile_for_real) as pool:
+def triton_codes(kernels: Iterable[Kernel], archs: Sequence[int], jobs: int, folder: str = "") -> Iterator[Code]:
+    """What becomes of them, in order, architecture by architecture. ``folder``: see `triton_processes`."""
+    with triton_processes(jobs, folder) as pool:
         yield from pool.map(
             _compile_triton, *zip(*((kernel, arch) for kernel in kernels for arch in archs), strict=True)
         )
 
 
-def _compile_for_real() -> None:
+def triton_processes(jobs: int, folder: str = "") -> ProcessPoolExecutor:
+    """Fresh processes: where Triton interprets, it does not compile. ``folder``: of another Triton than the installed
+    one, as `older_triton` fetches it."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_compile_for_real, initargs=(folder,))
+
+
+def _compile_for_real(folder: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    if folder:
+        sys.path.insert(0, folder)
 
 
-def _compile_triton(kernel: Kernel, arch: int) -> Code:
+def older_triton() -> str:
+    """The folder of the Triton that `OLDER` names, which comes with the oldest torch that is served; fetched at first
+    use.
+
+    Raises:
+        UnavailableError: it could not be fetched.
+    """
+    wanted = OLDER.read_text().split("\n")[-2]
+    folder = OLDER.parents[1] / "build" / wanted.split(";")[0].replace("==", "-")
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may be at it
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(partial),
+            "-r",
+            str(OLDER),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        with contextlib.suppress(OSError):  # it may be there by now
+            partial.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            raise UnavailableError(f"{wanted} could not be fetched: {done.stderr.strip()[-300:]}")
+    return str(folder)
+
+
+def by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with names for dtypes, which every version of Triton reads."""
+    return {name: getattr(value, "name", value) for name, value in settings.items()}
+
+
+def compile_triton(name: str, settings: dict[str, Any], missing: Sequence[str], arch: int) -> Any:
+    """A kernel of kernels/triton.py compiled, without a GPU; ``missing``: arguments that are None."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from safefreeze_kernels.kernels import triton as ours
 
-    function = getattr(ours, f"{kernel.name}_kernel")
-    constants = {name: kernel.settings[name] for name in function.arg_names if name in kernel.settings}
-    constants |= {name: None for name in ("skip", "multiplier") if name in function.arg_names}
-    options = {name: value for name, value in kernel.settings.items() if name not in constants}
-    signature = {name: "constexpr" if name in constants else _ARGUMENTS[name] for name in function.arg_names}
-    compiled = triton.compile(
-        ASTSource(function, signature, constants), target=GPUTarget("cuda", arch, 32), options=options
-    )
+    function = getattr(ours, f"{name}_kernel")
+    settings = {
+        key: tl.dtype(value) if key in ("PARAM", "STATE", "DTYPE") else value for key, value in settings.items()
+    }
+    constants = {key: settings[key] for key in function.arg_names if key in settings}
+    constants |= {key: None for key in missing if key in function.arg_names}
+    options = {key: value for key, value in settings.items() if key not in constants}
+    signature = {key: "constexpr" if key in constants else _ARGUMENTS[key] for key in function.arg_names}
+    source = ASTSource(function, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _compile_triton(kernel: Kernel, arch: int) -> Code:
+    compiled = compile_triton(kernel.name, kernel.settings, ("skip", "multiplier"), arch)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -398,8 +453,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     looked = failed = 0
     missing: list[str] = []
-    for backend in ("cuda", "triton"):
-        if given.backend not in (None, backend):
+    for backend in ("cuda", "triton", "older"):
+        if given.backend not in (None, "triton" if backend == "older" else backend):
             continue
         try:
             for kernel, codes in groupby(_chosen_codes(backend, given), key=lambda code: code.kernel):
@@ -414,10 +469,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _chosen_codes(backend: str, given: argparse.Namespace) -> Iterator[Code]:
-    if backend == "triton":
+    if backend != "cuda":
+        folder = older_triton() if backend == "older" else ""
         kernels = [kernel for kernel in triton_kernels(quick=given.quick) if given.chosen.search(str(kernel))]
+        if folder:
+            kernels = [replace(kernel, backend=Path(folder).name) for kernel in kernels]
         if kernels:
-            yield from triton_codes(kernels, given.arch or ARCHS, given.jobs)
+            yield from triton_codes(kernels, given.arch or ARCHS, given.jobs, folder)
         return
     codes = [code for code in cuda_codes(given.arch) if given.chosen.search(str(code.kernel))]
     order = {kernel: number for number, kernel in enumerate(dict.fromkeys(code.kernel for code in codes))}
@@ -428,7 +486,7 @@ def _print_row(kernel: Kernel, codes: list[Code], *, heading: bool) -> bool:
     """One kernel on every architecture; whether it fails."""
     if heading:
         print(
-            f"{'kernel':<13} {'dtypes':<16} {'variant':<32} {'registers by architecture':<31} {'spill':>5} {'load':>5} "
+            f"{'kernel':<18} {'dtypes':<16} {'variant':<32} {'registers by architecture':<31} {'spill':>5} {'load':>5} "
             f"{'store':>5} {'fma':>3}  verdict"
         )
     name = f"{kernel.backend} {kernel.name}"
@@ -440,7 +498,7 @@ def _print_row(kernel: Kernel, codes: list[Code], *, heading: bool) -> bool:
     spilled, fused = max(code.spilled for code in codes), max(code.fused for code in codes)
     wrong = [f"sm_{code.arch}: {', '.join(found)}" for code in codes if (found := judge(code))]
     print(
-        f"{name:<13} {kernel.dtypes:<16} {kernel.variant:<32} {registers:<31} {spilled:>5} {loads:>5} {stores:>5} "
+        f"{name:<18} {kernel.dtypes:<16} {kernel.variant:<32} {registers:<31} {spilled:>5} {loads:>5} {stores:>5} "
         f"{fused:>3}  {'; '.join(wrong) or 'ok'}",
         flush=True,
     )

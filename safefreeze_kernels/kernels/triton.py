@@ -3,7 +3,8 @@
 With ``TRITON_INTERPRET=1`` in the environment when this is imported, the kernels are interpreted, on CPU tensors.
 
 The arithmetic is the twin of csrc/arithmetic.h: the same IEEE float32 operations in the same order, hence ``div_rn``,
-``sqrt_rn`` and no fused multiply-add (`OPTIONS`). 16-bit storage travels as integers (triton_storage.py).
+``sqrt_rn`` and no fused multiply-add (`OPTIONS`). 16-bit storage travels as integers (triton_storage.py); where
+a block reads and writes, triton_places.py says.
 
 A program takes one tile (tiles.py). Addresses come from tables in device memory, so one launch serves any number of
 tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
@@ -13,7 +14,7 @@ tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
 # mypy: disallow-untyped-decorators=False, disable-error-code=import-untyped
-# ruff: noqa: N803, N806, RUF059, SIM300  # compile-time names are in capitals, as Triton's documentation has them
+# ruff: noqa: N803, N806, RUF059  # compile-time names are in capitals, as Triton's documentation has them
 
 import contextlib
 from collections.abc import Sequence
@@ -27,7 +28,18 @@ from torch import Tensor
 
 from .gpu import GpuBackend, Launch
 from .operands import SCALARS, NormKind
-from .tiles import TILE, TILE_PART
+from .triton_places import (
+    chosen_of,
+    flags_of,
+    held_places,
+    part_row,
+    places,
+    pointer_to,
+    share_of,
+    size_of,
+    tile_age,
+    tile_row,
+)
 from .triton_storage import from_remainder, noise, to_float, to_remainder, to_storage
 
 __all__ = ["INTERPRETED", "TritonBackend"]
@@ -39,9 +51,7 @@ OPTIONS: Final[dict[str, Any]] = (
     else {"enable_fp_fusion": False, "num_warps": 4, "maxnreg": 64}
 )
 
-# Words of the tables' rows. Addresses and offsets have 64 bits; what counts elements of one tile has 32.
-_TILE_WORDS = tl.constexpr(TILE.itemsize // 8)
-_PART_WORDS = tl.constexpr(TILE_PART.itemsize // 8)
+# Words of the tables' rows.
 _TENSOR_WORDS = tl.constexpr(7)  # struct AdamWTensor in csrc/work.h
 _SCALAR_WORDS = tl.constexpr(SCALARS.itemsize // 4)
 _STEP = tl.constexpr(SCALARS.names.index("step") if SCALARS.names else 0)
@@ -76,120 +86,6 @@ def update(p, m, second_moment, s):
     return decay * p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(second_moment), bias2_sqrt) + eps)
 
 
-# --------------------------------------------------------------------------------------------------------- places
-#
-# WIDE blocks have two indices, groups of eight neighbours: so the compiler sees how many lie together, and keeps the
-# layouts of the two walks apart.
-
-
-@triton.jit
-def _tile(tiles):
-    """This program's row of the tile table."""
-    row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
-    small = row.to(tl.pointer_type(tl.int32)) + 4
-    return tl.load(row), tl.load(row + 1), tl.load(small), tl.load(small + 1), tl.load(small + 2), tl.load(small + 3)
-
-
-@triton.jit
-def _age(tiles):
-    """How far behind its part's first row of scalars that of this program's tile is."""
-    row = tiles + tl.program_id(0).to(tl.int64) * _TILE_WORDS
-    return tl.load(row.to(tl.pointer_type(tl.int32)) + 8)
-
-
-@triton.jit
-def _part(parts, part, at, start, packed, LISTS: tl.constexpr, BITS: tl.constexpr, AGES: tl.constexpr):
-    """Addresses of the tile's lists, of its first bit and of its first age, 0 where there are none; whether parts
-    interleave; and whether the twin has places for what is visited alone, as bits say."""
-    row = parts + part.to(tl.int64) * _PART_WORDS
-    none = at.to(tl.int64) * 0
-    cols, packed_cols, bits, shared, gapless, ages = none, none, none, none, none, none
-    if LISTS >= 1:
-        cols = tl.load(row)
-        cols = tl.where(cols != 0, cols + at.to(tl.int64) * 4, 0)
-    if LISTS >= 2:
-        packed_cols = tl.load(row + 1)
-        packed_cols = tl.where(packed_cols != 0, packed_cols + at.to(tl.int64) * 4, 0)
-    if BITS:
-        bits, shared = tl.load(row + 2), tl.load(row + 3)
-        gapless = tl.where(bits != 0, tl.load(row + 4), 0)
-        bits = tl.where(bits != 0, bits + (start >> 3), 0)
-    if AGES:
-        ages = tl.load(row + 5)
-        ages = tl.where(ages != 0, ages + packed * 2, 0)
-    return cols, packed_cols, bits, shared, gapless, ages
-
-
-@triton.jit
-def _share(wide, count, WIDE: tl.constexpr):
-    """How many elements of the tile a walk takes: all or none."""
-    return tl.where(wide, count, 0) if WIDE else tl.where(wide, 0, count)
-
-
-@triton.jit
-def _places(first, count, cols, packed_cols, LISTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a tile: places in the tensor and in its twin, both counted from the tile's first, and which exist."""
-    if WIDE:
-        here = first + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        there = here
-        inside = here < (count >> 3 << 3)  # the same number, known to be a multiple of 8
-    else:
-        here = first + tl.arange(0, BLOCK)
-        there = here
-        inside = here < count
-        if LISTS >= 2:
-            listed = packed_cols.to(tl.pointer_type(tl.int32)) + here
-            there = tl.load(listed, mask=here < tl.where(packed_cols != 0, count, 0), other=here)
-        if LISTS >= 1:
-            listed = cols.to(tl.pointer_type(tl.int32)) + here
-            here = tl.load(listed, mask=here < tl.where(cols != 0, count, 0), other=here)
-    return here, there, inside
-
-
-@triton.jit
-def _flags(bits, start, here, first, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the bit of each element of a block is set; False where there are no bits."""
-    count = tl.where(bits != 0, count, 0)
-    if WIDE:  # the tile begins with a byte
-        byte = (first >> 3) + tl.arange(0, BLOCK // 8)[:, None]
-        bit = tl.arange(0, 8)[None, :]
-        inside = byte < (count >> 3)
-    else:
-        place = (start & 7).to(tl.int32) + here
-        byte = place >> 3
-        bit = place & 7
-        inside = first + tl.arange(0, BLOCK) < count
-    word = tl.load(bits.to(tl.pointer_type(tl.uint8)) + byte, mask=inside, other=0)
-    return ((word.to(tl.int32) >> bit) & 1) != 0
-
-
-@triton.jit
-def _chosen(inside, bits, start, here, first, count, FROZEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which elements of a block the list visits."""
-    flags = _flags(bits, start, here, first, count, WIDE, BLOCK)
-    return tl.where(bits == 0, inside, inside & (flags == FROZEN))
-
-
-@triton.jit
-def _held(there, gapless, chosen, taken):
-    """Places in the twin of a block, and how many elements of the tile were visited up to its end: of a gapless part
-    the twin has places for these alone."""
-    visited = chosen.to(tl.int32)
-    return tl.where(gapless != 0, taken + tl.cumsum(visited, 0) - 1, there), taken + tl.sum(visited, 0)
-
-
-@triton.jit
-def _pointer(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """A pointer to words of the dtype's width: float32, or the bits of a 16-bit type."""
-    pointer = address.to(tl.pointer_type(tl.float32 if DTYPE == tl.float32 else tl.uint16))
-    return tl.multiple_of(pointer, 16) if WIDE else pointer
-
-
-@triton.jit
-def _size(DTYPE: tl.constexpr):
-    return DTYPE.primitive_bitwidth // 8
-
-
 # -------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -201,26 +97,26 @@ def adamw_kernel(
     PARAM: tl.constexpr, STATE: tl.constexpr, ROUNDING: tl.constexpr, L2: tl.constexpr, AMSGRAD: tl.constexpr,
     LISTS: tl.constexpr, BITS: tl.constexpr, AGES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, AGES)
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, AGES)
     row = tensors + tensor.to(tl.int64) * _TENSOR_WORDS
     grad = tl.load(grads + tensor)
     run = grad != 0
     if skip is not None:
         run = run & (tl.load(skip) == 0)
     count = tl.where(run, count, 0)
-    p_at = tl.load(row) + start * _size(PARAM)
+    p_at = tl.load(row) + start * size_of(PARAM)
     packed_grad = tl.load(row + 6) != 0
-    g_at = grad + tl.where(packed_grad, packed, start) * _size(PARAM)
-    m_at = tl.load(row + 1) + packed * _size(STATE)
-    v_at = tl.load(row + 2) + packed * _size(STATE)
+    g_at = grad + tl.where(packed_grad, packed, start) * size_of(PARAM)
+    m_at = tl.load(row + 1) + packed * size_of(STATE)
+    v_at = tl.load(row + 2) + packed * size_of(STATE)
     v_max_at = v_at
     remainder_at = v_at
     if AMSGRAD:
-        v_max_at = tl.load(row + 3) + packed * _size(STATE)
+        v_max_at = tl.load(row + 3) + packed * size_of(STATE)
     if ROUNDING == "remainder":
         remainder_at = tl.load(row + 4) + packed * 2
-    row_of_scalars = scalars + (tl.load(scalar_set + part) + _age(tiles)) * _SCALAR_WORDS
+    row_of_scalars = scalars + (tl.load(scalar_set + part) + tile_age(tiles)) * _SCALAR_WORDS
     s = _scalars(row_of_scalars, multiplier)
     obstacles = ((p_at | g_at | m_at | v_at | v_max_at | remainder_at) & 15) | (count & 7) | cols | packed_cols | ages
     if BITS:  # a frozen element's old bytes are stored again, which nobody else may change meanwhile
@@ -231,29 +127,29 @@ def adamw_kernel(
         number = (tl.load(row + 5) & 0xFFFFFFFF).to(tl.uint32)
         obstacles = obstacles | (start & 7)  # eight neighbours share noise
     for WIDE in tl.static_range(2):
-        share = _share(obstacles == 0, count, WIDE)
+        share = share_of(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
-            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            here, there, inside = places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
             if BITS and not WIDE:
-                inside = inside & (_flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE]) == 0)
-                there, taken = _held(there, gapless, inside, taken)
+                inside = inside & (flags_of(bits, start, here, first, share, WIDE, BLOCKS[WIDE]) == 0)
+                there, taken = held_places(there, gapless, inside, taken)
             own, own_step = s, step
             if AGES and not WIDE:
                 own, own_step = _of_age(s, row_of_scalars, ages, there, inside)
-            p_ptr = _pointer(p_at, PARAM, WIDE) + here
-            m_ptr = _pointer(m_at, STATE, WIDE) + there
-            v_ptr = _pointer(v_at, STATE, WIDE) + there
+            p_ptr = pointer_to(p_at, PARAM, WIDE) + here
+            m_ptr = pointer_to(m_at, STATE, WIDE) + there
+            v_ptr = pointer_to(v_at, STATE, WIDE) + there
             old_p = tl.load(p_ptr, mask=inside, other=0)
             of_grad = here if WIDE else tl.where(packed_grad, there, here)
-            g = tl.load(_pointer(g_at, PARAM, WIDE) + of_grad, mask=inside, other=0)
+            g = tl.load(pointer_to(g_at, PARAM, WIDE) + of_grad, mask=inside, other=0)
             old_m = tl.load(m_ptr, mask=inside, other=0)
             old_v = tl.load(v_ptr, mask=inside, other=0)
             old_v_max = old_v
             if AMSGRAD:
-                v_max_ptr = _pointer(v_max_at, STATE, WIDE) + there
+                v_max_ptr = pointer_to(v_max_at, STATE, WIDE) + there
                 old_v_max = tl.load(v_max_ptr, mask=inside, other=0)
             if ROUNDING == "remainder":
-                remainder_ptr = _pointer(remainder_at, tl.bfloat16, WIDE) + there
+                remainder_ptr = pointer_to(remainder_at, tl.bfloat16, WIDE) + there
                 old_remainder = tl.load(remainder_ptr, mask=inside, other=0)
                 p = from_remainder(old_p, old_remainder)
             else:
@@ -263,7 +159,7 @@ def adamw_kernel(
                 own, L2, AMSGRAD,
             )  # fmt: skip
             if BITS and WIDE:
-                frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
+                frozen = flags_of(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
             # Stored now, they leave registers for the divisions.
             new_m = to_storage(m, here, STATE, False)
             new_v = to_storage(v, here, STATE, False)
@@ -334,7 +230,14 @@ def _of_age(s, row_of_scalars, ages, there, inside):
 def _data(addresses, tensor, start, count, DTYPE: tl.constexpr):
     """Address of a tile's first element, and how many elements it has: none where the tensor is missing."""
     data = tl.load(addresses + tensor)
-    return data + start * _size(DTYPE), tl.where(data != 0, count, 0)
+    return data + start * size_of(DTYPE), tl.where(data != 0, count, 0)
+
+
+@triton.jit
+def _no_total(KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """What the totals of a block begin with: of eight neighbours, only the total is kept. A float's magnitude orders as
+    its bits do, and every NaN lies above infinity."""
+    return tl.zeros([BLOCK // 8 if WIDE else BLOCK], tl.int32 if KIND == "largest_absolute" else tl.float64)
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "partial"])
@@ -344,25 +247,21 @@ def norm_kernel(
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One double per tile."""
-    start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
         obstacles = obstacles | (start & 7)
     result = 0.0
     for WIDE in tl.static_range(2):
-        # A float's magnitude orders as its bits do, and every NaN lies above infinity.
-        # Of eight neighbours, only the total is kept.
-        total = tl.zeros(
-            [BLOCKS[WIDE] // 8 if WIDE else BLOCKS[WIDE]], tl.int32 if KIND == "largest_absolute" else tl.float64
-        )
-        share = _share(obstacles == 0, count, WIDE)
+        total = _no_total(KIND, WIDE, BLOCKS[WIDE])
+        share = share_of(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
-            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
-            stored = tl.load(_pointer(data_at, DTYPE, WIDE) + here, mask=inside, other=0)
+            here, there, inside = places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            stored = tl.load(pointer_to(data_at, DTYPE, WIDE) + here, mask=inside, other=0)
             if BITS:
-                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+                inside = chosen_of(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
             magnitude = tl.where(inside, to_float(stored, DTYPE).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
             value = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
             if KIND == "largest_absolute":
@@ -383,8 +282,8 @@ def scale_kernel(
     tiles, parts, addresses, factor,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
     multiplier = tl.load(factor)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     count = tl.where((multiplier >= 1) == 0, count, 0)  # a multiplier of NaN is not 1 or more
@@ -392,14 +291,14 @@ def scale_kernel(
     if BITS:
         obstacles = obstacles | shared | (start & 7)
     for WIDE in tl.static_range(2):
-        share = _share(obstacles == 0, count, WIDE)
+        share = share_of(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
-            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            here, there, inside = places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
             if BITS:
-                frozen = _flags(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
+                frozen = flags_of(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
                 if not WIDE:
                     inside = inside & (frozen == 0)
-            pointer = _pointer(data_at, DTYPE, WIDE) + here
+            pointer = pointer_to(data_at, DTYPE, WIDE) + here
             old = tl.load(pointer, mask=inside, other=0)
             new = to_storage(to_float(old, DTYPE) * multiplier, here, DTYPE, False)
             if BITS and WIDE:
@@ -412,17 +311,17 @@ def zero_kernel(
     tiles, parts, addresses,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
     data_at, count = _data(addresses, tensor, start, count, DTYPE)
     obstacles = (data_at & 15) | (count & 7) | cols | bits
     for WIDE in tl.static_range(2):
-        share = _share(obstacles == 0, count, WIDE)
+        share = share_of(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
-            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            here, there, inside = places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
             if BITS and not WIDE:
-                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
-            pointer = _pointer(data_at, DTYPE, WIDE) + here
+                inside = chosen_of(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+            pointer = pointer_to(data_at, DTYPE, WIDE) + here
             tl.store(pointer, tl.zeros(inside.shape, pointer.dtype.element_ty), mask=inside)
 
 
@@ -432,21 +331,21 @@ def copy_kernel(
     DTYPE: tl.constexpr, GATHER: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = _tile(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = _part(parts, part, at, start, packed, LISTS, BITS, False)
-    data_at = tl.load(addresses + tensor * 2) + start * _size(DTYPE)
-    twin_at = tl.load(addresses + tensor * 2 + 1) + packed * _size(DTYPE)
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
+    data_at = tl.load(addresses + tensor * 2) + start * size_of(DTYPE)
+    twin_at = tl.load(addresses + tensor * 2 + 1) + packed * size_of(DTYPE)
     obstacles = ((data_at | twin_at) & 15) | (count & 7) | cols | packed_cols | bits
     taken = count * 0
     for WIDE in tl.static_range(2):
-        share = _share(obstacles == 0, count, WIDE)
+        share = share_of(obstacles == 0, count, WIDE)
         for first in range(0, share, BLOCKS[WIDE]):
-            here, there, inside = _places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
+            here, there, inside = places(first, share, cols, packed_cols, LISTS, WIDE, BLOCKS[WIDE])
             if BITS and not WIDE:
-                inside = _chosen(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
-                there, taken = _held(there, gapless, inside, taken)
-            data_ptr = _pointer(data_at, DTYPE, WIDE) + here
-            twin_ptr = _pointer(twin_at, DTYPE, WIDE) + there
+                inside = chosen_of(inside, bits, start, here, first, share, FROZEN, WIDE, BLOCKS[WIDE])
+                there, taken = held_places(there, gapless, inside, taken)
+            data_ptr = pointer_to(data_at, DTYPE, WIDE) + here
+            twin_ptr = pointer_to(twin_at, DTYPE, WIDE) + there
             if GATHER:
                 tl.store(twin_ptr, tl.load(data_ptr, mask=inside, other=0), mask=inside)
             else:
@@ -473,7 +372,11 @@ def adamw_settings(
     """Compile-time parameters and launch options of `adamw_kernel`."""
     busy = bits or ages or rounding != "nearest"
     narrow = 1 if amsgrad and rounding != "stochastic" else 2 if busy or lists == 2 else 4
-    busiest = (busy and state.itemsize == 2) or (bits and rounding == "stochastic" and param == torch.float16)
+    busiest = (
+        (busy and state.itemsize == 2)
+        or (bits and rounding == "remainder")
+        or (rounding == "stochastic" and param == torch.float16)
+    )
     wide = 8 if param.itemsize == 2 and not amsgrad and not busiest else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,
@@ -483,8 +386,9 @@ def adamw_settings(
 
 def settings(dtype: torch.dtype, *, lists: int, bits: bool, **others: Any) -> dict[str, Any]:
     """Compile-time parameters and launch options of the other kernels, which have one or two operands."""
+    wide = 8 if bits and others.get("KIND") == "sum_of_squares" else 32 // dtype.itemsize
     return {
-        "DTYPE": DTYPES[dtype], "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(4, 32 // dtype.itemsize),
+        "DTYPE": DTYPES[dtype], "LISTS": lists, "BITS": bits, "BLOCKS": _blocks(4, wide),
         **others, **OPTIONS,
     }  # fmt: skip
 
@@ -559,25 +463,24 @@ class TritonBackend(GpuBackend):
             launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits,
             ages=work.ages,
         )  # fmt: skip
-        _launch(adamw_kernel, launch, *tables, seed_there, **constants)
+        self._launch(adamw_kernel, launch, *tables, seed_there, **constants)
 
     def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:
         work, named = launch.work, {name.upper(): value for name, value in options.items()}
         constants = settings(launch.dtype, lists=work.lists, bits=work.bits, FROZEN=work.frozen, **named)
-        _launch(KERNELS[operation], launch, *tensors, **constants)
+        self._launch(KERNELS[operation], launch, *tensors, **constants)
+
+    def _launch(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
+        tiles = launch.tiles
+        if len(tiles):
+            with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
+                kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)
 
     def _partial_norms(self, n_tiles: int) -> int:
         return n_tiles
 
     def _total(self, partial: Tensor, kind: NormKind) -> Tensor:
         return partial.amax() if kind == "largest_absolute" else partial.sum()
-
-
-def _launch(kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
-    tiles = launch.tiles
-    if len(tiles):
-        with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
-            kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)
 
 
 def load() -> TritonBackend:

@@ -5,6 +5,7 @@ The kernels run wherever they can: interpreted, compiled for the host, or on a G
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +190,9 @@ def _cases() -> Iterator[Case]:
         yield Case("adamw_", "everything", dtype, options={"maximize": True, "special": True})
         for factor in (1.0, 1.5, math.inf, math.nan, 0.0):
             yield Case("scale_", "everything", dtype, options={"factor": factor, "special": True})
-    yield Case("adamw_", "everything", FP16, options=stochastic)
+    for dtype, rounding in ((BF16, remainder), (BF16, stochastic), (FP16, stochastic)):
+        for state, amsgrad in itertools.product((FP32, BF16), (False, True)):
+            yield Case("adamw_", "everything", dtype, options={**rounding, "state": state, "amsgrad": amsgrad})
     for options in (
         {"l2": True}, {"skip": 0.0}, {"skip": 1.0}, {"skip": math.nan}, {"multiplier": 0.37}, {"multiplier": math.nan},
         {"on_device": True}, {"on_device": True, "skip": 0.0, "multiplier": 3.0, "amsgrad": True},

@@ -56,6 +56,17 @@ def test_long_tiles_on_the_host(monkeypatch: pytest.MonkeyPatch, on_host: Backen
     check(on_host, CPU, case)
 
 
+@pytest.mark.parametrize("order", [-1, 1, 2])
+@pytest.mark.parametrize("case", CASES[::9], ids=str)
+def test_on_the_host_in_another_order(on_host: Backend, native: Any, case: Case, order: int) -> None:
+    """Threads run backwards, and in orders drawn from seeds, between one barrier and the next."""
+    native.set_order(order)
+    try:
+        check(on_host, CPU, case)
+    finally:
+        native.set_order(0)
+
+
 def test_far_addresses_on_the_host(on_host: Backend) -> None:
     check_far(on_host, CPU)
 

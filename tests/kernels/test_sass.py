@@ -5,6 +5,7 @@ A quick part of ``make sass``, which looks at every kernel on every architecture
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,19 @@ def test_triton_kernels_pass_and_the_same_ones_compiled_carelessly_fail(kernels:
     assert any("fused" in fault for fault in fused), fused
     assert any("spills" in fault for fault in spilled), spilled
     assert any("16-byte stores" in fault for fault in narrow), narrow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("older", [False, True], ids=["installed", "oldest"])
+def test_every_triton_kernel_passes(older: bool) -> None:
+    """By the installed Triton and by the oldest that is served."""
+    try:
+        kernels, folder = list(sass.triton_kernels()), sass.older_triton() if older else ""
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    codes = list(sass.triton_codes(kernels, [ARCH], os.cpu_count() or 1, folder))
+    wrong = {str(found.kernel): faults for found in codes if (faults := sass.judge(found))}
+    assert not wrong, f"{len(wrong)} of {len(codes)}: {wrong}"
 
 
 def test_every_cuda_kernel_passes() -> None:

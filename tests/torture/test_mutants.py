@@ -454,16 +454,44 @@ MUTANTS: Final = (
     Mutant(
         "Triton: places of packed moments are those of the weights",
         "kernels/triton.py",
-        "m_ptr = _pointer(m_at, STATE, WIDE) + there",
-        "m_ptr = _pointer(m_at, STATE, WIDE) + here",
+        "m_ptr = pointer_to(m_at, STATE, WIDE) + there",
+        "m_ptr = pointer_to(m_at, STATE, WIDE) + here",
         ("kernels/test_triton.py",),
+    ),
+    Mutant(
+        "CUDA: nobody waits for what the first thread prepares",
+        "csrc/cuda.cu",
+        "  if (threadIdx.x == 0) task.prepare(launch);\n  __syncthreads();\n",
+        "  if (threadIdx.x == 0) task.prepare(launch);\n",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
+        "CUDA: nobody waits for the counts of other threads",
+        "csrc/cuda.cu",
+        "static_cast<uint16_t>(__popc(mine));\n    __syncthreads();\n",
+        "static_cast<uint16_t>(__popc(mine));\n",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
+        "CUDA, as compiled: packed places of a list are one too far",
+        "csrc/cuda.cu",
+        "at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;",
+        "at<const uint32_t>(part.packed_cols)[listed + 1] : listed - tile.at;",
+        ("kernels/test_ptx.py",),
+    ),
+    Mutant(
+        "Triton, as compiled: gradients are read where moments are",
+        "kernels/triton.py",
+        "of_grad = here if WIDE else tl.where(packed_grad, there, here)",
+        "of_grad = here if WIDE else there",
+        ("kernels/test_ptx.py",),
     ),
 )
 
 
 def copied(folder: Path) -> Path:
     """Package, sources of the extension, and tests, in a folder of their own."""
-    for name in ("safefreeze_kernels", "csrc", "tests", "examples"):
+    for name in ("safefreeze_kernels", "csrc", "tests", "examples", "benchmarks", "requirements"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
@@ -503,7 +531,7 @@ def test_a_mutant_is_one_change(mutant: Mutant) -> None:
 def test_every_mutant_is_caught(tmp_path: Path, mutant: Mutant) -> None:
     file = copied(tmp_path) / mutant.place
     file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-    if mutant.compiled and mutant.tests != ("kernels/test_cuda.py",):  # which compiles the kernels itself
+    if mutant.compiled and mutant.file != "csrc/cuda.cu":  # which its tests compile themselves
         built(tmp_path)
     found = suite(tmp_path, mutant.tests)
     assert found.returncode not in (0, 5), f"{mutant.bug}: all of {', '.join(mutant.tests)} pass"

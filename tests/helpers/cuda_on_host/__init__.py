@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,10 +21,15 @@ COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.w
 
 
 def build() -> Any:
-    """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s."""
+    """The module with the functions of `safefreeze_kernels._C.cuda`; compiled where sources changed, some 10 s. Beside
+    them ``set_order`` and ``set_launcher``, of which module.cpp tells, and ``KERNELS``: place in the library -> name.
+    With SAFEFREEZE_SANITIZE=1 a misaligned access ends the process.
+    """
     assert COMPILER is not None, "cuda_on_host: no C++ compiler was found"
     inputs = sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.[ch]*")])
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
+    sanitized = os.environ.get("SAFEFREEZE_SANITIZE") == "1"
+    flags = ["-fsanitize=alignment", "-fno-sanitize-recover=all"] if sanitized else []
+    key = hashlib.sha256(b"".join([repr(flags).encode(), *(path.read_bytes() for path in inputs)])).hexdigest()[:16]
     folder = ROOT / "build" / "cuda_on_host" / key
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
@@ -32,7 +38,7 @@ def build() -> Any:
         include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
         subprocess.run(
             [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden",
-             "-shared", "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
+             "-shared", *flags, "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
             check=True,
         )  # fmt: skip
         partial.rename(library)
@@ -41,4 +47,14 @@ def build() -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.KERNELS = {at: name for at, _, kind, name in _symbols(library) if kind == "t" and "_kernel" in name}
+    module.set_shared([(at, size) for at, size, kind, name in _symbols(library) if kind == "b" and ")::" in name])
+    assert module.KERNELS
     return module
+
+
+def _symbols(library: Path) -> list[tuple[int, int, str, str]]:
+    """Place, bytes, kind and readable name of what the kernels' namespace holds."""
+    listed = subprocess.run(["nm", "-C", "-S", library], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"^(\w+) (\w+) (\w) (.*safefreeze::cuda::\(anonymous namespace\)::.*)$", listed, re.MULTILINE)
+    return [(int(at, 16), int(size, 16), kind, name) for at, size, kind, name in found]

@@ -1,13 +1,19 @@
 // Stands in for CUDA's header so that csrc/cuda.cu can be compiled and run on the host: a launch runs its grid block by
-// block, and the threads of a block take turns, each running up to its next barrier. Device memory is host memory.
+// block, and the threads of a block take turns, each running up to its next barrier. Device memory is host memory. Between
+// two barriers threads run in order, in reverse, or in an order drawn from a seed; shared memory of a block begins as
+// bytes that are not zero. Or launches are handed to a function, which runs them.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -27,6 +33,19 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, gridDim;
 
+// How launches are run. `order`: of threads; 0 as they are numbered, -1 in reverse, else a seed. `launcher`: who is handed
+// the address of a kernel, blocks, threads of a block, and addresses and sizes of parameters, instead. `shared`: where the
+// variables in shared memory are.
+struct Launching {
+  int order = 0;
+  std::vector<std::pair<char*, size_t>> shared;
+  std::function<void(const void*, unsigned, unsigned, const std::vector<std::pair<const void*, size_t>>&)> launcher;
+  static Launching& now() {
+    static Launching& launching = *new Launching;  // outlives Python's objects
+    return launching;
+  }
+};
+
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
 
@@ -40,6 +59,10 @@ class Fibers {
 
   void run(unsigned n, const std::function<void()>& thread) {
     thread_ = &thread;
+    for (const auto& [at, size] : Launching::now().shared) std::memset(at, 0xa5, size);
+    std::vector<unsigned> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    if (Launching::now().order < 0) std::reverse(order.begin(), order.end());
     stacks_.resize(n);
     states_.assign(n, State::running);
     contexts_.resize(n);
@@ -54,7 +77,9 @@ class Fibers {
     for (bool left = true; left;) {
       left = false;
       bool waited = false, finished = false;
-      for (current_ = 0; current_ < n; ++current_) {
+      if (Launching::now().order > 0) std::shuffle(order.begin(), order.end(), random_);
+      for (unsigned one : order) {
+        current_ = one;
         if (states_[current_] == State::finished) continue;
         threadIdx = dim3(current_);
         swapcontext(&main_, &contexts_[current_]);
@@ -78,6 +103,7 @@ class Fibers {
   }
 
   const std::function<void()>* thread_ = nullptr;
+  std::mt19937 random_{static_cast<unsigned>(Launching::now().order)};
   ucontext_t main_;
   unsigned current_ = 0;
   std::vector<ucontext_t> contexts_;
@@ -108,6 +134,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                std::common_type_t<Parameters>... arguments) {
+  if (Launching::now().launcher) {
+    std::vector<std::pair<const void*, size_t>> parameters{{&arguments, sizeof(arguments)}...};
+    Launching::now().launcher(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x, parameters);
+    return cudaSuccess;
+  }
   gridDim = config->gridDim;
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
     Fibers::of_block().run(config->blockDim.x, [&] { kernel(arguments...); });
