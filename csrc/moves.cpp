@@ -5,6 +5,8 @@
 namespace safefreeze {
 namespace {
 
+int64_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // Written past the caches, zeros if `from` is null: nobody reads frozen gradients soon, nor state that moved, and a
 // line that is to be overwritten need not be fetched first. Short stretches are not worth it.
 void write_past(char* data, const char* from, size_t size) {

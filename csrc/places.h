@@ -27,8 +27,6 @@ inline const uint32_t* bits_of(const float* data) { return reinterpret_cast<cons
 inline uint16_t* bits_of(uint16_t* data) { return data; }
 inline const uint16_t* bits_of(const uint16_t* data) { return data; }
 
-int64_t width(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // ------------------------------------------------------------------------------------------------ picking elements
 
 // Bits of `span` neighbours, of which bit `first` is the first one's. Picked are those whose bit differs from `flip`.
