@@ -372,21 +372,11 @@ def older_triton() -> str:
     folder = OLDER.parents[1] / "build" / wanted.split(";")[0].replace("==", "-")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may be at it
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(partial),
-            "-r",
-            str(OLDER),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        with contextlib.suppress(OSError):  # it may be there by now
-            partial.rename(folder)
+        pip = [sys.executable, *"-m pip install --quiet --no-deps --target".split()]
+        done = subprocess.run([*pip, str(partial), "-r", str(OLDER)], capture_output=True, text=True)
+        if done.returncode == 0:
+            with contextlib.suppress(OSError):  # it may be there by now
+                partial.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.exists():
             raise UnavailableError(f"{wanted} could not be fetched: {done.stderr.strip()[-300:]}")

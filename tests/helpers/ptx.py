@@ -169,8 +169,8 @@ def _shared(text: str) -> dict[str, tuple[int, int]]:
 
 def _statements(body: str, line: int) -> Iterator[tuple[str, Any]]:
     """``("label", name)``, ``("registers", (type, names))`` and ``("code", statement)``, in order."""
-    scope = scopes = 0
-    renamed: list[dict[str, str]] = [{}]
+    scopes = 0
+    renamed: list[dict[str, str]] = [{}]  # in each pair of braces: its registers, under names that are theirs alone
     for chunk in re.split(r"(?<=;)", body):
         here = line + chunk[: len(chunk) - len(chunk.lstrip())].count("\n")
         line += chunk.count("\n")
@@ -183,18 +183,18 @@ def _statements(body: str, line: int) -> Iterator[tuple[str, Any]]:
                 renamed.pop()
             elif found[2]:
                 yield "label", found[2]
+            here += found[0].count("\n")
             text = text[found.end() :]
         if not text or text.startswith((".pragma", ".shared")):
             continue
         if text.startswith(".reg"):
             _, kind, names = text.split(None, 2)
             for name in re.split(r"\s*,\s*", names):
-                scope = len(renamed) > 2  # inside the braces of the body
-                if scope:
-                    renamed[-1][name] = f"{name}@{scopes}"
-                yield "registers", (kind[1:], renamed[-1][name] if scope else name)
+                own = f"{name}@{scopes}" if len(renamed) > 2 else name  # the first braces are the body's
+                renamed[-1][name] = own
+                yield "registers", (kind[1:], own)
             continue
-        for names in renamed:
+        for names in renamed[2:]:
             for name, other in names.items():
                 text = re.sub(rf"(?<![\w%$]){re.escape(name)}(?![\w@])", other, text)
         guard, opcode, rest = re.fullmatch(r"(?:@(!?[%\w@]+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
