@@ -372,8 +372,9 @@ def older_triton() -> str:
     folder = OLDER.parents[1] / "build" / wanted.split(";")[0].replace("==", "-")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may be at it
-        pip = [sys.executable, *"-m pip install --quiet --no-deps --target".split()]
-        done = subprocess.run([*pip, str(partial), "-r", str(OLDER)], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        command = [*pip, "--target", str(partial), "-r", str(OLDER)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             with contextlib.suppress(OSError):  # it may be there by now
                 partial.rename(folder)
@@ -461,9 +462,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _chosen_codes(backend: str, given: argparse.Namespace) -> Iterator[Code]:
     if backend != "cuda":
         folder = older_triton() if backend == "older" else ""
-        kernels = [kernel for kernel in triton_kernels(quick=given.quick) if given.chosen.search(str(kernel))]
-        if folder:
-            kernels = [replace(kernel, backend=Path(folder).name) for kernel in kernels]
+        named = [replace(kernel, backend=Path(folder).name or "triton") for kernel in triton_kernels(quick=given.quick)]
+        kernels = [kernel for kernel in named if given.chosen.search(str(kernel))]
         if kernels:
             yield from triton_codes(kernels, given.arch or ARCHS, given.jobs, folder)
         return
