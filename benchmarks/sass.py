@@ -429,7 +429,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, nargs="+", help=f"compute capabilities (default: {ARCHS}; CUDA: as built)")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="one of them only")
     parser.add_argument("--only", metavar="PATTERN", default="", help="kernels whose name matches, as in 'cuda adamw'")
-    parser.add_argument("--quick", action="store_true", help="of Triton's a few that stand for the others")
+    parser.add_argument(
+        "--quick", action="store_true", help="of Triton's a few that stand for the others, by the installed one"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     given = parser.parse_args(arguments)
     try:
@@ -446,6 +448,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing: list[str] = []
     for backend in ("cuda", "triton", "older"):
         if given.backend not in (None, "triton" if backend == "older" else backend):
+            continue
+        if backend == "older" and given.quick:
             continue
         try:
             for kernel, codes in groupby(_chosen_codes(backend, given), key=lambda code: code.kernel):
