@@ -372,8 +372,9 @@ def older_triton() -> str:
     folder = OLDER.parents[1] / "build" / wanted.split(";")[0].replace("==", "-")
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")  # another process may be at it
-        pip = [sys.executable, *"-m pip install --quiet --no-deps --target".split()]
-        done = subprocess.run([*pip, str(partial), "-r", str(OLDER)], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        command = [*pip, "--target", str(partial), "-r", str(OLDER)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             with contextlib.suppress(OSError):  # it may be there by now
                 partial.rename(folder)
@@ -428,7 +429,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, nargs="+", help=f"compute capabilities (default: {ARCHS}; CUDA: as built)")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="one of them only")
     parser.add_argument("--only", metavar="PATTERN", default="", help="kernels whose name matches, as in 'cuda adamw'")
-    parser.add_argument("--quick", action="store_true", help="of Triton's a few that stand for the others")
+    parser.add_argument(
+        "--quick", action="store_true", help="of Triton's a few that stand for the others, by the installed one"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     given = parser.parse_args(arguments)
     try:
@@ -446,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend in ("cuda", "triton", "older"):
         if given.backend not in (None, "triton" if backend == "older" else backend):
             continue
+        if backend == "older" and given.quick:
+            continue
         try:
             for kernel, codes in groupby(_chosen_codes(backend, given), key=lambda code: code.kernel):
                 looked += 1
@@ -461,9 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _chosen_codes(backend: str, given: argparse.Namespace) -> Iterator[Code]:
     if backend != "cuda":
         folder = older_triton() if backend == "older" else ""
-        kernels = [kernel for kernel in triton_kernels(quick=given.quick) if given.chosen.search(str(kernel))]
-        if folder:
-            kernels = [replace(kernel, backend=Path(folder).name) for kernel in kernels]
+        named = [replace(kernel, backend=Path(folder).name or "triton") for kernel in triton_kernels(quick=given.quick)]
+        kernels = [kernel for kernel in named if given.chosen.search(str(kernel))]
         if kernels:
             yield from triton_codes(kernels, given.arch or ARCHS, given.jobs, folder)
         return
