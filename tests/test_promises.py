@@ -59,7 +59,8 @@ def test_a_plan_for_7b_is_compiled_in_a_second_and_64_mb(published: bool) -> Non
         most = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert work.nbytes <= most <= 64e6
+    # C++ made the lists themselves, which Python's count leaves out, in vectors with room for up to as many again
+    assert most + 2 * work.nbytes <= 64e6
 
 
 @pytest.mark.slow

@@ -336,7 +336,7 @@ def real_report(
         f"# {title}", "", about, "",
         'Mean ± standard deviation over seeds; "margin": mean log-odds of refusing.', "",
         *tables(seeds, REAL_COLUMNS), "Paired differences of the margin; higher is safer:", "",
-        *(f"- {compare(some, *pair, REAL_MEASURE)}" for pair in pairs if len(some := with_arms(seeds, *pair)) > 1), "",
+        *(f"- {compare(some, *pair, REAL_MEASURE)}" for pair in pairs if (some := with_arms(seeds, *pair))), "",
         f"![log-odds of refusing]({picture})", "",
     ]  # fmt: skip
     return "\n".join(lines)

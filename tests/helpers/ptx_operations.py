@@ -80,6 +80,12 @@ def _high(a: Any, b: Any) -> Any:
     return (product >> product.dtype.type(8 * a.itemsize)).astype(a.dtype)
 
 
+def _divide(a: Any, b: Any) -> Any:
+    if a.dtype.kind == "i":
+        raise FaultError("division of signed integers is not known here")
+    return np.where(b == 0, np.iinfo(a.dtype).max, a // np.maximum(b, 1).astype(a.dtype)).astype(a.dtype)
+
+
 def _shift(of: Callable[..., Any], a: Any, by: Any) -> Any:
     width = 8 * a.itemsize
     if a.dtype.kind == "i":
@@ -160,7 +166,7 @@ REDUCE: Final = {"add": np.add, "min": np.minimum, "max": np.maximum, **BITWISE}
 # By opcode without its type: functions of operands that all have that type,
 INTEGER: Final[dict[str, Callable[..., Any]]] = {
     **BITWISE, "not": operator.invert, "add": operator.add, "sub": operator.sub, "mul.lo": operator.mul,
-    "neg": lambda a: a.dtype.type(0) - a, "abs": np.abs, "min": np.minimum, "max": np.maximum,
+    "div": _divide, "neg": lambda a: a.dtype.type(0) - a, "abs": np.abs, "min": np.minimum, "max": np.maximum,
     "mul.wide": _wide(operator.mul), "mul.hi": _high, "mad.lo": lambda a, b, c: a * b + c, "brev": _reverse,
     "prmt": _permute, "lop3": _logic, "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     **{f"shf.{way}.{how}": partial(_funnel, way == "l", how == "clamp") for way in "lr" for how in ("wrap", "clamp")},

@@ -584,8 +584,7 @@ def test_single_elements_of_any_density_and_age(isa: str, whole: bool, n_ages: i
         *((0.4, (1, n)) for n in (1, 2, 15, 16, 17, 31, 63, 64, 65, 255, 257)),
     ]:
         mask = FreezeMask(shape, elements=torch.from_numpy(rng.random(shape) < share))
-        ages = Ages.none(mask)
-        ages.elements = rng.integers(0, n_ages, shape).astype(np.int32)
+        ages = Ages.of_elements(rng.integers(0, n_ages, shape))
         work = compile_live([mask], [ages], whole_state=whole)
         p, g, m, v, x = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for _ in range(5))
         g[mask.dense()] = math.nan

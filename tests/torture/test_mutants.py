@@ -475,8 +475,8 @@ MUTANTS: Final = (
     Mutant(
         "CUDA, as compiled: packed places of a list are one too far",
         "csrc/cuda.cu",
-        "at<const uint32_t>(part.packed_cols)[listed] : listed - tile.at;",
-        "at<const uint32_t>(part.packed_cols)[listed + 1] : listed - tile.at;",
+        "there = at<const uint32_t>(part.packed_cols)[listed] + within;",
+        "there = at<const uint32_t>(part.packed_cols)[listed] + within + 1;",
         ("kernels/test_ptx.py",),
     ),
     Mutant(
