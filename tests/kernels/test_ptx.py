@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
+from other_backends import run_suite
 from ptx import Counts, FaultError, Memory, Module
 
 from benchmarks import sass, traffic
@@ -282,6 +283,13 @@ def test_every_case(interpreted: Any) -> None:
         uploads(interpreted, 100_003)
         idle = [name for name, kernel in interpreted.kernels.items() if not kernel.used]
         assert not idle, f"of {len(interpreted.kernels)} kernels these never ran: {idle}"
+
+
+@pytest.mark.slow
+@on("cuda 90")
+def test_random_programs(interpreted: Backend) -> None:
+    """Beside the other backends, in the same programs."""
+    run_suite("contract/test_machine.py", least=2, SAFEFREEZE_TEST_BACKEND="cuda-ptx")
 
 
 def uploads(backend: Any, size: int) -> None:
