@@ -194,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
             row = f"{name:<13} {case.name:<38} {requests:>9} {sectors:>15.3f} {instructions:>21.1f}"
             lines.append(f"{row}  {wrong or 'ok'}")
             print(lines[-1], flush=True)
+        if backend is not None:
+            backend.close()
     if given.output:
         given.output.write_text("\n".join(lines) + "\n")
     return 1 if failed else 0

@@ -1,6 +1,7 @@
 """Backends for GPUs, made to take the CPU tensors of this suite's tests. ``SAFEFREEZE_TEST_BACKEND`` names one:
 
 cuda-on-host   the CUDA kernels, compiled for the host
+cuda-ptx       the CUDA kernels as nvcc emits them, interpreted
 triton         the Triton kernels, interpreted (with TRITON_INTERPRET=1) or on a GPU
 cuda           the CUDA kernels on a GPU
 """
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from safefreeze_kernels.kernels.backend import Backend, backend_state
 from safefreeze_kernels.kernels.operands import AdamWOperands
 from safefreeze_kernels.kernels.parts import WorkList
 
+_SERVING = ExitStack()  # until the process ends
+
 
 def other_backend(name: str) -> Backend:
     """The named backend; raises RuntimeError, with the reason, where it does not run."""
@@ -32,6 +36,12 @@ def other_backend(name: str) -> Backend:
         from safefreeze_kernels.kernels.cuda import CudaBackend
 
         return CudaBackend(build(), "cpu")
+    if name == "cuda-ptx":
+        from ptx_backends import PtxCuda, cuda_ptx
+
+        backend = PtxCuda(cuda_ptx())
+        _SERVING.enter_context(backend.serving())
+        return backend
     state = backend_state(name)
     if isinstance(state, str):
         raise RuntimeError(f"SAFEFREEZE_TEST_BACKEND={name}: {state}")

@@ -102,6 +102,14 @@ class Watched(GpuBackend):
     def count(self, name: str) -> Counts:
         return self.counts.setdefault(name, Counts())
 
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """While this lasts, operations may be called."""
+        yield
+
+    def close(self) -> None:
+        """Ends the process that compiles, if there is one."""
+
 
 # ------------------------------------------------------------------------------------------------------------- CUDA
 
@@ -150,6 +158,8 @@ class PtxCuda(Watched, CudaBackend):
 
     def __init__(self, ptx: str) -> None:
         Watched.__init__(self)
+        if cuda_on_host.COMPILER is None:
+            raise sass.UnavailableError("no C++ compiler was found")
         native = cuda_on_host.build()
         CudaBackend.__init__(self, native, "cpu")
         module = Module(ptx)
@@ -238,12 +248,7 @@ class PtxTriton(Watched, TritonBackend):
         text: str = self._pool.submit(_compiled, name, settings, missing, ARCH).result()
         return text
 
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Meanwhile the processes that compile are there."""
-        try:
-            yield
-        finally:
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

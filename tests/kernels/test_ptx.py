@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
-import ptx_backends
 import pytest
 import torch
 from backend_cases import CASES, Case, check, check_far
+from other_backends import run_suite
 from ptx import Counts, FaultError, Memory, Module
 
 from benchmarks import sass, traffic
 from safefreeze_kernels.kernels import backend as kernels
 from safefreeze_kernels.kernels.backend import Backend
+
+ptx_backends = pytest.importorskip("ptx_backends", exc_type=ImportError)
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,21 +210,33 @@ def find(*beginnings: str) -> list[Case]:
     return [next(case for case in CASES if str(case).startswith(beginning)) for beginning in beginnings]
 
 
-@cache
-def run_by(name: str) -> Any:
-    """A backend whose launches are interpreted; those of one compiler, kept as long as the tests run."""
+@pytest.fixture(scope="module")
+def made() -> Iterator[dict[str, Any]]:
+    """Backends whose launches are interpreted, by compiler, or why there is none: read and compiled once."""
+    found: dict[str, Any] = {}
+    yield found
+    for backend in found.values():
+        if not isinstance(backend, str):
+            backend.close()
+
+
+def make(name: str) -> Any:
     try:
         if name.startswith("cuda"):
             return ptx_backends.PtxCuda(ptx_backends.cuda_ptx(int(name.split()[1])))
         return ptx_backends.PtxTriton(sass.older_triton() if name == OLDER else "")
-    except (sass.UnavailableError, ImportError) as error:
+    except sass.UnavailableError as error:
         return str(error)
 
 
 @pytest.fixture
-def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+def interpreted(
+    request: pytest.FixtureRequest, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Backend]:
     """The backend, also for whoever asks for it by name."""
-    backend, state = run_by(request.param), kernels.backend_state
+    if request.param not in made:
+        made[request.param] = make(request.param)
+    backend, state = made[request.param], kernels.backend_state
     if isinstance(backend, str):
         pytest.skip(backend)
     monkeypatch.setattr(kernels, "backend_state", lambda name: backend if name == backend.name else state(name))
@@ -252,17 +265,31 @@ def test_far_addresses(interpreted: Backend) -> None:
     check_far(interpreted, CPU)
 
 
+def checked(backend: Backend, case: Case) -> None:
+    try:
+        check(backend, CPU, case)
+    except FaultError as error:
+        pytest.fail(f"{case}: {error}")
+
+
 @pytest.mark.slow
 @on("cuda 80", "cuda 90", "Triton", OLDER)
 def test_every_case(interpreted: Any) -> None:
     """All kernels of csrc/cuda.cu run; of Triton's, those that the cases take."""
     for case in CASES:
-        check(interpreted, CPU, case)
+        checked(interpreted, case)
     check_far(interpreted, CPU)
     if interpreted.name == "cuda":
         uploads(interpreted, 100_003)
         idle = [name for name, kernel in interpreted.kernels.items() if not kernel.used]
         assert not idle, f"of {len(interpreted.kernels)} kernels these never ran: {idle}"
+
+
+@pytest.mark.slow
+@on("cuda 90")
+def test_random_programs(interpreted: Backend) -> None:
+    """Beside the other backends, in the same programs."""
+    run_suite("contract/test_machine.py", least=2, SAFEFREEZE_TEST_BACKEND="cuda-ptx")
 
 
 def uploads(backend: Any, size: int) -> None:
@@ -314,9 +341,8 @@ ADAMW, NORM = "adamw_kernelINS1_4BF16ENS1_3F32ELNS0_8RoundingE0ELb0E", "norm_ker
 def test_a_barrier_that_is_missing_is_found(kernel: str, number: int, case: str) -> None:
     """Whatever the order in which threads run."""
     try:
-        whole = ptx_backends.cuda_ptx()
+        backend = ptx_backends.PtxCuda(without_barrier(ptx_backends.cuda_ptx(), kernel, number))
     except sass.UnavailableError as error:
         pytest.skip(str(error))
-    backend = ptx_backends.PtxCuda(without_barrier(whole, kernel, number))
     with backend.serving(), pytest.raises(FaultError, match="a race in shared memory"):
         check(backend, CPU, *find(case))
