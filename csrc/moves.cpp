@@ -124,18 +124,18 @@ inline void repack_64(const T*& from, uint64_t was, T*& to, uint64_t now) {
   for (int k = 0; k < 64; k += 16, was >>= 16, now >>= 16) {
     const __m512i values = _mm512_maskz_expand_epi32(static_cast<__mmask16>(was), load_16(from));
     store_16(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(now), values));
-    from += count_16(was);
-    to += count_16(now);
+    from += count_group(was);
+    to += count_group(now);
   }
 #else
   T stage[64] = {};
   for (int k = 0; k < 64; k += 8, was >>= 8) {
-    put_8(from, was & 0xff, stage + k);
-    from += count_8(was);
+    put_group(from, was & 0xff, stage + k);
+    from += count_group(was);
   }
   for (int k = 0; k < 64; k += 8, now >>= 8) {
-    pick_8(stage + k, now & 0xff, to);
-    to += count_8(now);
+    pick_group(stage + k, now & 0xff, to);
+    to += count_group(now);
   }
 #endif
 }

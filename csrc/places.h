@@ -115,8 +115,7 @@ constexpr int64_t slack = 16;  // elements: whole vectors are written, and read,
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // Sixteen neighbours at a time. Whole vectors are loaded, blended and stored: masked ones run three times slower once
-// the data comes from memory (measured on Zen 5). Only the last, short vector of a row is masked, to stay inside the
-// row.
+// the data comes from memory (measured on Zen 5). Only a last, short one is masked, to stay inside the tensor.
 inline __m512i load_16(const uint32_t* data) { return _mm512_loadu_si512(data); }
 inline __m512i load_16(const uint16_t* data) {
   return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
@@ -127,9 +126,6 @@ inline __m512i load_16(const uint8_t* data) {
 inline __m512i load_some(const uint32_t* data, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, data); }
 inline __m512i load_some(const uint16_t* data, __mmask16 some) {
   return _mm512_maskz_cvtepu16_epi32(some, _mm256_maskz_loadu_epi16(some, data));
-}
-inline __m512i load_some(const uint8_t* data, __mmask16 some) {
-  return _mm512_maskz_cvtepu8_epi32(some, _mm_maskz_loadu_epi8(some, data));
 }
 inline void store_16(uint32_t* data, __m512i values) { _mm512_storeu_si512(data, values); }
 inline void store_16(uint16_t* data, __m512i values) {
@@ -145,71 +141,19 @@ inline void store_some(uint16_t* data, __mmask16 some, __m512i values) {
 constexpr bool picks_columns_by_bits = true;
 #define SAFEFREEZE_SIXTEEN  // the step takes sixteen at a time, in registers, and leaves alone those it is told to
 
-template <typename T>
-struct Pick {
-  const T* data;
-  T* out;
-  Pick(const T* from, T* to) : data(from), out(to) {}
-};
+constexpr int group = 16;
 
 template <typename T>
-inline void pick_16(const T* data, uint64_t picked, T* out) {
+inline void pick_group(const T* data, uint64_t picked, T* out) {
   store_16(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(picked), load_16(data)));
 }
 template <typename T>
-inline void put_16(const T* values, uint64_t picked, T* data) {
+inline void put_group(const T* values, uint64_t picked, T* data) {
   store_16(data, _mm512_mask_expand_epi32(load_16(data), static_cast<__mmask16>(picked), load_16(values)));
-}
-inline int count_16(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xffff)); }
-
-// Picks from each of some arrays at once; `followed`: how many neighbours have others of their run `ahead` of them.
-template <typename... T>
-void pick_by_bits(const Bits& bits, int64_t followed, Pick<T>... from) {
-  int64_t i = 0;
-  for (; i + 64 <= bits.span; i += 64) {
-    const uint64_t picked = bits.whole(i);
-    for (int k = 0; i < followed && k < 64; k += 16) (prefetch(from.data + i + k + ahead), ...);
-    if (!picked) continue;
-    for (int k = 0; k < 64; k += 16) {
-      const int count = count_16(picked >> k);
-      ((pick_16(from.data + i + k, picked >> k, from.out), from.out += count), ...);
-    }
-  }
-  uint64_t picked = bits.rest(i);
-  for (; i + 16 <= bits.span; i += 16, picked >>= 16) {
-    const int count = count_16(picked);
-    ((pick_16(from.data + i, picked, from.out), from.out += count), ...);
-  }
-  const __mmask16 some = static_cast<__mmask16>(picked);
-  if (some) (store_16(from.out, _mm512_maskz_compress_epi32(some, load_some(from.data + i, some))), ...);
-}
-
-template <typename T>
-void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
-  pick_by_bits(bits, followed, Pick<T>{data, out});
-}
-
-template <typename T>
-void put_by_bits(const T* values, const Bits& bits, T* data) {
-  int64_t i = 0;
-  for (; i + 64 <= bits.span; i += 64) {
-    const uint64_t picked = bits.whole(i);
-    if (!picked) continue;
-    for (int k = 0; k < 64; k += 16) {
-      put_16(values, picked >> k, data + i + k);
-      values += count_16(picked >> k);
-    }
-  }
-  uint64_t picked = bits.rest(i);
-  for (; i + 16 <= bits.span; i += 16, picked >>= 16) {
-    put_16(values, picked, data + i);
-    values += count_16(picked);
-  }
-  const __mmask16 some = static_cast<__mmask16>(picked);
-  if (some) store_some(data + i, some, _mm512_maskz_expand_epi32(some, load_16(values)));
 }
 #else
 constexpr bool picks_columns_by_bits = false;
+constexpr int group = 8;
 
 #if defined(__AVX2__)
 // Eight neighbours at a time, in whole vectors too. Of every eight bits: which neighbours are picked, one after the
@@ -250,20 +194,20 @@ inline void store_8(uint8_t* data, __m256i values) {
 
 // The eight whose bits are in `picked`, moved to the front.
 template <typename T>
-inline void pick_8(const T* data, uint64_t picked, T* out) {
-  store_8(out, _mm256_permutevar8x32_epi32(load_8(data), load_8(lanes_of.picked[picked])));
+inline void pick_group(const T* data, uint64_t picked, T* out) {
+  store_8(out, _mm256_permutevar8x32_epi32(load_8(data), load_8(lanes_of.picked[picked & 0xff])));
 }
 
 template <typename T>
-inline void put_8(const T* values, uint64_t picked, T* data) {
+inline void put_group(const T* values, uint64_t picked, T* data) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(picked)), bit), bit);
-  const __m256i moved = _mm256_permutevar8x32_epi32(load_8(values), load_8(lanes_of.before[picked]));
+  const __m256i moved = _mm256_permutevar8x32_epi32(load_8(values), load_8(lanes_of.before[picked & 0xff]));
   store_8(data, _mm256_blendv_epi8(load_8(data), moved, chosen));
 }
 #else
 template <typename T>
-inline void pick_8(const T* data, uint64_t picked, T* __restrict out) {
+inline void pick_group(const T* data, uint64_t picked, T* __restrict out) {
   for (int i = 0; i < 8; ++i) {
     *out = data[i];
     out += picked >> i & 1u;
@@ -271,7 +215,7 @@ inline void pick_8(const T* data, uint64_t picked, T* __restrict out) {
 }
 
 template <typename T>
-inline void put_8(const T* __restrict values, uint64_t picked, T* data) {
+inline void put_group(const T* __restrict values, uint64_t picked, T* data) {
   for (int i = 0; i < 8; ++i) {
     const uint64_t chosen = picked >> i & 1u;
     data[i] = chosen ? *values : data[i];
@@ -280,37 +224,55 @@ inline void put_8(const T* __restrict values, uint64_t picked, T* data) {
 }
 #endif
 
-inline int count_8(uint64_t picked) { return __builtin_popcount(static_cast<uint32_t>(picked & 0xff)); }
+#endif
+
+inline int count_group(uint64_t picked) { return __builtin_popcountll(picked & ((uint64_t(1) << group) - 1u)); }
 
 template <typename T>
-void pick_by_bits(const T* data, const Bits& bits, T* out, int64_t followed = 0) {
+struct Pick {
+  const T* data;
+  T* out;
+  Pick(const T* from, T* to) : data(from), out(to) {}
+};
+
+// Picks from each of some arrays at once; `followed`: how many neighbours have others of their run `ahead` of them.
+template <typename... T>
+void pick_by_bits(const Bits& bits, int64_t followed, Pick<T>... from) {
+  const auto pick = [&](int64_t i, uint64_t picked) {
+    const int count = count_group(picked);
+    ((pick_group(from.data + i, picked, from.out), from.out += count), ...);
+  };
   int64_t i = 0;
   for (; i + 64 <= bits.span; i += 64) {
-    for (int k = 0; i < followed && k < 64; k += 16) prefetch(data + i + k + ahead);
     const uint64_t picked = bits.whole(i);
-    if (!picked) continue;
-    for (int k = 0; k < 64; k += 8) {
-      pick_8(data + i + k, picked >> k & 0xff, out);
-      out += count_8(picked >> k);
-    }
+    for (int k = 0; i < followed && k < 64; k += 16) (prefetch(from.data + i + k + ahead), ...);
+    for (int k = 0; picked && k < 64; k += group) pick(i + k, picked >> k);
   }
-  for (uint64_t picked = bits.rest(i); picked; picked &= picked - 1u) *out++ = data[i + __builtin_ctzll(picked)];
+  uint64_t picked = bits.rest(i);
+  for (; i + group <= bits.span; i += group, picked >>= group) pick(i, picked);
+  for (; picked; picked &= picked - 1u) ((*from.out++ = from.data[i + __builtin_ctzll(picked)]), ...);
+}
+
+template <typename T>
+void pick_by_bits(const T* data, const Bits& bits, T* out) {
+  pick_by_bits(bits, 0, Pick<T>{data, out});
 }
 
 template <typename T>
 void put_by_bits(const T* values, const Bits& bits, T* data) {
+  const auto put = [&](int64_t i, uint64_t picked) {
+    put_group(values, picked, data + i);
+    values += count_group(picked);
+  };
   int64_t i = 0;
   for (; i + 64 <= bits.span; i += 64) {
     const uint64_t picked = bits.whole(i);
-    if (!picked) continue;
-    for (int k = 0; k < 64; k += 8) {
-      put_8(values, picked >> k & 0xff, data + i + k);
-      values += count_8(picked >> k);
-    }
+    for (int k = 0; picked && k < 64; k += group) put(i + k, picked >> k);
   }
-  for (uint64_t picked = bits.rest(i); picked; picked &= picked - 1u) data[i + __builtin_ctzll(picked)] = *values++;
+  uint64_t picked = bits.rest(i);
+  for (; i + group <= bits.span; i += group, picked >>= group) put(i, picked);
+  for (; picked; picked &= picked - 1u) data[i + __builtin_ctzll(picked)] = *values++;
 }
-#endif
 
 // Hardware gathers and scatters are slower than plain loads and stores on many processors.
 #if defined(__clang__)
@@ -343,7 +305,7 @@ template <typename T>
 void pick(const T* data, const Place& place, int64_t n, T* __restrict out) {
   if (!place.cols) {
     const T* here = data + place.start;
-    if (!place.shared) return pick_by_bits(here, place.bits, out, place.followed);
+    if (!place.shared) return pick_by_bits(here, place.bits, out);
     return place.bits.each([&](int64_t i) { *out++ = here[i]; });
   }
   for (int64_t done = 0, row = 0; done < n; done += place.picks, ++row) {
@@ -483,7 +445,6 @@ void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
       place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};
       const int64_t n = place.bits.grow(run.count - done, block), span = place.bits.span;
       if (n == span) place.bits = {};
-      place.followed = run.count - done - ahead;
       place.shared = packed.shared = part.shared != 0;
       if (!part.gapless) packed.bits = place.bits;
       if (n) step(Block{part, chunk.part, 0, place, packed, n});
