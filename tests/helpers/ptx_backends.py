@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -44,37 +45,44 @@ class Watched(GpuBackend):
     def __init__(self) -> None:
         self.counts: dict[str, Counts] = {}
         self._given: list[Tensor | None] = []
+        self._lock = RLock()
 
     def refusal(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else "it takes CPU tensors only"
 
+    @contextmanager
+    def _watching(self, *columns: Sequence[Tensor | None] | None) -> Iterator[None]:
+        """An operation on these tensors: one at a time."""
+        with self._lock:
+            self._given = [tensor for column in columns for tensor in column or ()]
+            yield
+
     def adamw_(self, work: Any, operands: Any, scalars: Any, scalar_set: Any, **options: Any) -> None:
-        columns = (
+        with self._watching(
             operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs, operands.remainders,
-            operands.grads, [scalars] if isinstance(scalars, Tensor) else [],
-        )  # fmt: skip
-        self._given = [tensor for column in columns for tensor in column or ()]
-        super().adamw_(work, operands, scalars, scalar_set, **options)
+            operands.grads, [scalars] if isinstance(scalars, Tensor) else None,
+        ):  # fmt: skip
+            super().adamw_(work, operands, scalars, scalar_set, **options)
 
     def norm(self, work: Any, tensors: Sequence[Tensor | None], kind: Any) -> Tensor:
-        self._given = list(tensors)
-        return super().norm(work, tensors, kind)
+        with self._watching(tensors):
+            return super().norm(work, tensors, kind)
 
     def scale_(self, work: Any, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        self._given = list(tensors)
-        super().scale_(work, tensors, factor)
+        with self._watching(tensors):
+            super().scale_(work, tensors, factor)
 
     def zero_(self, work: Any, tensors: Sequence[Tensor | None]) -> None:
-        self._given = list(tensors)
-        super().zero_(work, tensors)
+        with self._watching(tensors):
+            super().zero_(work, tensors)
 
     def gather(self, work: Any, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._given = [*tensors, *packed]
-        super().gather(work, tensors, packed)
+        with self._watching(tensors, packed):
+            super().gather(work, tensors, packed)
 
     def scatter_(self, work: Any, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        self._given = [*tensors, *packed]
-        super().scatter_(work, tensors, packed)
+        with self._watching(tensors, packed):
+            super().scatter_(work, tensors, packed)
 
     def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
         uploaded = super()._upload(owner, device, content)  # type: ignore[safe-super]
