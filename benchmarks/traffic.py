@@ -113,18 +113,19 @@ def count(backend: Any, case: Case) -> tuple[float, float, int]:
     work = compile_frozen(masks) if frozen else compile_live(masks)
     tensors = [torch.ones(mask.shape, dtype=case.dtype) for mask in masks]
     backend.counts.clear()
-    with backend.serving():
-        if case.op == "step":
-            _step(backend, work, masks, tensors, case)
-        elif case.op == "norm":
-            backend.norm(work, tensors, "sum_of_squares")
-        elif case.op == "scale":
-            backend.scale_(work, tensors, torch.tensor(0.5))
-        elif case.op == "zero":
-            backend.zero_(work, tensors)
-        else:
-            backend.gather(work, tensors, [torch.empty(n, dtype=case.dtype) for n in work.packed_sizes])
+    if case.op == "step":
+        _step(backend, work, masks, tensors, case)
+    elif case.op == "norm":
+        backend.norm(work, tensors, "sum_of_squares")
+    elif case.op == "scale":
+        backend.scale_(work, tensors, torch.tensor(0.5))
+    elif case.op == "zero":
+        backend.zero_(work, tensors)
+    else:
+        backend.gather(work, tensors, [torch.empty(n, dtype=case.dtype) for n in work.packed_sizes])
     found = [counts for name, counts in backend.counts.items() if not name.startswith("upload")]
+    if not found:
+        raise RuntimeError(f"traffic: {case.name}: no launch was interpreted")
     needed = visited * case.bytes / SECTOR
     sectors, instructions = sum(c.sectors for c in found), sum(c.instructions for c in found)
     return sectors / needed, instructions * 32 / visited, sum(c.requests for c in found)

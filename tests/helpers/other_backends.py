@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from torch import Tensor
 from safefreeze_kernels.kernels.backend import Backend, backend_state
 from safefreeze_kernels.kernels.operands import AdamWOperands
 from safefreeze_kernels.kernels.parts import WorkList
-
-_SERVING = ExitStack()  # until the process ends
 
 
 def other_backend(name: str) -> Backend:
@@ -39,9 +36,7 @@ def other_backend(name: str) -> Backend:
     if name == "cuda-ptx":
         from ptx_backends import PtxCuda, cuda_ptx
 
-        backend = PtxCuda(cuda_ptx())
-        _SERVING.enter_context(backend.serving())
-        return backend
+        return PtxCuda(cuda_ptx())
     state = backend_state(name)
     if isinstance(state, str):
         raise RuntimeError(f"SAFEFREEZE_TEST_BACKEND={name}: {state}")

@@ -51,37 +51,37 @@ class Watched(GpuBackend):
         return "" if device.type == "cpu" else "it takes CPU tensors only"
 
     @contextmanager
-    def _watching(self, *columns: Sequence[Tensor | None] | None) -> Iterator[None]:
+    def watching(self, *columns: Sequence[Tensor | None] | None) -> Iterator[None]:
         """An operation on these tensors: one at a time."""
         with self._lock:
             self._given = [tensor for column in columns for tensor in column or ()]
             yield
 
     def adamw_(self, work: Any, operands: Any, scalars: Any, scalar_set: Any, **options: Any) -> None:
-        with self._watching(
+        with self.watching(
             operands.params, operands.exp_avgs, operands.exp_avg_sqs, operands.max_exp_avg_sqs, operands.remainders,
             operands.grads, [scalars] if isinstance(scalars, Tensor) else None,
         ):  # fmt: skip
             super().adamw_(work, operands, scalars, scalar_set, **options)
 
     def norm(self, work: Any, tensors: Sequence[Tensor | None], kind: Any) -> Tensor:
-        with self._watching(tensors):
+        with self.watching(tensors):
             return super().norm(work, tensors, kind)
 
     def scale_(self, work: Any, tensors: Sequence[Tensor | None], factor: Tensor) -> None:
-        with self._watching(tensors):
+        with self.watching(tensors):
             super().scale_(work, tensors, factor)
 
     def zero_(self, work: Any, tensors: Sequence[Tensor | None]) -> None:
-        with self._watching(tensors):
+        with self.watching(tensors):
             super().zero_(work, tensors)
 
     def gather(self, work: Any, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        with self._watching(tensors, packed):
+        with self.watching(tensors, packed):
             super().gather(work, tensors, packed)
 
     def scatter_(self, work: Any, tensors: Sequence[Tensor | None], packed: Sequence[Tensor]) -> None:
-        with self._watching(tensors, packed):
+        with self.watching(tensors, packed):
             super().scatter_(work, tensors, packed)
 
     def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
@@ -109,11 +109,6 @@ class Watched(GpuBackend):
 
     def count(self, name: str) -> Counts:
         return self.counts.setdefault(name, Counts())
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """While this lasts, operations may be called."""
-        yield
 
     def close(self) -> None:
         """Ends the process that compiles, if there is one."""
@@ -180,13 +175,14 @@ class PtxCuda(Watched, CudaBackend):
         self._names = {at: short_name(name) for at, name in native.KERNELS.items()}
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Meanwhile launches of the library compiled for the host come here."""
-        self._native.set_launcher(self._launch)
-        try:
-            yield
-        finally:
-            self._native.set_launcher(None)
+    def watching(self, *columns: Sequence[Tensor | None] | None) -> Iterator[None]:
+        """Launches of the library compiled for the host come here meanwhile."""
+        with super().watching(*columns):
+            self._native.set_launcher(self._launch)
+            try:
+                yield
+            finally:
+                self._native.set_launcher(None)
 
     refusal = Watched.refusal
 

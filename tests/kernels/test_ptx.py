@@ -230,9 +230,7 @@ def make(name: str) -> Any:
 
 
 @pytest.fixture
-def interpreted(
-    request: pytest.FixtureRequest, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Backend]:
+def interpreted(request: pytest.FixtureRequest, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Backend:
     """The backend, also for whoever asks for it by name."""
     if request.param not in made:
         made[request.param] = make(request.param)
@@ -240,8 +238,7 @@ def interpreted(
     if isinstance(backend, str):
         pytest.skip(backend)
     monkeypatch.setattr(kernels, "backend_state", lambda name: backend if name == backend.name else state(name))
-    with backend.serving():
-        yield backend
+    return backend
 
 
 def on(*names: str) -> Any:
@@ -294,7 +291,8 @@ def test_random_programs(interpreted: Backend) -> None:
 
 def uploads(backend: Any, size: int) -> None:
     content = np.random.default_rng(size).bytes(size)
-    assert backend._upload(None, CPU, content).numpy().tobytes() == content
+    with backend.watching():
+        assert backend._upload(None, CPU, content).numpy().tobytes() == content
 
 
 @on("cuda 90")
@@ -344,5 +342,5 @@ def test_a_barrier_that_is_missing_is_found(kernel: str, number: int, case: str)
         backend = ptx_backends.PtxCuda(without_barrier(ptx_backends.cuda_ptx(), kernel, number))
     except sass.UnavailableError as error:
         pytest.skip(str(error))
-    with backend.serving(), pytest.raises(FaultError, match="a race in shared memory"):
+    with pytest.raises(FaultError, match="a race in shared memory"):
         check(backend, CPU, *find(case))
