@@ -115,7 +115,7 @@ struct Elements {
 // Those of sixteen neighbours that are `live`. `whole`: all lie within the block. Whatever is computed of the others is
 // dropped.
 template <bool whole, Rounding rounding, bool l2, bool amsgrad, bool by_age, typename P, typename S>
-SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* extras, const Aged& aged, int64_t i,
+SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* extras, const Aged* aged, int64_t i,
                                 uint32_t live, const Scalars& s) {
   const auto read = [&](const auto* data) { return whole ? read_16(data + i) : read_some(data + i, live); };
   const auto p_was = read(p);
@@ -128,7 +128,7 @@ SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* ex
   if (by_age) {
     struct Own : Scalars {
       Floats step_size, bias2_sqrt;
-    } own{s, read_16(aged.step_size + i), read_16(aged.bias2_sqrt + i)};
+    } own{s, read_16(aged->step_size + i), read_16(aged->bias2_sqrt + i)};
     adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, own);
   } else {
     adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, s);
@@ -162,20 +162,29 @@ void adamw_block(const Elements& e, Scalars s) {
       prefetch(v + i + ahead);
     }
     if (i + 16 <= n) {
-      if (live) adamw_16<true, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, *e.aged, i, live, s);
+      if (live) adamw_16<true, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, e.aged, i, live, s);
     } else if (live &= (1u << (n - i)) - 1u) {
-      adamw_16<false, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, *e.aged, i, live, s);
+      adamw_16<false, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, e.aged, i, live, s);
     }
   }
 #else
+  const float* __restrict step_size = by_age ? e.aged->step_size : nullptr;
+  const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
+  SAFEFREEZE_VECTOR_LOOP
   for (int64_t i = 0; i < n; ++i) {
+    P p_i = p[i];
+    S m_i = m[i], v_i = v[i], x_i = amsgrad ? x[i] : m_i;
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
-    S none{};
+    Scalars own = s;
     if (by_age) {
-      s.step_size = e.aged->step_size[i];
-      s.bias2_sqrt = e.aged->bias2_sqrt[i];
+      own.step_size = step_size[i];
+      own.bias2_sqrt = bias2_sqrt[i];
     }
-    adamw_stored<rounding, l2, amsgrad>(p[i], g[i], m[i], v[i], amsgrad ? x[i] : none, extra, s);
+    adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, own);
+    p[i] = p_i;
+    m[i] = m_i;
+    v[i] = v_i;
+    if (amsgrad) x[i] = x_i;
     if (rounding == Rounding::remainder) extras[i] = extra;
   }
 #endif
@@ -324,7 +333,7 @@ void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTen
     const Run& run = launch.work.runs[r];
     P* p = at<P>(tensor.param) + run.start;
     const P* g = at<const P>(grad) + run.start;
-    Bits bits{at<const uint8_t>(part.frozen_bits), run.start, 0, ~0u};
+    Bits bits = visited(part, run.start, launch.work.frozen);
     for (int64_t packed = run.packed, left = run.count; left;) {
       bits.span = left < block ? left : block;
       const auto state = [&](int64_t address) -> void* { return at<char>(address + packed * (bf16 ? 2 : 4)); };
@@ -448,14 +457,20 @@ void norm_block(const float* values, int64_t n, double* running) {
   for (int lane = 0; i < n; ++i, ++lane) running[lane] = accumulate<kind>(running[lane], values[i]);
 }
 
-void norm_chunk(const NormLaunch& launch, int64_t chunk) {
-  double running[lanes] = {};
+// Calls `take(block, dtype, address, view)` for each block of the tensors that are there.
+template <typename Launch, typename Take>
+void each_view(const Launch& launch, int64_t chunk, Take take) {
   alignas(64) Stage stage;
   walk(launch.work, chunk, [&](const Block& b) {
     const int64_t address = launch.tensors[b.part.tensor].data;
-    if (address == 0) return;
     const DType dtype = static_cast<DType>(launch.dtype[b.part.tensor]);
-    const View g = view(dtype, address, b.place, b.n, stage);
+    if (address) take(b, dtype, address, view(dtype, address, b.place, b.n, stage));
+  });
+}
+
+void norm_chunk(const NormLaunch& launch, int64_t chunk) {
+  double running[lanes] = {};
+  each_view(launch, chunk, [&](const Block& b, DType, int64_t, const View& g) {
     switch (launch.kind) {
       case NormKind::sum_of_squares:
         return norm_block<NormKind::sum_of_squares>(g.values, b.n, running);
@@ -477,12 +492,7 @@ void norm_chunk(const NormLaunch& launch, int64_t chunk) {
 }
 
 void scale_chunk(const ScaleLaunch& launch, int64_t chunk) {
-  alignas(64) Stage stage;
-  walk(launch.work, chunk, [&](const Block& b) {
-    const int64_t address = launch.tensors[b.part.tensor].data;
-    if (address == 0) return;
-    const DType dtype = static_cast<DType>(launch.dtype[b.part.tensor]);
-    const View g = view(dtype, address, b.place, b.n, stage);
+  each_view(launch, chunk, [&](const Block& b, DType dtype, int64_t address, const View& g) {
     for (int64_t i = 0; i < b.n; ++i) g.values[i] = g.values[i] * launch.factor;
     if (g.staged) store(dtype, g.values, b.n, address, b.place);
   });

@@ -277,9 +277,11 @@ void put_by_bits(const T* values, const Bits& bits, T* data) {
 // Hardware gathers and scatters are slower than plain loads and stores on many processors.
 #if defined(__clang__)
 #define SAFEFREEZE_SCALAR_LOOP _Pragma("clang loop vectorize(disable)")
+#define SAFEFREEZE_VECTOR_LOOP _Pragma("clang loop vectorize(assume_safety)")
 #define SAFEFREEZE_SCALAR
 #else
 #define SAFEFREEZE_SCALAR_LOOP
+#define SAFEFREEZE_VECTOR_LOOP _Pragma("GCC ivdep")  // of so many operands it would not check whether they overlap
 #define SAFEFREEZE_SCALAR __attribute__((optimize("no-tree-vectorize", "unroll-loops")))
 #endif
 
@@ -433,6 +435,11 @@ struct Block {
   int64_t n;
 };
 
+// Which elements from `start` on a part with bits visits; nothing of them yet.
+inline Bits visited(const RunPart& part, int64_t start, bool frozen) {
+  return {at<const uint8_t>(part.frozen_bits), start, 0, frozen ? 0u : ~0u};
+}
+
 // Of a part with bits a block is as many neighbours as it has room for of those that are picked.
 template <typename Step>
 void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
@@ -442,7 +449,7 @@ void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
     int64_t picked = 0;
     for (int64_t done = 0; done < run.count;) {
       Place place{run.start + done}, packed{run.packed + (part.gapless ? picked : done)};
-      place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};
+      place.bits = visited(part, place.start, work.frozen);
       const int64_t n = place.bits.grow(run.count - done, block), span = place.bits.span;
       if (n == span) place.bits = {};
       place.shared = packed.shared = part.shared != 0;

@@ -31,7 +31,8 @@ struct RunPart {
                         // there are no lists
   int64_t gapless;      // whether the packed twin holds what is visited alone; else a run's places lie as its elements
   int64_t ages;         // address of integers laid out as the packed twin: how far behind the part's first row of
-                        // scalars that of an element is; 0: they share one
+                        // scalars that of an element is, of places that nothing visits below n_ages too; 0: they
+                        // share one
   int64_t age_size;     // bytes of such an integer: 1 or 2
   int64_t n_ages;       // how many of those rows there are
 };

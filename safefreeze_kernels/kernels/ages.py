@@ -51,11 +51,11 @@ class Ages:
         rows, cols = (np.zeros(size, np.int64) for size in ages.shape)
         return cls(rows, cols, numbers.astype(narrowest(table.size))[ages], table, _anyone(table))
 
-    def dense(self) -> np.ndarray:
-        """Of every element: int64, spreads to [rows, cols]; not to be written to."""
-        parts = [self.rows[:, None]] if self.rows.any() else []
+    def dense(self, rows: slice = slice(None)) -> np.ndarray:
+        """Of every element of some rows: int64, spreads to [rows, cols]; not to be written to."""
+        parts = [self.rows[rows, None]] if self.rows.any() else []
         parts += [self.cols[None]] if self.cols.any() else []
-        parts += [] if self.elements is None else [self.table[self.elements]]
+        parts += [] if self.elements is None else [self.table[self.elements[rows]]]
         return functools.reduce(np.maximum, parts, np.zeros((1, 1), np.int64))
 
     def numbered(self, mask: FreezeMask, *, whole: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -257,16 +257,8 @@ def _too_many_ages(part: Part) -> Iterable[Part]:
     for number in range(-(-part.born.size // MOST_AGES)):
         some, chosen = part.born[number * MOST_AGES :][:MOST_AGES], np.flatnonzero(group == number)
         if chosen.size:
-            yield Part(
-                part.tensor,
-                (part.shape[0] * part.shape[1], 1),
-                1,
-                live[chosen],
-                None,
-                places[chosen],
-                born=some,
-                ages=ages,
-            )
+            shape = part.shape[0] * part.shape[1], 1
+            yield Part(part.tensor, shape, 1, live[chosen], None, places[chosen], born=some, ages=ages)
 
 
 def compile_frozen(masks: Sequence[FreezeMask]) -> WorkList:

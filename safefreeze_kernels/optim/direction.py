@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Final
 
@@ -57,10 +56,7 @@ def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
 def _took(ages: Ages, rows: slice, step: int, stands_still: Tensor | None) -> Tensor:
     """How many steps weights of some rows took since they were thawed, float32 that spreads to ``[rows, columns]``; of
     what ``stands_still``, moments kept, ages are these numbers."""
-    parts = [ages.rows[rows, None]] if ages.rows.any() else []
-    parts += [ages.cols[None]] if ages.cols.any() else []
-    parts += [] if ages.elements is None else [ages.table[ages.elements[rows]]]
-    born = functools.reduce(torch.maximum, (torch.from_numpy(part).float() for part in parts))
+    born = torch.from_numpy(ages.dense(rows)).float()
     if stands_still is None:
         return step - born
     return torch.where(stands_still[rows] if len(stands_still) > 1 else stands_still, born, step - born)

@@ -350,8 +350,8 @@ MUTANTS: Final = (
     Mutant(
         "compiled: frozen single elements are overwritten",
         "csrc/places.h",
-        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, work.frozen ? 0u : ~0u};",
-        "place.bits = {at<const uint8_t>(part.frozen_bits), place.start, 0, 0u};",
+        "return {at<const uint8_t>(part.frozen_bits), start, 0, frozen ? 0u : ~0u};",
+        "return {at<const uint8_t>(part.frozen_bits), start, 0, frozen ? 0u : 0u};",
     ),
     Mutant(
         "compiled: moments of single elements lie as if none of the run was frozen",
