@@ -107,9 +107,10 @@ def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str
             "for the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
         )
     if require_grad and not param.requires_grad:
+        adapters = "; sf.adapt(plan, model) carries a plan to the adapters of its weights"
         raise ValueError(
             f"{operation}: {name!r} has requires_grad=False, but the plan freezes part of it; it would not train "
-            "at all: take it out of the plan, or call requires_grad_(True)"
+            f"at all: take it out of the plan, or call requires_grad_(True){adapters if '.base_layer.' in name else ''}"
         )
     if entry.mask is not mask and entry.mask != mask:
         raise ValueError(
