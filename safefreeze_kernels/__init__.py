@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .grads.live import live_gradients
     from .integrations.peft import adapt, merge_
     from .keeping.keeper import RefusalKeeper
+    from .measure.check import check
     from .measure.info import info
     from .measure.memory import memory_plan
     from .measure.step import profile_step
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "RefusalKeeper", "RefusalWatch", "adapt", "attribution", "clip_grad_norm_", "guard", "info", "integrations",
-    "live_gradients", "memory_plan", "merge_", "profile_step", "score_units", "score_weights", "snapshot",
-    "zero_frozen_grads_",
+    "RefusalKeeper", "RefusalWatch", "adapt", "attribution", "check", "clip_grad_norm_", "guard", "info",
+    "integrations", "live_gradients", "memory_plan", "merge_", "profile_step", "score_units", "score_weights",
+    "snapshot", "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -44,6 +45,7 @@ _HOMES: Final = {
     "RefusalWatch": ".attribution.watch",
     "FrozenDriftError": ".proof.drift",
     "snapshot": ".proof.snapshot",
+    "check": ".measure.check",
     "info": ".measure.info",
     "memory_plan": ".measure.memory",
     "profile_step": ".measure.step",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from . import audits, measuring, plans
-from .options import WordsCommand
+from .options import VerdictCommand, WordsCommand
 
 app = typer.Typer(
     name="safefreeze",
@@ -21,7 +21,7 @@ app = typer.Typer(
 for command, kind in (
     (measuring.info, None), (plans.score, WordsCommand), (plans.build, WordsCommand), (plans.inspect, None),
     (audits.verify, None), (audits.attest, None), (measuring.bench, WordsCommand),
-    (measuring.plan_memory, WordsCommand), (measuring.demo, None),
+    (measuring.plan_memory, WordsCommand), (measuring.doctor, VerdictCommand), (measuring.demo, None),
 ):  # fmt: skip
     app.command(cls=kind)(command)
 

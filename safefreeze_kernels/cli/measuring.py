@@ -1,4 +1,5 @@
-"""``safefreeze info``, ``bench``, ``plan-memory`` and ``demo``: what runs here, how fast, and in how much memory."""
+"""``safefreeze info``, ``bench``, ``plan-memory``, ``doctor``, ``demo``: what runs here, how fast, in how much memory, what
+a run would train."""
 
 from __future__ import annotations
 
@@ -140,6 +141,47 @@ def plan_memory(
         if predicted.fits is not None:
             say(predicted.verdict().removeprefix("meta: "))
     if predicted.fits is False:
+        raise typer.Exit(1)
+
+
+def doctor(
+    model: Annotated[str, Option(help="Local Hugging Face model folder, or smollm2.")],
+    plan: Annotated[Path | None, Option(help="Plan file. Default: nothing frozen.")] = None,
+    adapter: Annotated[Path | None, Option(help="Folder of a PEFT adapter, trained on as it is.")] = None,
+    lr: Annotated[float, Option(help="Learning rate of the AdamW that would be made.")] = 2e-5,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Look before training: what trains, what stands still and by whom, and what is wrong. Exit code 0: nothing is; 1:
+    something; 2: bad input.
+
+    A plan is carried to the adapters, in memory.
+    """
+    with foreseen(2):
+        from dataclasses import replace
+
+        from ..measure.check import check
+        from ..optim.adam import MaskedAdamW
+
+        frozen, refused = read_plan(plan, "doctor"), list[str]()
+        name, network, _ = load_on_device(model, dtype, "cpu", "doctor")
+        if adapter is not None:
+            from ..integrations.peft import adapt, load_adapter
+
+            network = load_adapter(network, adapter)
+            if frozen is not None:
+                try:
+                    frozen = adapt(frozen, network)
+                except ValueError as error:
+                    frozen, refused = None, [str(error)]
+        named = list(network.named_parameters(remove_duplicate=False))
+        try:
+            optimizer = MaskedAdamW(named, lr=lr, freeze=frozen)
+        except ValueError:
+            optimizer = MaskedAdamW(named, lr=lr)  # whatever of the plan does not fit is told below
+        found = check(network, optimizer, frozen)
+        found = replace(found, warnings=[*refused, *found.warnings])
+        say(f"{name}{f' with {adapter.name}' if adapter is not None else ''}\n", str(found))
+    if not found.ok:
         raise typer.Exit(1)
 
 

@@ -27,6 +27,8 @@ class WordsCommand(TyperCommand):
     other word is an error before work begins.
     """
 
+    bad_input = 1  #: the exit code of such an error
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         known = words()
         for option in self.params:
@@ -39,8 +41,17 @@ class WordsCommand(TyperCommand):
             for given in listed(ctx.params.get(name)):
                 if given not in known:
                     flag = f"--{name.replace('_', '-')}"
-                    fail(ValueError(f"{self.name}: {flag} is {given!r}, expected one of {', '.join(known)}"))
+                    fail(
+                        ValueError(f"{self.name}: {flag} is {given!r}, expected one of {', '.join(known)}"),
+                        self.bad_input,
+                    )
         return super().invoke(ctx)
+
+
+class VerdictCommand(WordsCommand):
+    """One whose exit code 1 is a verdict."""
+
+    bad_input = 2
 
 
 def words() -> dict[str, Sequence[str]]:

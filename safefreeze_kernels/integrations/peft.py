@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -224,6 +227,27 @@ class _Carried:
                     counts[name] = changed
                     param.copy_(torch.where(frozen, values, param))
         return AdaptedPlan(self.masks, self._plan, zero=self.zero, standing=self.standing, changed=counts)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """``model`` with the adapter that a folder holds, to be trained on; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without an adapter_config.json.
+        ValueError: the folder does not hold an adapter of this model that PEFT can load.
+    """
+    from safetensors import SafetensorError
+
+    given = repr(os.fspath(folder))
+    if not (Path(folder) / "adapter_config.json").is_file():  # PEFT would look for it on the hub
+        raise FileNotFoundError(f"load_adapter: {given} has no adapter_config.json, expected a folder saved by PEFT")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cast(nn.Module, PeftModel.from_pretrained(cast(Any, model), os.fspath(folder), is_trainable=True))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_adapter: cannot put the adapter in {given} on this model: {reason}") from error
 
 
 def _weight(layer: Any) -> Tensor | None:
