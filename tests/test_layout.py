@@ -149,6 +149,7 @@ PUBLIC = {
     "FreezePlan": ("save", "load", "check", "summary", "fingerprint", "frozen_fraction", "items", "values", "__or__"),
     "MaskedAdamW": ("step", "set_freeze", "state_dict", "load_state_dict", "dense_state_dict"),
     "MaskedAdam": ("step", "set_freeze", "state_dict", "load_state_dict", "dense_state_dict"),
+    "check": (),
     "guard": (),
     "zero_frozen_grads_": (),
     "clip_grad_norm_": (),

@@ -1,5 +1,5 @@
-"""``safefreeze info``, ``bench``, ``plan-memory``, ``doctor``, ``demo``: what runs here, how fast, in how much memory, what
-a run would train."""
+"""``safefreeze info``, ``bench``, ``plan-memory``, ``doctor``, ``demo``: what runs here, how fast, in how much memory,
+what a run would train."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class CheckReport:
     def _state(self) -> str:
         held, saved = self.state_bytes or 0, self.state_saved or 0
         less = f", {saved / (held + saved):.1%} less than with nothing frozen" if saved else ""
-        return f"{held / 1e6:,.1f} MB{less}"
+        return f"{f'{held:,} bytes' if held < 1e6 else f'{held / 1e6:,.1f} MB'}{less}"
 
 
 def _wrapped(start: str, text: str) -> str:
@@ -225,8 +225,8 @@ class _Examination:
         """What of a plan does not fit the model, or freezes what does not train."""
         bound, reasons = _bound(plan, [(name, _stand_in(p)) for name, p in self.named])
         if reasons:
-            more = f" (and {len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
-            self._warn(f"the plan does not fit: {reasons[0]}{more}")
+            many = f" in {len(reasons)} names, the first" if len(reasons) > 1 else ""
+            self._warn(f"the plan does not fit{many}: {reasons[0]}")
         params = dict(self.named)
         still = [it for it in bound if not params[it.name].requires_grad]
         hidden = [it.plan_names[0] for it in still if ".base_layer." in it.name]
