@@ -160,6 +160,16 @@ def two_masks() -> Case:
     return tied(), None, sf.FreezePlan(both)
 
 
+def nf4() -> nn.Module:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(16, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    model = nn.Sequential(OrderedDict(first=layer)).to("cpu")
+    model(torch.randn(2, 16))  # quantises
+    assert model.get_parameter("first.weight").shape != (64, 16)
+    return model
+
+
 def frozen_by_hand() -> Case:
     model: Any = net()
     model.first.weight.requires_grad_(False)
@@ -213,6 +223,10 @@ FOUND: dict[str, tuple[Callable[[], Case], tuple[str, ...]]] = {
         lambda: (lora(net()), None, plan()),
         ("1 name ('first.weight') of the plan: hidden by an adapter", "sf.adapt(plan, model)"),
     ),
+    "hidden, in 4 bits": (
+        lambda: (lora(nf4()), None, plan(name="first.weight", shape=(64, 16))),
+        ("1 name ('first.weight') of the plan: hidden by an adapter",),
+    ),
     "frozen by PEFT": (
         lambda: (lora(net()), None, plan(name="head.weight")),
         ("1 name ('head.weight') of the plan: requires_grad=False", "sf.adapt(plan, model) leaves out"),
@@ -228,6 +242,10 @@ FOUND: dict[str, tuple[Callable[[], Case], tuple[str, ...]]] = {
         ("not in force: SGD was made without it", "sf.guard(optimizer, plan, model)"),
     ),
     "another plan in force": (guarded_otherwise, ("not the one in force", "moves 12 elements", "freezes 6 that")),
+    "more in force": (
+        lambda: (*simple(masked, plan(rows=(1, 3, 5)))[:2], plan()),
+        ("not the one in force: MaskedAdamW moves 0 elements that it freezes, and freezes 6 that it does not",),
+    ),
     "in no optimizer": (forgotten, ("1 parameter ('head.weight'): gradients are computed, but no optimizer",)),
     "replaced": (
         assigned,

@@ -242,8 +242,9 @@ class _Examination:
                 f"{_listed(others, 'name')} of the plan: requires_grad=False, so that nothing of it trains; take it "
                 f"out of the plan, or {remedy}"
             )
-        for it in bound if isinstance(plan, AdaptedPlan) else ():
-            if plan.zero & set(it.plan_names) and (found := first_nonzero(it.param, it.mask)):
+        zero = plan.zero if isinstance(plan, AdaptedPlan) else frozenset[str]()
+        for it in bound:
+            if zero & set(it.plan_names) and (found := first_nonzero(it.param, it.mask)):
                 self._warn(not_zero("the plan does not hold", it.name, found))
 
     def _check_force(self) -> None:

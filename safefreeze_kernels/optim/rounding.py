@@ -162,4 +162,5 @@ def _adam_direction(state: Mapping[str, Any], group: Mapping[str, Any], places: 
     first = places.of(local(state["exp_avg"])).float()
     second = places.of(local(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])).float()
     bias1, bias2 = (1.0 - float(beta) ** max(float(state["step"]), 1.0) for beta in group["betas"])
-    return first / bias1 / ((second / bias2).sqrt() + group["eps"])
+    heading: Tensor = first / bias1 / ((second / bias2).sqrt() + group["eps"])
+    return heading
