@@ -38,7 +38,7 @@ from .launch import (
     LaunchPlan,
     LaunchPlans,
     PendingFactor,
-    counts_on_device,
+    all_count_on_device,
     kernel_dtypes,
     make_launch_plans,
     multiplier,
@@ -198,13 +198,14 @@ class MaskedAdam(Optimizer):
         """
         _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and self._host_skips(found_inf):
+        valid = given is not None or self._launch.valid(self.param_groups, self.state)
+        if found_inf is not None and self._host_skips(found_inf, valid):
             self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
         first = not self.state
-        plans = self._launch_plans() if given is None else self._launch.plans
+        plans = self._launch_plans(valid) if given is None else self._launch.plans
         if first and plans and only_makes_state(self.param_groups):
             return
         prepared = [
@@ -225,15 +226,17 @@ class MaskedAdam(Optimizer):
             plan.run(ready, factor, found_inf)
         self._pending.drop()
 
-    def _host_skips(self, found_inf: Tensor) -> bool:
-        """Whether nothing is done in this step; False also where only kernels look at ``found_inf``."""
-        on_device = all(counts_on_device(group, p.device) for group in self.param_groups for p in group["params"])
+    def _host_skips(self, found_inf: Tensor, valid: bool) -> bool:
+        """Whether nothing is done in this step; False also where only kernels look at ``found_inf``. ``valid``: launch
+        plans are."""
+        on_device = self._launch.on_device if valid else all_count_on_device(self.param_groups)
         return not on_device and found_inf.item() != 0
 
-    def _launch_plans(self) -> list[LaunchPlan]:
+    def _launch_plans(self, valid: bool | None = None) -> list[LaunchPlan]:
         """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced. If
-        masks alone changed, they get new work lists."""
-        valid = self._launch.valid(self.param_groups, self.state)
+        masks alone changed, they get new work lists. ``valid``: whether those that are there are, if that is known."""
+        if valid is None:
+            valid = self._launch.valid(self.param_groups, self.state)
         if not valid or self._launch.stale:
             self._pending.now(self.param_groups, type(self).__name__)  # an error now, and not once state was made
             if not valid:

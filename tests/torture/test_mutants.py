@@ -133,7 +133,7 @@ MUTANTS: Final = (
     Mutant(
         "found_inf is not looked at",
         "optim/adam.py",
-        "if found_inf is not None and self._host_skips(found_inf):",
+        "if found_inf is not None and self._host_skips(found_inf, valid):",
         "if False:",
     ),
     Mutant(
