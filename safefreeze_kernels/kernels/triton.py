@@ -280,15 +280,23 @@ def norm_kernel(
     tl.store(partial + tl.program_id(0), result)
 
 
+@triton.jit
+def _listed(tiles, parts, addresses, DTYPE: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr):
+    """A tile of tensors without twins: its first place, how many elements it has, the address of the first, its lists
+    and bits as `part_row` has them, and whether parts interleave."""
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
+    data_at, count = _data(addresses, tensor, start, count, DTYPE)
+    return start, count, data_at, cols, packed_cols, bits, shared
+
+
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "factor"])
 def scale_kernel(
     tiles, parts, addresses, factor,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = tile_row(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
+    start, count, data_at, cols, packed_cols, bits, shared = _listed(tiles, parts, addresses, DTYPE, LISTS, BITS)
     multiplier = tl.load(factor)
-    data_at, count = _data(addresses, tensor, start, count, DTYPE)
     count = tl.where((multiplier >= 1) == 0, count, 0)  # a multiplier of NaN is not 1 or more
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
@@ -314,9 +322,7 @@ def zero_kernel(
     tiles, parts, addresses,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = tile_row(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
-    data_at, count = _data(addresses, tensor, start, count, DTYPE)
+    start, count, data_at, cols, packed_cols, bits, shared = _listed(tiles, parts, addresses, DTYPE, LISTS, BITS)
     obstacles = (data_at & 15) | (count & 7) | cols | bits
     for WIDE in tl.static_range(2):
         share = share_of(obstacles == 0, count, WIDE)
