@@ -193,8 +193,12 @@ def test_ended_in_mid_way(
     given = gpu.parse(["--device", "cpu", "--tiny", "--output", str(tmp_path)])
     pid = os.fork()
     if pid == 0:  # nothing of pytest's goes on here
-        gpu.end_on_signals()
-        os._exit(gpu.run_all(given))
+        status = -1
+        try:
+            gpu.end_on_signals()
+            status = gpu.run_all(given)
+        finally:
+            os._exit(status)
     log = tmp_path / "gpu.log"
     until(lambda: log.exists() and "begun" in log.read_text())
     os.kill(pid, number)
