@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from ..kernels.backend import choose_backend
 from ..kernels.parts import compile_frozen
 from ..model.sharding import is_sharded
-from ..plan.adapted import AdaptedPlan, Factors, first_nonzero, not_zero
+from ..plan.adapted import PLAIN_INITIALISATIONS, AdaptedPlan, Factors, first_nonzero, not_zero
 from ..plan.binding import BoundMask, bare_name, bind, named_tensors
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 
 __all__ = ["AdaptedPlan", "adapt", "merge_"]
-
-# Initialisations that leave the base weights as they are; others write into them, or may in a version to come.
-_PLAIN: Final = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
@@ -291,7 +288,7 @@ def _check_initialisation(model: nn.Module) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
     for adapter, config in getattr(model, "peft_config", {}).items():
         how = getattr(config, "init_lora_weights", True)
-        if not any(how is plain or how == plain for plain in _PLAIN):
+        if how not in PLAIN_INITIALISATIONS:
             raise ValueError(
                 f"adapt: adapter {adapter!r} was initialised with init_lora_weights={how!r}, which may rewrite the "
                 "base's weights: then what stands still is not the base; use the default, 'gaussian' or 'eva'"

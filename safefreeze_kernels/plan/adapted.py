@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,6 +15,11 @@ from .plan import FreezePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Ways to initialise LoRA's factors (PEFT's ``init_lora_weights``) that leave the weights they adapt as they are;
+#: others write into them, or may in a version to come.
+PLAIN_INITIALISATIONS: Final = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
