@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from ..kernels.backend import choose_backend
-from ..kernels.parts import compile_frozen
 from ..model.sharding import is_sharded
 from ..plan.adapted import PLAIN_INITIALISATIONS, AdaptedPlan, Factors, first_nonzero, not_zero
 from ..plan.binding import BoundMask, bare_name, bind, named_tensors
@@ -54,27 +52,30 @@ def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
             DoRA on columns or with a magnitude that is not the row's norm, biases that train beside frozen rows,
             adapters that are merged. Nothing was changed then.
     """
+    return _carried(plan, model, "adapt").plan_made()
+
+
+def _carried(plan: FreezePlan, model: nn.Module, operation: str) -> _Carried:
+    """A plan carried to the adapters of a model, of which nothing was changed yet."""
     if not isinstance(plan, FreezePlan):
-        raise TypeError(f"adapt: plan is a {type(plan).__name__}, expected a FreezePlan")
-    if isinstance(plan, AdaptedPlan):
-        plan = plan.base
+        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model is a {type(model).__name__}, expected a torch.nn.Module with adapters")
+        raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module with adapters")
     _check_initialisation(model)
-    carried = _Carried(plan, model)
+    carried = _Carried(plan.base if isinstance(plan, AdaptedPlan) else plan, model)
     if not carried.layers:
-        raise ValueError("adapt: the model has no adapters; give its plan to the optimizer as it is")
-    for entry in bind(plan, carried.named, operation="adapt", require_grad=False):
+        raise ValueError(f"{operation}: the model has no adapters; give its plan to the optimizer as it is")
+    for entry in carried.bound:
         if entry.mask.frozen_count:
             carried.carry(entry)
-    return carried.plan_made()
+    return carried
 
 
 class _Carried:
     """A plan on its way to the adapters of a model.
 
     Attributes:
-        named: (name, tensor) pairs as `bind` takes them; a quantised weight is a stand-in of the shape it stands for.
+        bound: what the plan names; a quantised weight is a stand-in on the meta device, of the shape it stands for.
         layers: name of a weight or bias -> the layers of adapters over it.
         masks: name of a parameter that trains -> what is frozen of it.
         zero: the names of those whose frozen part is zero.
@@ -99,7 +100,8 @@ class _Carried:
                     self.layers.setdefault(self._names[id(param)], []).append(layer)
                 if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
                     stand_ins[id(weight)] = torch.empty(shape, device="meta")
-        self.named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
+        named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
+        self.bound = bind(plan, named, operation="adapt", require_grad=False)
 
     def carry(self, entry: BoundMask) -> None:
         """Take in what stands still so that the frozen part of one weight or bias does."""
@@ -153,11 +155,10 @@ class _Carried:
 
     def _keep_zero(self, factors: Sequence[Tensor], masks: Sequence[FreezeMask], entry: BoundMask) -> None:
         """Factors of one product stay zero where their masks say."""
-        harmless = any(not bool(factor.detach().any()) for factor in factors)
         for factor, mask in zip(factors, masks, strict=True):
             name = self._names[id(factor)]
             if mask.frozen_count and (found := first_nonzero(factor, mask)):
-                if not harmless:
+                if all(bool(each.detach().any()) for each in factors):
                     raise ValueError(not_zero("adapt", name, found))
                 self.to_set[name] = factor, mask, factor.new_zeros(())
             if mask.frozen_count and factor.requires_grad:
@@ -314,36 +315,41 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     """
     if not hasattr(model, "merge_and_unload"):
         raise TypeError(f"merge_: model is a {type(model).__name__}, expected a PeftModel")
-    adapted = adapt(plan, model)
-    carried = _Carried(adapted.base, model)
-    kept: dict[int, tuple[Any, list[BoundMask]]] = {}
-    for entry in bind(adapted.base, carried.named, operation="merge_", require_grad=False):
+    carried = _carried(plan, model, "merge_")
+    carried.plan_made()
+    filled: dict[int, tuple[Any, FreezeMask]] = {}
+    biases: list[BoundMask] = []
+    for entry in carried.bound:
         for layer in carried.layers.get(entry.name, ()):
             if entry.param.is_meta:
                 raise ValueError(
                     f"merge_: {entry.name!r} is quantised, and merging would round all of it anew, expected a base in "
                     "float32, bfloat16 or float16; put the saved adapters on that base, and merge there"
                 )
-            if isinstance(layer, LoraLayer) and entry.mask.frozen_count:
-                kept.setdefault(id(layer), (layer, []))[1].append(entry)
-    merging = {key: value for key, value in options.items() if key in ("safe_merge", "adapter_names")}
-    for layer, entries in kept.values():
-        _merge_layer(layer, entries, merging)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
-        return cast(nn.Module, model.merge_and_unload(**options))
+            if entry.param is _weight(layer):
+                filled[id(layer)] = layer, entry.mask
+            elif isinstance(layer, LoraLayer):
+                biases.append(entry)
+    kept = [entry.param.detach()[entry.mask.rows] for entry in biases]
+    for layer, mask in filled.values():
+        layer.get_delta_weight = functools.partial(_filled_delta, layer.get_delta_weight, mask)
+    try:
+        merged = cast(nn.Module, model.merge_and_unload(**options))
+    finally:
+        for layer, _ in filled.values():
+            del layer.get_delta_weight
+    for entry, values in zip(biases, kept, strict=True):
+        entry.param.data[entry.mask.rows] = values
+    return merged
 
 
-@torch.no_grad()
-def _merge_layer(layer: Any, entries: list[BoundMask], options: dict[str, Any]) -> None:
-    """Merge one layer; the frozen part of its weight and its bias is put back from a packed copy."""
-    work = compile_frozen([entry.mask for entry in entries])
-    tensors = [entry.param.detach() for entry in entries]
-    packed = [t.new_empty(size) for t, size in zip(tensors, work.packed_sizes, strict=True)]
-    backend = choose_backend("auto", tensors[0].device, "merge_", {t.dtype for t in tensors})
-    backend.gather(work, [t.contiguous() for t in tensors], packed)
-    layer.merge(**options)
-    for entry in entries:
-        if not entry.param.is_contiguous():
-            entry.param.data = entry.param.data.contiguous()
-    backend.scatter_(work, [entry.param.detach() for entry in entries], packed)  # safe_merge gives other memory
+def _filled_delta(delta_weight: Callable[..., Tensor], mask: FreezeMask, *args: Any, **kwargs: Any) -> Tensor:
+    """What an adapter adds to a weight, with -0.0 where that is frozen: the one number that changes no other by being
+    added, where 0.0 turns -0.0 into 0.0."""
+    delta = delta_weight(*args, **kwargs)
+    delta = delta if delta.ndim == 2 else delta.contiguous()
+    matrix = delta.view(mask.matrix_shape)
+    for dim, index in enumerate((mask.rows, mask.cols)):
+        if len(index):
+            matrix.index_fill_(dim, index.to(delta.device), -0.0)
+    return delta

@@ -67,6 +67,8 @@ class Factors:
         rows = _flags(mask.frozen_rows, mask.matrix_shape[0]).reshape(self.experts, -1)
         cols = _flags(mask.frozen_cols, mask.matrix_shape[1])[None]
         of_a, of_b = (rows, cols) if self.transposed else (cols, rows)
+        if self.experts == 1:
+            return FreezeMask(self.a, cols=of_a[0]), FreezeMask(self.b, rows=of_b[0])
         rank = self.a[0] // self.experts
         frozen_a = np.broadcast_to(of_a[:, None, :], (self.experts, rank, self.a[1]))
         frozen_b = np.broadcast_to(of_b.T[:, None, :], (self.b[0], rank, self.experts))
@@ -143,6 +145,9 @@ class AdaptedPlan(FreezePlan):
 def first_nonzero(tensor: Tensor, mask: FreezeMask) -> tuple[int, int, float] | None:
     """Row, column and value of the first frozen element that is not zero (of either sign); None: all are."""
     matrix = tensor.detach().reshape(mask.matrix_shape)
+    for dim, index in enumerate((mask.rows, mask.cols)):
+        if mask.lines(dim) is not None and not matrix.index_select(dim, index.to(matrix.device)).any():
+            return None
     wrong = (matrix != 0).cpu().numpy() & mask.frozen_flags()
     if not wrong.any():
         return None
