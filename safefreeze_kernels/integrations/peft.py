@@ -137,9 +137,9 @@ class _Carried:
             if any(map(is_sharded, factors)):
                 raise ValueError(f"adapt: the adapters of {entry.name!r} are sharded; adapt first, then shard")
             experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-            shapes = (tuple(factor.shape) for factor in factors)
+            a, b = (tuple(factor.shape) for factor in factors)
             try:
-                of_a, of_b = Factors(*shapes, _transposed(layer), experts).masks(entry.mask)
+                of_a, of_b = Factors(a, b, _transposed(layer), experts).masks(entry.mask)
             except ValueError as error:
                 raise ValueError(f"adapt: {entry.name!r}: {error}") from None
             self._keep_zero(factors, [of_a, of_b], entry)
@@ -228,14 +228,14 @@ def _weight(layer: Any) -> Tensor | None:
     """What a layer of LoRA's adapts; None: it is another kind of layer."""
     if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention)):
         return None
-    base = layer.get_base_layer()
-    return cast(Tensor, layer.get_param() if isinstance(layer, ParamWrapper) else base.weight)
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return getattr(layer.get_base_layer(), leaf, None)
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
     """Shape of what a layer of LoRA's adapts, whatever it is quantised to."""
     if isinstance(layer, ParamWrapper):
-        return tuple(layer.get_param().shape)
+        return tuple(cast(Tensor, _weight(layer)).shape)
     shape = layer.out_features, layer.in_features
     return shape[::-1] if _transposed(layer) else shape
 
@@ -334,7 +334,7 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     for layer, mask in filled.values():
         layer.get_delta_weight = functools.partial(_filled_delta, layer.get_delta_weight, mask)
     try:
-        merged = cast(nn.Module, model.merge_and_unload(**options))
+        merged: nn.Module = cast(Any, model).merge_and_unload(**options)
     finally:
         for layer, _ in filled.values():
             del layer.get_delta_weight

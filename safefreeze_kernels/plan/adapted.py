@@ -36,8 +36,8 @@ class Factors:
             [experts * r, in], and B [out, r * experts], the experts of one rank side by side.
     """
 
-    a: tuple[int, int]
-    b: tuple[int, int]
+    a: tuple[int, ...]
+    b: tuple[int, ...]
     transposed: bool = False
     experts: int = 1
 

@@ -146,7 +146,7 @@ class _Adapter:
         if "magnitude" in parts and mask.frozen_count:
             yield f"{name!r} has DoRA, whose magnitudes scale its rows; merge the adapter, and compare what comes of it"
         bias = name.removesuffix("weight") + "bias"
-        planned = self._plan[bias].frozen_rows if bias in self._plan else []
+        planned = self._plan[bias].frozen_rows if bias in self._plan else np.empty(0, np.int64)
         left = np.setdiff1d(masks[1].frozen_rows, planned)
         if left.size and self.parts.get(bias):
             yield f"{bias!r} is trained, and moves output {left[0]} of {name!r}, which the plan freezes"
