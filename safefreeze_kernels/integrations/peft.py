@@ -287,7 +287,8 @@ def _check_tokens(entry: BoundMask, layer: Any) -> None:
 
 def _check_initialisation(model: nn.Module) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    configs = [getattr(module, "peft_config", {}) for module in model.modules()]  # it may be wrapped
+    for adapter, config in (pair for each in configs for pair in each.items()):
         how = getattr(config, "init_lora_weights", True)
         if how not in PLAIN_INITIALISATIONS:
             raise ValueError(
@@ -316,7 +317,6 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     if not hasattr(model, "merge_and_unload"):
         raise TypeError(f"merge_: model is a {type(model).__name__}, expected a PeftModel")
     carried = _carried(plan, model, "merge_")
-    carried.plan_made()
     filled: dict[int, tuple[Any, FreezeMask]] = {}
     biases: list[BoundMask] = []
     for entry in carried.bound:
@@ -330,6 +330,7 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
                 filled[id(layer)] = layer, entry.mask
             elif isinstance(layer, LoraLayer):
                 biases.append(entry)
+    carried.plan_made()
     kept = [entry.param.detach()[entry.mask.rows] for entry in biases]
     for layer, mask in filled.values():
         layer.get_delta_weight = functools.partial(_filled_delta, layer.get_delta_weight, mask)
