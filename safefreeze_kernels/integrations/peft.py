@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -57,6 +58,11 @@ def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
             DoRA on columns or with a magnitude that is not the row's norm, biases that train beside frozen rows,
             adapters that are merged. Nothing was changed then.
     """
+    return _carried(plan, model)[0].plan_made()
+
+
+def _carried(plan: FreezePlan, model: nn.Module) -> tuple[_Carried, list[BoundMask]]:
+    """A plan on its way to the adapters of a model, and what it names of the base. Changes nothing; raises as `adapt`."""
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"adapt: plan is a {type(plan).__name__}, expected a FreezePlan")
     if isinstance(plan, AdaptedPlan):
@@ -67,10 +73,11 @@ def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
     carried = _Carried(plan, model)
     if not carried.layers:
         raise ValueError("adapt: the model has no adapters; give its plan to the optimizer as it is")
-    for entry in bind(plan, carried.named, operation="adapt", require_grad=False):
+    entries = bind(plan, carried.named, operation="adapt", require_grad=False)
+    for entry in entries:
         if entry.mask.frozen_count:
             carried.carry(entry)
-    return carried.plan_made()
+    return carried, entries
 
 
 class _Carried:
@@ -86,7 +93,8 @@ class _Carried:
     """
 
     def __init__(self, plan: FreezePlan, model: nn.Module) -> None:
-        self._plan, pairs = plan, named_tensors(model)
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        self._plan, pairs = plan, named_tensors(model)  # after modules(), which gives some layers other tensors
         self._params = dict(pairs)
         self._names = {id(param): name for name, param in reversed(pairs)}
         self.layers: dict[str, list[BaseTunerLayer]] = {}
@@ -95,13 +103,12 @@ class _Carried:
         self.standing: list[str] = []
         self.to_set: dict[str, tuple[Tensor, FreezeMask, Tensor]] = {}
         stand_ins: dict[int, Tensor] = {}
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                weight = _weight(layer)
-                for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
-                    self.layers.setdefault(self._names[id(param)], []).append(layer)
-                if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
-                    stand_ins[id(weight)] = torch.empty(shape, device="meta")
+        for layer in layers:
+            weight = _weight(layer)
+            for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
+                self.layers.setdefault(self._names[id(param)], []).append(layer)
+            if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
+                stand_ins[id(weight)] = torch.empty(shape, device="meta")
         self.named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
 
     def carry(self, entry: BoundMask) -> None:
@@ -149,8 +156,8 @@ class _Carried:
             if adapter in layer.lora_variant:
                 if of_a.frozen_count:
                     raise ValueError(
-                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole rows, and columns of it are "
-                        "frozen, expected rows alone; use LoRA there"
+                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole outputs, and inputs of it are "
+                        "frozen (columns; of a Conv1D rows), expected outputs alone; use LoRA there"
                     )
                 self._keep_magnitudes(layer, adapter, entry, outputs)
 
@@ -228,7 +235,7 @@ class _Carried:
 
 def _weight(layer: Any) -> Tensor | None:
     """What a layer of LoRA's adapts; None: it is another kind of layer."""
-    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention)):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention, AdaLoraLayer)):
         return None
     base = layer.get_base_layer()
     return cast(Tensor, layer.get_param() if isinstance(layer, ParamWrapper) else base.weight)
@@ -268,9 +275,9 @@ def _kind(layer: Any) -> str:
 def _check_variant(layer: Any, adapter: str, entry: BoundMask) -> None:
     """Raise ValueError if an adapter is neither plain LoRA nor DoRA of a linear layer."""
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
+    if variant is not None and type(variant) is not DoraLinearVariant:
         raise ValueError(
-            f"adapt: adapter {adapter!r} of {entry.name!r} is a {type(variant).__name__}, expected LoRA, rsLoRA, or "
+            f"adapt: adapter {adapter!r} of {entry.name!r} has a {type(variant).__name__}, expected LoRA, rsLoRA, or "
             "DoRA of a linear layer; take the weight out of the plan, or use one of those"
         )
 
@@ -289,7 +296,8 @@ def _check_tokens(entry: BoundMask, layer: Any) -> None:
 
 def _check_initialisation(model: nn.Module) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    found = (vars(module).get("peft_config") for module in model.modules())  # a wrapper, as DDP, has none
+    for adapter, config in (pair for configs in found if isinstance(configs, dict) for pair in configs.items()):
         how = getattr(config, "init_lora_weights", True)
         if not any(how is plain or how == plain for plain in _PLAIN):
             raise ValueError(
@@ -317,10 +325,9 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     """
     if not hasattr(model, "merge_and_unload"):
         raise TypeError(f"merge_: model is a {type(model).__name__}, expected a PeftModel")
-    adapted = adapt(plan, model)
-    carried = _Carried(adapted.base, model)
+    carried, entries = _carried(plan, model)
     kept: dict[int, tuple[Any, list[BoundMask]]] = {}
-    for entry in bind(adapted.base, carried.named, operation="merge_", require_grad=False):
+    for entry in entries:
         for layer in carried.layers.get(entry.name, ()):
             if entry.param.is_meta:
                 raise ValueError(
@@ -329,6 +336,7 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
                 )
             if isinstance(layer, LoraLayer) and entry.mask.frozen_count:
                 kept.setdefault(id(layer), (layer, []))[1].append(entry)
+    carried.plan_made()
     merging = {key: value for key, value in options.items() if key in ("safe_merge", "adapter_names")}
     for layer, entries in kept.values():
         _merge_layer(layer, entries, merging)

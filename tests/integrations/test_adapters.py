@@ -73,6 +73,9 @@ KINDS = {
     "QLoRA NF4": Kind(nf4, 64, (64, 16), TARGET),
     "embedding": Kind(lambda: nn.Embedding(20, 16), 16, (20, 16), TARGET, words),
     "Conv1D": Kind(lambda: Conv1D(24, 16), 24, (16, 24), {**TARGET, "fan_in_fan_out": True}),
+    "DoRA of Conv1D": Kind(
+        lambda: Conv1D(24, 16), 24, (16, 24), {**TARGET, "fan_in_fan_out": True, "use_dora": True}
+    ),
     "experts": Kind(lambda: Experts(False), 16, (4, 16, 12), {"target_parameters": ["layer.weight"]}),
     "experts, transposed": Kind(lambda: Experts(True), 12, (4, 16, 12), {"target_parameters": ["layer.weight"]}),
 }
@@ -133,8 +136,8 @@ def test_frozen_bytes_stay_through_training_resuming_and_merging(
     case, plan = KINDS[kind], plan_of(KINDS[kind], lines)
     base = bare(case, dtype)
     model = adapted(copy.deepcopy(base), case)
-    if kind == "DoRA" and lines != "rows":
-        with pytest.raises(ValueError, match="DoRA, whose magnitudes scale whole rows, and columns of it are frozen"):
+    if "DoRA" in kind and lines != ("columns" if "Conv1D" in kind else "rows"):
+        with pytest.raises(ValueError, match="DoRA, whose magnitudes scale whole outputs, and inputs of it are frozen"):
             sf.adapt(plan, model)
         return
     first = sf.adapt(plan, model)
@@ -172,3 +175,179 @@ def test_frozen_bytes_stay_through_training_resuming_and_merging(
     for name, p in merged.named_parameters():
         assert torch.equal(p, plainly.get_parameter(name)), name  # -0.0 equals 0.0
     assert (merged.layer.weight != base.layer.weight)[~frozen].float().mean() > 0.5
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+class Parts(nn.Module):
+    """One of each kind of layer that adapters take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer, self.other = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.conv, self.attention = nn.Conv2d(4, 4, 2), nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(self.other(torch.tanh(self.layer(self.words(x))))))
+        return found
+
+
+def lora(*layers: str, **options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=[*(layers or ["layer"]), "other"], **options)
+
+
+def parts(config: Any) -> Any:
+    torch.manual_seed(0)
+    return peft.get_peft_model(Parts(), config)
+
+
+def freeze(name: str = NAME, shape: tuple[int, ...] = (16, 16), **lines: Any) -> sf.FreezePlan:
+    return sf.FreezePlan({name: sf.FreezeMask(shape, **(lines or {"rows": [1, 3]}))})
+
+
+def poke(name: str, value: float, *at: int) -> Callable[[Any], None]:
+    """Set one element of a parameter."""
+
+    def change(model: Any) -> None:
+        with torch.no_grad():
+            model.get_parameter(f"base_model.model.{name}")[at] = value
+
+    return change
+
+
+def share_factor(model: Any) -> None:
+    model.base_model.model.other.lora_A.default.weight = model.base_model.model.layer.lora_A.default.weight
+
+
+def say_loftq(model: Any) -> None:
+    model.peft_config["default"].init_lora_weights = "loftq"  # the real one needs scipy
+
+
+class Refused(NamedTuple):
+    """``first``: what is done to the model before. ``alone``: nothing else is in the plan that `adapt` has to set."""
+
+    config: Callable[[], Any]
+    plan: sf.FreezePlan
+    says: str
+    first: Callable[[Any], Any] = lambda model: None
+    alone: bool = False
+
+
+ONE = torch.zeros(16, 16, dtype=torch.bool)
+ONE[3, 2] = True
+REWRITES = r"initialised with init_lora_weights='{}', which may rewrite the base's weights"
+BY_THEMSELVES = r"is adapted by {}, under which rows and columns of a weight do not stand still by themselves"
+BIAS = r"the bias '.*{}' trains, and moves output {} of '.*layer\.base_layer\.weight', which the plan freezes"
+B = "layer.lora_B.default.weight"
+REFUSED = {
+    "single elements": Refused(lora, freeze(elements=ONE), "single elements are frozen, expected rows and columns"),
+    "of another shape": Refused(lora, freeze(shape=(16, 8)), r"has shape \(16, 16\), the plan expects \(16, 8\)"),
+    "of no such name": Refused(lora, freeze("lawyer.weight"), r"names 'lawyer\.weight', which is not among"),
+    **{
+        how: Refused(lambda how=how: lora(init_lora_weights=how), freeze(), REWRITES.format(how))
+        for how in ("pissa", "pissa_niter_2", "olora", "mica")
+    },
+    "loftq": Refused(lora, freeze(), REWRITES.format("loftq"), say_loftq),
+    "orthogonal": Refused(
+        lambda: lora(init_lora_weights="orthogonal"), freeze(), rf"{B}' is \S+ in row 1, column 0, expected zero",
+        alone=True,
+    ),
+    "no initialisation": Refused(
+        lambda: lora(init_lora_weights=False), freeze(), rf"{B}' is \S+ in row 1, column 0, expected zero",
+        alone=True,
+    ),
+    "VeRA": Refused(
+        lambda: peft.VeraConfig(r=4, target_modules=["layer"]), freeze(), BY_THEMSELVES.format(r"vera\.layer\.Linear")
+    ),
+    "LoHa": Refused(
+        lambda: peft.LoHaConfig(r=4, target_modules=["layer"]), freeze(), BY_THEMSELVES.format(r"loha\.layer\.Linear")
+    ),
+    "AdaLoRA": Refused(
+        lambda: peft.AdaLoraConfig(init_r=4, target_modules=["layer"], total_step=9), freeze(),
+        BY_THEMSELVES.format(r"adalora\.layer\.SVDLinear"),
+    ),
+    "Conv2d": Refused(
+        lambda: lora("conv"), freeze("conv.weight", (4, 4, 2, 2)),
+        BY_THEMSELVES.format(r"lora\.layer\.Conv2d"),
+    ),
+    "attention": Refused(
+        lambda: lora("attention"), freeze("attention.in_proj_weight", (48, 16)),
+        BY_THEMSELVES.format(r"lora\.layer\.MultiheadAttention"),
+    ),
+    "B not zero": Refused(lora, freeze(), rf"{B}' is -0\.25 in row 3, column 2, expected zero", poke(B, -0.25, 3, 2)),
+    "A not zero, nor B": Refused(
+        lora, freeze(cols=[5]), r"lora_A\.default\.weight' is \S+ in row 0, column 5, expected zero", poke(B, 1.0, 0, 0)
+    ),
+    "bias='all'": Refused(lambda: lora(bias="all"), freeze(), BIAS.format(r"layer\.base_layer\.bias", 1)),
+    "bias='lora_only'": Refused(lambda: lora(bias="lora_only"), freeze(), BIAS.format(r"layer\.base_layer\.bias", 1)),
+    "lora_bias": Refused(lambda: lora(lora_bias=True), freeze(), BIAS.format(r"lora_B\.default\.bias", 1)),
+    "half of a bias": Refused(
+        lambda: lora(bias="all"), freeze() | freeze("layer.bias", (16,), rows=[1]), BIAS.format(r"base_layer\.bias", 3)
+    ),
+    "a shared factor": Refused(
+        lambda: lora(), freeze(cols=[1]) | freeze("other.weight", cols=[2]),
+        r"lora_A\.default\.weight' is shared by '.*layer\.base_layer\.weight' and another weight", share_factor,
+    ),
+    "merged": Refused(lora, freeze(), r"are merged; call unmerge_adapter\(\) first", lambda model: model.merge_adapter()),
+    "DoRA trained": Refused(
+        lambda: lora(use_dora=True), freeze(), "is not the norm of the base's row 3, which the plan freezes",
+        poke("layer.lora_magnitude_vector.default.weight", 9.0, 3), True,
+    ),
+    "DoRA, columns": Refused(
+        lambda: lora(use_dora=True), freeze(cols=[1]), "expected outputs alone; use LoRA there", alone=True
+    ),
+    "DoRA of an embedding": Refused(
+        lambda: lora("words", use_dora=True), freeze("words.weight", (20, 16)), "DoraEmbeddingVariant",
+        alone=True,
+    ),
+    "token indices": Refused(
+        lambda: lora(trainable_token_indices={"words": [2, 5]}), freeze("words.weight", (20, 16), rows=[0, 5]),
+        r"row 5 of '.*words.*' is among trainable_token_indices, and the plan freezes it",
+    ),
+    "aLoRA": Refused(
+        lambda: lora(alora_invocation_tokens=[1, 2]), freeze(), "has a ALoraLinearVariant, expected LoRA, rsLoRA, or DoRA"
+    ),
+    "KaSA": Refused(lambda: lora(kasa_config=peft.KasaConfig()), freeze(), "has a KasaLinearVariant, expected LoRA"),
+}  # fmt: skip
+
+
+def all_bytes(model: nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("operation", ["adapt", "merge_"])
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_cannot_hold_is_refused_and_nothing_is_changed(how: str, operation: str) -> None:
+    case = REFUSED[how]
+    model = parts(case.config())
+    case.first(model)
+    plan, before = case.plan if case.alone else freeze("other.weight", cols=[7]) | case.plan, all_bytes(model)
+    with pytest.raises(ValueError, match=f"^adapt: .*{case.says}"):
+        sf.adapt(plan, model) if operation == "adapt" else sf.merge_(model, plan)
+    assert all_bytes(model) == before
+    if not case.alone and isinstance(case.config(), peft.LoraConfig):
+        assert sf.adapt(freeze("other.weight", cols=[7]), parts(lora())).changed
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    model, plan = parts(lora()), freeze()
+    quantised = adapted(bare(KINDS["QLoRA NF4"], torch.float32), KINDS["QLoRA NF4"])
+    for operation, kind, says in (
+        (lambda: sf.adapt({}, model), TypeError, "adapt: plan is a dict, expected a FreezePlan"),
+        (lambda: sf.adapt(plan, {}), TypeError, "adapt: model is a dict, expected a torch.nn.Module with adapters"),
+        (lambda: sf.adapt(plan, Parts()), ValueError, "adapt: the model has no adapters; give its plan to the optimizer"),
+        (lambda: sf.merge_(model, {}), TypeError, "adapt: plan is a dict, expected a FreezePlan"),
+        (lambda: sf.merge_(Parts(), plan), TypeError, "merge_: model is a Parts, expected a PeftModel"),
+        (lambda: sf.merge_(model.base_model.model, plan), TypeError, "merge_: model is a Parts, expected a PeftModel"),
+        (
+            lambda: sf.merge_(quantised, plan_of(KINDS["QLoRA NF4"], "columns")), ValueError,
+            r"merge_: '.*layer\.base_layer\.weight' is quantised, and merging would round all of it anew",
+        ),
+    ):  # fmt: skip
+        before = all_bytes(model), all_bytes(quantised)
+        with pytest.raises(kind, match=f"^{says}"):
+            operation()
+        assert (all_bytes(model), all_bytes(quantised)) == before
