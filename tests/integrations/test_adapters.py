@@ -188,6 +188,8 @@ class Parts(nn.Module):
         self.words, self.layer, self.other = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.head = nn.Linear(16, 20, bias=False)
         self.conv, self.attention = nn.Conv2d(4, 4, 2), nn.MultiheadAttention(16, 2)
+        with torch.no_grad():
+            self.layer.weight.view(-1)[::5] = -0.0
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.head(torch.tanh(self.other(torch.tanh(self.layer(self.words(x))))))
@@ -195,12 +197,16 @@ class Parts(nn.Module):
 
 
 def lora(*layers: str, **options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=[*(layers or ["layer"]), "other"], **options)
+    return peft.LoraConfig(**{"r": 4, "target_modules": [*(layers or ["layer"]), "other"], **options})
+
+
+def base_parts() -> Parts:
+    torch.manual_seed(0)
+    return Parts()
 
 
 def parts(config: Any) -> Any:
-    torch.manual_seed(0)
-    return peft.get_peft_model(Parts(), config)
+    return peft.get_peft_model(base_parts(), config)
 
 
 def freeze(name: str = NAME, shape: tuple[int, ...] = (16, 16), **lines: Any) -> sf.FreezePlan:
@@ -351,3 +357,129 @@ def test_arguments_of_another_kind_are_refused() -> None:
         with pytest.raises(kind, match=f"^{says}"):
             operation()
         assert (all_bytes(model), all_bytes(quantised)) == before
+
+
+# ------------------------------------------------------------------------------------------- what holds all the same
+
+
+def fit(model: nn.Module, optimizer: sf.MaskedAdamW, steps: int = 5) -> None:
+    for step in range(steps):
+        ((model(words(torch.Generator().manual_seed(step))) - 0.5) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_merges(model: Any, plan: sf.FreezePlan, **options: Any) -> None:
+    """To the base's bytes where the plan freezes, and to others elsewhere in every weight that it names."""
+    base = base_parts()
+    merged = sf.merge_(model, plan, **options)
+    sf.snapshot(base, plan).verify(merged)
+    named = {name.replace("_orig_mod.", ""): p for name, p in merged.named_parameters()}
+    for name, mask in plan.items():
+        live = ~mask.dense()
+        assert not live.any() or (named[name] != base.get_parameter(name))[live].any(), f"{name} did not train"
+
+
+BOTH = freeze(rows=[1, 3], cols=[0, 7])
+OF_BIAS = freeze() | freeze("layer.bias", (16,))
+WHOLE = torch.zeros(20, 16, dtype=torch.bool)
+WHOLE[::3, ::2] = True
+BESIDE: dict[str, tuple[Callable[[], Any], sf.FreezePlan]] = {
+    "bias='all', planned": (lambda: lora(bias="all"), OF_BIAS),
+    "bias='lora_only', planned": (lambda: lora(bias="lora_only"), OF_BIAS),
+    "lora_bias, planned": (lambda: lora(lora_bias=True), OF_BIAS),
+    "a bias beside columns": (lambda: lora(bias="all"), freeze(cols=[0, 7])),
+    "modules_to_save": (lambda: lora(modules_to_save=["head"]), BOTH | freeze("head.weight", (20, 16), cols=[2])),
+    "single elements of modules_to_save": (
+        lambda: lora(modules_to_save=["head"]), BOTH | freeze("head.weight", (20, 16), elements=WHOLE),
+    ),
+    "token indices": (
+        lambda: lora(trainable_token_indices={"words": [2, 5]}), BOTH | freeze("words.weight", (20, 16), rows=[0, 3]),
+    ),
+    "ranks of their own": (lambda: lora(rank_pattern={"layer": 2}, alpha_pattern={"layer": 32}), BOTH),
+    "an embedding": (lambda: lora("words"), freeze("words.weight", (20, 16), rows=[0, 3], cols=[4])),
+    "gaussian": (lambda: lora(init_lora_weights="gaussian"), BOTH),
+    "dropout": (lambda: lora(lora_dropout=0.3), BOTH),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe_merge"])
+@pytest.mark.parametrize("how", BESIDE)
+def test_what_trains_beside_frozen_lines(how: str, safe: bool) -> None:
+    config, plan = BESIDE[how]
+    model = parts(config())
+    fit(model, optimizer_of(model, sf.adapt(plan, model)))
+    assert_merges(model, plan, safe_merge=safe)
+
+
+def test_several_adapters_train_one_after_the_other() -> None:
+    """Each under what was adapted once it was set; merged alone or together."""
+    plan = BOTH | freeze("words.weight", (20, 16))
+    model = parts(lora())
+    model.add_adapter("second", lora("layer", "words", r=2))
+    for name in ("default", "second", "default"):
+        model.set_adapter(name)
+        fit(model, optimizer_of(model, sf.adapt(plan, model)))
+    alone = copy.deepcopy(model)
+    alone.set_adapter("second")
+    assert_merges(alone, plan)
+    assert_merges(model, plan, adapter_names=["default", "second"])
+
+
+def test_an_adapter_that_was_set_later_is_found() -> None:
+    """The plan of one adapter does not freeze another; merging says so."""
+    model = parts(lora())
+    model.add_adapter("second", lora())
+    optimizer = optimizer_of(model, sf.adapt(BOTH, model))
+    model.set_adapter("second")
+    fit(model, optimizer)
+    with pytest.raises(ValueError, match=r"lora_\w\.second\.weight' is \S+ in row \d, column \d, expected zero"):
+        sf.merge_(model, BOTH)
+
+
+def test_groups_of_lora_plus_over_rslora() -> None:
+    model = parts(lora(use_rslora=True))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [pair for pair in named if ("lora_B" in pair[0]) == is_b], "lr": lr, "weight_decay": decay}
+        for is_b, lr, decay in ((False, 0.01, 0.1), (True, 0.16, 0.0))
+    ]
+    fit(model, sf.MaskedAdamW(groups, freeze=sf.adapt(BOTH, model)))
+    assert_merges(model, BOTH)
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+WRAPPED: dict[str, Callable[[], Any]] = {
+    "compiled, then adapted": lambda: peft.get_peft_model(compiled(base_parts()), lora()),
+    "adapted, then compiled": lambda: compiled(parts(lora())),
+    "in parallel, then adapted": lambda: peft.get_peft_model(nn.DataParallel(base_parts()), lora()),
+    "adapted, then in parallel": lambda: nn.DataParallel(parts(lora())),
+    "injected": lambda: peft.inject_adapter_in_model(lora(), base_parts()),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrapped_models(how: str) -> None:
+    """A plan keeps the bare model's names, whatever is around it and around what is in it."""
+    model = WRAPPED[how]()
+    first = sf.adapt(BOTH, model)
+    fit(model, optimizer_of(model, first))
+    assert sf.adapt(BOTH, model) == first
+    inner = model.module if how == "adapted, then in parallel" else model
+    if how == "injected":
+        assert not inner.layer.get_delta_weight("default")[BOTH[NAME].dense()].any()
+    elif how == "in parallel, then adapted":
+        merged = sf.merge_(inner, BOTH)
+        sf.snapshot(base_parts(), BOTH).verify(merged)
+    else:
+        assert_merges(inner, BOTH)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
+def test_a_wrapper_hides_no_initialisation(wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        sf.adapt(freeze(), wrap(parts(lora(init_lora_weights="pissa"))))
