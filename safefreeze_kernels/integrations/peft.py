@@ -62,7 +62,7 @@ def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
 
 
 def _carried(plan: FreezePlan, model: nn.Module) -> tuple[_Carried, list[BoundMask]]:
-    """A plan on its way to the adapters of a model, and what it names of the base. Changes nothing; raises as `adapt`."""
+    """A plan on its way to the adapters and what it names of the base. Raises as `adapt`; changes nothing."""
     if not isinstance(plan, FreezePlan):
         raise TypeError(f"adapt: plan is a {type(plan).__name__}, expected a FreezePlan")
     if isinstance(plan, AdaptedPlan):
@@ -77,6 +77,7 @@ def _carried(plan: FreezePlan, model: nn.Module) -> tuple[_Carried, list[BoundMa
     for entry in entries:
         if entry.mask.frozen_count:
             carried.carry(entry)
+    bind(carried.masks, named_tensors(model), operation="adapt")  # factors may share memory with others
     return carried, entries
 
 

@@ -120,9 +120,7 @@ def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str
 
 
 # What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing.
-_WRAPPERS: Final = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The same of PEFT: its model, adapted layers, and layers trained whole; what it adds to them keeps its name.
 _ADAPTED: Final = re.compile(r"^base_model\.model\.|(?:^|(?<=\.))(?:base_layer|token_adapter|modules_to_save\.\w+)\.")
 # What torch's FSDP1 and DeepSpeed's ZeRO mark parameters with that live in a flat buffer.

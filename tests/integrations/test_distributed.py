@@ -687,12 +687,13 @@ def new_words(rank: int, tied: bool, adapters: bool) -> dict[str, Tensor]:
     ends = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
     freeze = sf.FreezePlan({f"{name}.weight": sf.FreezeMask((WORDS, 16), rows=range(OLD)) for name in ends})
     if adapters:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"][: len(ends)]))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[name.split(".")[-1] for name in ends]))
         freeze = sf.adapt(freeze, model)
     else:
         for name, p in model.named_parameters():
             p.requires_grad_(name in freeze)
-    shard(model)
+    for module in [*(m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"), model]:
+        fully_shard(module)
     optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=freeze, **OPTIONS)
     for step in range(3):
         tokens = torch.randint(0, WORDS, (2, 6), generator=torch.Generator().manual_seed(10 * rank + step))
