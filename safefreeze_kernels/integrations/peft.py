@@ -146,9 +146,9 @@ class _Carried:
             if any(map(is_sharded, factors)):
                 raise ValueError(f"adapt: the adapters of {entry.name!r} are sharded; adapt first, then shard")
             experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-            shapes = (tuple(factor.shape) for factor in factors)
+            a, b = ((factor.shape[0], factor.shape[1]) for factor in factors)
             try:
-                of_a, of_b = Factors(*shapes, _transposed(layer), experts).masks(entry.mask)
+                of_a, of_b = Factors(a, b, _transposed(layer), experts).masks(entry.mask)
             except ValueError as error:
                 raise ValueError(f"adapt: {entry.name!r}: {error}") from None
             self._keep_zero(factors, [of_a, of_b], entry)
@@ -239,13 +239,13 @@ def _weight(layer: Any) -> Tensor | None:
     if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention, AdaLoraLayer)):
         return None
     base = layer.get_base_layer()
-    return cast(Tensor, layer.get_param() if isinstance(layer, ParamWrapper) else base.weight)
+    return cast(Tensor, layer.get_param() if isinstance(layer, ParamWrapper) else base.weight)  # type: ignore[no-untyped-call]
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
     """Shape of what a layer of LoRA's adapts, whatever it is quantised to."""
     if isinstance(layer, ParamWrapper):
-        return tuple(layer.get_param().shape)
+        return tuple(layer.get_param().shape)  # type: ignore[no-untyped-call]
     shape = layer.out_features, layer.in_features
     return shape[::-1] if _transposed(layer) else shape
 
@@ -343,7 +343,7 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
         _merge_layer(layer, entries, merging)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
-        return cast(nn.Module, model.merge_and_unload(**options))
+        return cast(Any, model).merge_and_unload(**options)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
