@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -68,6 +69,7 @@ def _carried(plan: FreezePlan, model: nn.Module, operation: str) -> _Carried:
     for entry in carried.bound:
         if entry.mask.frozen_count:
             carried.carry(entry)
+    bind(carried.masks, named_tensors(model), operation=operation)  # factors may share memory with others
     return carried
 
 
@@ -84,7 +86,8 @@ class _Carried:
     """
 
     def __init__(self, plan: FreezePlan, model: nn.Module) -> None:
-        self._plan, pairs = plan, named_tensors(model)
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        self._plan, pairs = plan, named_tensors(model)  # after modules(), which gives some layers other tensors
         self._params = dict(pairs)
         self._names = {id(param): name for name, param in reversed(pairs)}
         self.layers: dict[str, list[BaseTunerLayer]] = {}
@@ -93,13 +96,12 @@ class _Carried:
         self.standing: list[str] = []
         self.to_set: dict[str, tuple[Tensor, FreezeMask, Tensor]] = {}
         stand_ins: dict[int, Tensor] = {}
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                weight = _weight(layer)
-                for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
-                    self.layers.setdefault(self._names[id(param)], []).append(layer)
-                if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
-                    stand_ins[id(weight)] = torch.empty(shape, device="meta")
+        for layer in layers:
+            weight = _weight(layer)
+            for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
+                self.layers.setdefault(self._names[id(param)], []).append(layer)
+            if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
+                stand_ins[id(weight)] = torch.empty(shape, device="meta")
         named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
         self.bound = bind(plan, named, operation="adapt", require_grad=False)
 
@@ -148,8 +150,8 @@ class _Carried:
             if adapter in layer.lora_variant:
                 if of_a.frozen_count:
                     raise ValueError(
-                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole rows, and columns of it are "
-                        "frozen, expected rows alone; use LoRA there"
+                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole outputs, and inputs of it are "
+                        "frozen (columns; of a Conv1D rows), expected outputs alone; use LoRA there"
                     )
                 self._keep_magnitudes(layer, adapter, entry, outputs)
 
@@ -226,7 +228,7 @@ class _Carried:
 
 def _weight(layer: Any) -> Tensor | None:
     """What a layer of LoRA's adapts; None: it is another kind of layer."""
-    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention)):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention, AdaLoraLayer)):
         return None
     leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
     return getattr(layer.get_base_layer(), leaf, None)
@@ -266,9 +268,9 @@ def _kind(layer: Any) -> str:
 def _check_variant(layer: Any, adapter: str, entry: BoundMask) -> None:
     """Raise ValueError if an adapter is neither plain LoRA nor DoRA of a linear layer."""
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
+    if variant is not None and type(variant) is not DoraLinearVariant:
         raise ValueError(
-            f"adapt: adapter {adapter!r} of {entry.name!r} is a {type(variant).__name__}, expected LoRA, rsLoRA, or "
+            f"adapt: adapter {adapter!r} of {entry.name!r} has a {type(variant).__name__}, expected LoRA, rsLoRA, or "
             "DoRA of a linear layer; take the weight out of the plan, or use one of those"
         )
 
@@ -287,8 +289,8 @@ def _check_tokens(entry: BoundMask, layer: Any) -> None:
 
 def _check_initialisation(model: nn.Module) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
-    configs = [getattr(module, "peft_config", {}) for module in model.modules()]  # it may be wrapped
-    for adapter, config in (pair for each in configs for pair in each.items()):
+    found = (vars(module).get("peft_config") for module in model.modules())  # a wrapper, as DDP, has none
+    for adapter, config in (pair for configs in found if isinstance(configs, dict) for pair in configs.items()):
         how = getattr(config, "init_lora_weights", True)
         if how not in PLAIN_INITIALISATIONS:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -113,7 +113,8 @@ class AdaptedPlan(FreezePlan):
 
     def check(self, model: Model) -> None:
         """As `FreezePlan.check`; and raise ValueError if a factor is not zero where it has to be: the weight it is
-        for is not the base's any more, as after loading an adapter that was trained without this plan."""
+        for is not the base's any more, as after loading an adapter that was trained without this plan. Under FSDP2
+        all ranks must ask."""
         named = named_tensors(model)
         super().check(named)
         for entry in bind(self, named, operation="AdaptedPlan.check"):
@@ -142,9 +143,12 @@ class AdaptedPlan(FreezePlan):
         return "\n".join([self.base.summary(), "", *told])
 
 
-def first_nonzero(tensor: Tensor, mask: FreezeMask) -> tuple[int, int, float] | None:
-    """Row, column and value of the first frozen element that is not zero (of either sign); None: all are."""
-    matrix = tensor.detach().reshape(mask.matrix_shape)
+def first_nonzero(tensor: Any, mask: FreezeMask) -> tuple[int, int, float] | None:
+    """Row, column and value of the first frozen element that is not zero (of either sign); None: all are.
+
+    Of a sharded tensor (DTensor) all ranks must ask: it is gathered, which is little of a factor."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    matrix = whole.detach().reshape(mask.matrix_shape)
     for dim, index in enumerate((mask.rows, mask.cols)):
         if mask.lines(dim) is not None and not matrix.index_select(dim, index.to(matrix.device)).any():
             return None
