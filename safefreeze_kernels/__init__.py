@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .attribution.watch import RefusalWatch
     from .grads.clip import clip_grad_norm_, zero_frozen_grads_
     from .grads.live import live_gradients
+    from .integrations.peft import adapt, merge_
     from .keeping.keeper import RefusalKeeper
     from .measure.info import info
     from .measure.memory import memory_plan
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
-    "RefusalKeeper", "RefusalWatch", "attribution", "clip_grad_norm_", "guard", "info", "integrations",
-    "live_gradients", "memory_plan", "profile_step", "score_units", "score_weights", "snapshot", "zero_frozen_grads_",
+    "RefusalKeeper", "RefusalWatch", "adapt", "attribution", "clip_grad_norm_", "guard", "info", "integrations",
+    "live_gradients", "memory_plan", "merge_", "profile_step", "score_units", "score_weights", "snapshot",
+    "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -34,6 +36,7 @@ _HOMES: Final = {
     **dict.fromkeys(("FreezePlan", "PlanFileError"), ".plan.plan"),
     **dict.fromkeys(("clip_grad_norm_", "zero_frozen_grads_"), ".grads.clip"),
     "live_gradients": ".grads.live",
+    **dict.fromkeys(("adapt", "merge_"), ".integrations.peft"),
     **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim.adam"),
     "guard": ".optim.guard",
     **dict.fromkeys(("MaskBuilder", "score_units", "score_weights"), ".attribution"),

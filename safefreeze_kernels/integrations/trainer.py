@@ -26,6 +26,7 @@ from ..keeping.keeper import RefusalKeeper, keepers_of
 from ..model.attached import Attached, attach, detach
 from ..optim.adam import MaskedAdam, MaskedAdamW
 from ..optim.guard import guards_of
+from ..plan.adapted import AdaptedPlan
 from ..plan.binding import bind, named_tensors
 from ..plan.files import write_atomically
 from ..plan.plan import FreezePlan
@@ -36,12 +37,13 @@ __all__ = ["FreezeCallback", "KeeperCallback", "RefusalCallback", "build_masked_
 PlanOrFile = FreezePlan | str | os.PathLike[str]
 
 PLAN_FILE: Final = "freeze_plan.safetensors"
+BASE_PLAN_FILE: Final = "base_plan.safetensors"
 PROOF_FILE: Final = "freeze_proof.json"
 KEEPER_FILE: Final = "refusal_keeper.safetensors"
 
 
 def masked_adamw(
-    plan: PlanOrFile, args: TrainingArguments | None = None, **options: Any
+    plan: PlanOrFile, args: TrainingArguments | None = None, *, adapt: bool = False, **options: Any
 ) -> tuple[type, dict[str, Any]]:
     """`MaskedAdamW` for ``Trainer(..., optimizer_cls_and_kwargs=masked_adamw(plan, lr=2e-5, weight_decay=0.1))``.
 
@@ -53,18 +55,21 @@ def masked_adamw(
         plan: what is frozen; or the path of its file.
         args: where lr, weight_decay, betas and eps come from unless given; without ``args`` they have `MaskedAdamW`'s
             defaults, since Trainer does not tell an optimizer of its own what ``TrainingArguments`` say.
+        adapt: the plan is in the names of the base model, and is carried to the adapters (`safefreeze_kernels.adapt`)
+            that the model has by then: for trainers that make them, as TRL's do of ``peft_config``.
         options: of `MaskedAdamW`.
 
     Raises:
         TypeError: neither ``lr`` nor ``args`` is given.
         ValueError: when Trainer makes the optimizer: as `build_masked_adamw`.
     """
-    return _Factory, {"plan": _loaded(plan), **_with_defaults(args, options)}
+    return _Factory, {"plan": _loaded(plan), "adapt": adapt, **_with_defaults(args, options)}
 
 
 def build_masked_adamw(
-    model: torch.nn.Module, plan: PlanOrFile, args: TrainingArguments | None = None, **options: Any
-) -> MaskedAdamW:
+    model: torch.nn.Module, plan: PlanOrFile, args: TrainingArguments | None = None, *, adapt: bool = False,
+    **options: Any,
+) -> MaskedAdamW:  # fmt: skip
     """The optimizer that `masked_adamw` has Trainer make, for ``Trainer(..., optimizers=(optimizer, None))``: some
     trainers, TRL's DPOTrainer among them, take no other. Arguments as there.
 
@@ -73,16 +78,20 @@ def build_masked_adamw(
         ValueError: the plan does not fit the model, or names a weight that does not train, such as one that LoRA froze.
     """
     plan, options = _loaded(plan), _with_defaults(args, options)
+    if adapt:
+        from . import peft
+
+        plan = peft.adapt(plan, model)
     plan.check(model)
     decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     decay = [(name, p) for name, p in named if name in decaying]
     homes = {id(p) for _, p in decay}  # a tied weight that decays under one of its names does so
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decay},
         {"params": [(name, p) for name, p in named if id(p) not in homes], "weight_decay": 0.0},
     ]
-    optimizer = MaskedAdamW(groups, freeze=plan, **options)
+    optimizer = MaskedAdamW([group for group in groups if group["params"]], freeze=plan, **options)
     _ZeroesFrozen(model, optimizer)
     return optimizer
 
@@ -178,10 +187,12 @@ class FreezeCallback(TrainerCallback):
 
     Before a checkpoint is written the frozen bytes are compared with those at the beginning of training; after it,
     ``freeze_plan.safetensors`` and ``freeze_proof.json`` (step, fingerprint of the plan, digest of the frozen bytes per
-    rank) lie in its folder. Logs gain ``frozen_share`` and, with ``raw_norm``, ``raw_grad_norm``.
+    rank) lie in its folder; of a plan that was carried to adapters, ``base_plan.safetensors`` too. Logs gain
+    ``frozen_share`` and, with ``raw_norm``, ``raw_grad_norm``.
 
     Args:
-        plan: what is frozen; or the path of its file.
+        plan: what is frozen; or the path of its file. In the base's names, if the optimizer's was made from it by
+            `safefreeze_kernels.adapt`.
         proof: a `snapshot` to compare with, for example of the model before an earlier run; default: taken when
             training begins.
         raw_norm: log the gradient norm that counts frozen elements too (one more pass over all gradients per step); for
@@ -212,6 +223,11 @@ class FreezeCallback(TrainerCallback):
         """Raise unless the optimizer freezes by this plan, or nothing that the plan names trains."""
         plans = [plan for one in optimizers if isinstance(one, MaskedAdam) and (plan := one.plan)]
         plans += [one.plan for optimizer in optimizers for one in guards_of(optimizer)]
+        for plan in plans:
+            if isinstance(plan, AdaptedPlan) and self.plan in (plan, plan.base):
+                plan.check(model)  # adapters that were loaded meanwhile may be others
+                self.plan = plan
+                return
         together = functools.reduce(FreezePlan.__or__, plans, FreezePlan())
         if self.plan.fingerprint in (together.fingerprint, *(plan.fingerprint for plan in plans)):
             return
@@ -253,6 +269,8 @@ class FreezeCallback(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir():
             return
         self.plan.save(folder / PLAN_FILE)
+        if isinstance(self.plan, AdaptedPlan):
+            self.plan.base.save(folder / BASE_PLAN_FILE)
         proof = {
             "version": 1,
             "verified": True,

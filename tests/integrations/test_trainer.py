@@ -456,8 +456,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
-def test_trl(kind: str, tmp_path: Path) -> None:
+def trl_run(kind: str, folder: Path, net: Any, **options: Any) -> Any:
     import trl
     from datasets import Dataset
 
@@ -466,23 +465,72 @@ def test_trl(kind: str, tmp_path: Path) -> None:
         "DPO": {"prompt": ["w3 w4", "w5 w6"], "chosen": [" w7 w8", " w9"], "rejected": [" w10", " w11 w12"]},
     }[kind]  # type: ignore[assignment]
     config = getattr(trl, f"{kind}Config")(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, report_to=[], use_cpu=True, bf16=False,
+        output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, report_to=[], use_cpu=True, bf16=False,
         save_strategy="steps", save_steps=3, logging_steps=1, disable_tqdm=True, max_grad_norm=0.1, max_length=16,
         learning_rate=1e-2,
     )  # fmt: skip
+    return getattr(trl, f"{kind}Trainer")(
+        model=net, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer(),
+        callbacks=[FreezeCallback(plan(), raw_norm=True)],
+        **{name: make(config) if name != "peft_config" else make for name, make in options.items()},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl(kind: str, tmp_path: Path) -> None:
     net = model()
     ours: dict[str, Any] = (
-        {"optimizer_cls_and_kwargs": masked_adamw(plan(), config)}
+        {"optimizer_cls_and_kwargs": lambda config: masked_adamw(plan(), config)}
         if kind == "SFT"
-        else {"optimizers": (build_masked_adamw(net, plan(), config), None), "ref_model": model()}
+        else {
+            "optimizers": lambda config: (build_masked_adamw(net, plan(), config), None),
+            "ref_model": lambda _: model(),
+        }
     )
-    run = getattr(trl, f"{kind}Trainer")(
-        model=net, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer(),
-        callbacks=[FreezeCallback(plan(), raw_norm=True)], **ours,
-    )  # fmt: skip
+    run = trl_run(kind, tmp_path, net, **ours)
     begin = copies(run.model)
     run.train()
     sf.snapshot(begin, plan()).verify(run.model)
     assert any(not torch.equal(p, begin[name]) for name, p in run.model.named_parameters())
     assert (tmp_path / "checkpoint-3" / "freeze_proof.json").exists()
     assert logged(run, 1.01)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl_makes_adapters_and_the_plan_is_carried_to_them(kind: str, tmp_path: Path) -> None:
+    """The base's plan is all that is given; what the checkpoint merges to has the base's frozen bytes."""
+    from peft import LoraConfig, PeftModel
+
+    lora = LoraConfig(r=4, target_modules=["up_proj", "down_proj", "q_proj", "embed_tokens"])
+    ours: dict[str, Any] = {"peft_config": lora}
+    if kind == "SFT":
+        ours["optimizer_cls_and_kwargs"] = lambda config: masked_adamw(plan(), config, adapt=True)
+    run = trl_run(kind, tmp_path, model(), **ours)
+    if kind == "DPO":  # takes no class of optimizer, but lets one be given once it has made the adapters
+        run.optimizer = build_masked_adamw(run.model, plan(), run.args, adapt=True)
+    run.train()
+    assert logged(run, 1.001)
+    saved = tmp_path / "checkpoint-3"
+    assert sf.FreezePlan.load(saved / "base_plan.safetensors") == plan()
+    tuned = PeftModel.from_pretrained(model(), saved)
+    assert sf.FreezePlan.load(saved / "freeze_plan.safetensors").keys() <= dict(tuned.named_parameters()).keys()
+    merged = sf.merge_(tuned, plan())
+    sf.snapshot(model(), plan()).verify(merged)
+    moved = [name for name, p in model().named_parameters() if not torch.equal(p, merged.get_parameter(name))]
+    assert set(plan()) <= set(moved)
+
+
+def test_adapters_of_another_training_are_refused(tmp_path: Path) -> None:
+    """Loaded after the optimizer was made, they are not at zero where the plan freezes."""
+    from peft import LoraConfig, get_peft_model
+
+    net = get_peft_model(model(), LoraConfig(r=4, target_modules=["up_proj"]))
+    up = sf.FreezePlan({name: mask for name, mask in plan().items() if "up_proj" in name})
+    run = Trainer(
+        model=net, args=arguments(tmp_path), train_dataset=dataset(),
+        optimizers=(build_masked_adamw(net, up, lr=1e-2, adapt=True), None), callbacks=[FreezeCallback(up)],
+    )  # fmt: skip
+    with torch.no_grad():
+        net.get_parameter("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight")[3, 1] = 0.5
+    with pytest.raises(ValueError, match=r"lora_B.default.weight' is 0.5 in row 3, column 1, expected zero"):
+        run.train()
