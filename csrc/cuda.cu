@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -65,10 +66,36 @@ struct BF16 {
   static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_bf16(value, noise); }
 };
 
+// A NaN is what the hardware makes of it: 0x7fff.
 struct F16 {
   using Stored = uint16_t;
-  static __device__ __forceinline__ float widen(uint16_t stored) { return from_f16(stored); }
-  static __device__ __forceinline__ uint16_t narrow(float value) { return to_f16(value); }
+  static __device__ __forceinline__ uint32_t narrow_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    return narrow(first) | static_cast<uint32_t>(narrow(second)) << 16;
+#endif
+  }
+  static __device__ __forceinline__ float widen(uint16_t stored) {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(stored));
+    return value;
+#else
+    return from_f16(stored);
+#endif
+  }
+  static __device__ __forceinline__ uint16_t narrow(float value) {
+#if defined(__CUDA_ARCH__)
+    uint16_t stored;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(stored) : "f"(value));
+    return stored;
+#else
+    return value != value ? 0x7fff : to_f16(value);
+#endif
+  }
   static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_f16(value, noise); }
 };
 
@@ -90,6 +117,36 @@ __device__ __forceinline__ void change_words(Values<T, n>& values, Change change
     std::memcpy(&word, bytes + 4 * i, 4);
     change(word);
     std::memcpy(bytes + 4 * i, &word, 4);
+  }
+}
+
+// The value of one of them.
+template <typename Storage, int n>
+__device__ __forceinline__ float widen(const Values<typename Storage::Stored, n>& values, int i) {
+  if constexpr (n > 2 && std::is_same_v<Storage, BF16>) {  // out of the word it is in, in one instruction
+    uint32_t pair;
+    std::memcpy(&pair, &values.of[i / 2 * 2], 4);
+    return F32::widen(i % 2 ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return Storage::widen(values.of[i]);
+  }
+}
+
+// Narrows neighbours, from the i-th on, two at once where they are two. `mend` gives NaNs the bits that `narrow` does.
+template <typename Storage, int n, int count>
+__device__ __forceinline__ void put(Values<typename Storage::Stored, n>& into, int i, const float (&values)[count]) {
+  if constexpr (count == 2 && !std::is_same_v<Storage, F32>) {
+    const uint32_t pair = Storage::narrow_pair(values[0], values[1]);
+    std::memcpy(&into.of[i], &pair, 4);
+  } else {
+#pragma unroll
+    for (int k = 0; k < count; ++k) into.of[i + k] = Storage::narrow(values[k]);
+  }
+}
+template <typename Storage, int n>
+__device__ __forceinline__ void mend(Values<typename Storage::Stored, n>& values) {
+  if constexpr (n % 2 == 0 && std::is_same_v<Storage, BF16>) {
+    change_words(values, [](uint32_t& word) { word = BF16::mend(word); });
   }
 }
 
@@ -281,21 +338,30 @@ struct Visited {
   }
 };
 
-// Calls `take(places)` until this thread has done its share of the tile: n elements whole, if `whole`, and the others
-// `slots` apart. `visited`: of a tile of a gapless part, of which `tile` counts the elements then and `part` has no
-// bits.
-template <int n, int slots, typename Take>
+// Calls `take(places)` until this thread has done its share of the tile: n elements whole, if `whole`, or if `two`
+// `take(places, next)` of twice as many; and the others `slots` apart. `visited`: of a tile of a gapless part, of which
+// `tile` counts the elements then and `part` has no bits.
+template <int n, int slots, bool two = false, typename Take>
 __device__ __forceinline__ void walk(const Tile& tile, const TilePart& part, const Pieces& pieces, bool frozen,
                                      bool whole, Take take, const Visited* visited = nullptr) {
   const uint32_t count = static_cast<uint32_t>(tile.count);
   const uint32_t wholes = whole ? count / n * n : 0;
   const uint32_t none = frozen ? 0u : ~0u;
-#pragma unroll 1
-  for (uint32_t number = threadIdx.x * n; number < wholes; number += threads * n) {
+  const auto neighbours = [&](uint32_t number) {
     const uint32_t bits = part.frozen_bits ? bits_of<n>(part, tile.start + number) ^ none : ~0u;
     Whole<n> places{number, number, bits & Whole<n>::all};
     if (pieces.width) pieces.find(number, tile, part, places.here, places.there);
-    take(places);
+    return places;
+  };
+#pragma unroll 1
+  for (uint32_t number = threadIdx.x * n; number < wholes; number += threads * n * (two ? 2 : 1)) {
+    if constexpr (two) {
+      if (number + threads * n < wholes) {
+        take(neighbours(number), neighbours(number + threads * n));
+        continue;
+      }
+    }
+    take(neighbours(number));
   }
   // Packed places of a warp begin where 32 bytes do: what is visited there lies side by side.
   const int32_t skew = visited && count ? static_cast<int32_t>(tile.packed % warp) : 0;
@@ -436,17 +502,6 @@ struct AdamWValues {
     }
   }
 
-  template <typename Storage>
-  static __device__ __forceinline__ float widen(const Values<typename Storage::Stored, n>& values, int i) {
-    if constexpr (n > 2 && std::is_same_v<Storage, BF16>) {  // out of the word it is in, in one instruction
-      uint32_t pair;
-      std::memcpy(&pair, &values.of[i / 2 * 2], 4);
-      return F32::widen(i % 2 ? pair & 0xffff0000u : pair << 16);
-    } else {
-      return Storage::widen(values.of[i]);
-    }
-  }
-
   // The new values of elements i to i + count - 1. `noise(k)`: 16 bits for element i + k, of stochastic rounding.
   template <int count, typename Noise>
   __device__ __forceinline__ void keep(int i, const float (&new_p)[count], const float (&new_m)[count],
@@ -479,25 +534,6 @@ struct AdamWValues {
 
  private:
   bool some_nan = false;
-
-  template <typename Storage, int count>
-  static __device__ __forceinline__ void put(Values<typename Storage::Stored, n>& into, int i,
-                                             const float (&values)[count]) {
-    if constexpr (count == 2 && std::is_same_v<Storage, BF16>) {
-      const uint32_t pair = Storage::narrow_pair(values[0], values[1]);
-      std::memcpy(&into.of[i], &pair, 4);
-    } else {
-#pragma unroll
-      for (int k = 0; k < count; ++k) into.of[i + k] = Storage::narrow(values[k]);
-    }
-  }
-
-  template <typename Storage>
-  static __device__ __forceinline__ void mend(Values<typename Storage::Stored, n>& values) {
-    if constexpr (n % 2 == 0 && std::is_same_v<Storage, BF16>) {
-      change_words(values, [](uint32_t& word) { word = BF16::mend(word); });
-    }
-  }
 
   // Reads them again: kept since they were loaded, they would take up registers.
   __device__ __forceinline__ void keep_old(const AdamWTask<Kind>& task, Whole<n> places) {
@@ -570,11 +606,11 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
               own.bias2_sqrt = row.bias2_sqrt;
             }
           }
-          m[k] = values.template widen<S>(values.m, i + k);
-          v[k] = values.template widen<S>(values.v, i + k);
-          if constexpr (amsgrad) v_max[k] = values.template widen<S>(values.v_max, i + k);
+          m[k] = widen<S>(values.m, i + k);
+          v[k] = widen<S>(values.v, i + k);
+          if constexpr (amsgrad) v_max[k] = widen<S>(values.v_max, i + k);
           p[k] = values.param(i + k);
-          const float g = values.template widen<P>(values.g, i + k);
+          const float g = widen<P>(values.g, i + k);
           safefreeze::adamw<decltype(l2)::value, amsgrad>(p[k], g, m[k], v[k], v_max[k], own);
         }
       };
@@ -606,8 +642,14 @@ __global__ void __launch_bounds__(threads)
   walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
     auto values = places.load(data);
     const auto old = values;
+    bool some_nan = false;
 #pragma unroll
-    for (int i = 0; i < places.size; ++i) values.of[i] = P::narrow(P::widen(values.of[i]) * factor);
+    for (int i = 0; i < places.size; i += 2) {
+      const float scaled[] = {widen<P>(values, i) * factor, widen<P>(values, i + 1) * factor};
+      some_nan |= scaled[0] != scaled[0] || scaled[1] != scaled[1];
+      put<P>(values, i, scaled);
+    }
+    if (some_nan) mend<P>(values);
     if constexpr (!std::remove_reference_t<decltype(places)>::apart) {
       if (places.chosen != places.all) blend(values, old, places.chosen);
     }
@@ -656,39 +698,61 @@ __global__ void __launch_bounds__(threads)
 
 // ---------------------------------------------------------------------------------------------------------- norms
 
-template <NormKind kind>
-__device__ __forceinline__ double accumulate(double so_far, double value) {
-  const double magnitude = value < 0 ? -value : value;
-  if (kind == NormKind::sum_of_squares) return so_far + value * value;
+// What `so_far + x * x` is in doubles, by one operation on them. There are GPUs that do 64 on floats in the time of one
+// on doubles or of a conversion: so |x| 2^-896 and |x| 2^896 are made by moving the exponent, and their product is
+// exact. Infinity and NaN stay what they are, zero is zero; a denormal x counts wrongly, by less than 2^-252.
+__device__ __forceinline__ double add_square(double so_far, float x) {
+  const uint32_t bits = F32::narrow(x), upper = bits >> 3 & 0x0fffffffu, lower = bits << 29;
+  return fma(__hiloint2double(upper, lower), __hiloint2double(upper + (1792u << 20), lower), so_far);
+}
+
+// Below this a sum of squares may be one of denormals; above, 2^40 of them change nothing.
+constexpr double tiny = 0x1p-160;
+
+template <NormKind kind, bool denormals>
+__device__ __forceinline__ double accumulate(double so_far, float value) {
+  if (kind == NormKind::sum_of_squares && !denormals) return add_square(so_far, value);
+  const double x = value, magnitude = x < 0 ? -x : x;
+  if (kind == NormKind::sum_of_squares) return fma(x, x, so_far);
   if (kind == NormKind::sum_of_absolutes) return so_far + magnitude;
   return magnitude > so_far || magnitude != magnitude ? magnitude : so_far;
 }
 
 template <NormKind kind>
 __device__ __forceinline__ double merge(double one, double other) {
-  return kind == NormKind::largest_absolute ? accumulate<kind>(one, other) : one + other;
+  if (kind != NormKind::largest_absolute) return one + other;
+  return other > one || other != other ? other : one;
 }
 
-// Every thread brings a value; halves are merged until one is left, in an order that never changes.
+// Every thread brings a value; they are merged in an order that never changes, most by a few threads alone.
 template <NormKind kind>
 __device__ __forceinline__ void merge_block(double value, double* result) {
-  __shared__ double of_thread[threads];
+  constexpr int some = 16;
+  __shared__ double of_thread[threads], of_some[some];
   of_thread[threadIdx.x] = value;
   __syncthreads();
-  for (int half = threads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) of_thread[threadIdx.x] = merge<kind>(of_thread[threadIdx.x], of_thread[threadIdx.x + half]);
-    __syncthreads();
+  if (threadIdx.x < some) {
+    for (int i = threadIdx.x + some; i < threads; i += some) value = merge<kind>(value, of_thread[i]);
+    of_some[threadIdx.x] = value;
   }
-  if (threadIdx.x == 0) *result = of_thread[0];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < some; ++i) value = merge<kind>(value, of_some[i]);
+    *result = value;
+  }
 }
 
-// Takes tiles a grid apart.
-template <typename P, NormKind kind>
-__global__ void __launch_bounds__(threads)
-    norm_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, double* partial) {
+// What a thread finds in tiles a grid apart.
+template <typename P, NormKind kind, bool denormals>
+__device__ __forceinline__ double norm_of_share(const Tiles& work, const DenseTensor* tensors) {
   using T = typename P::Stored;
-  constexpr int n = 2 * access / sizeof(T) < 8 ? 2 * access / sizeof(T) : 8;
+  constexpr int n = access / sizeof(T);
   double so_far = 0;
+  const auto add = [&](auto& values, const auto& places) {
+    if (places.chosen != (1u << places.size) - 1u) blend(values, {}, places.chosen);
+#pragma unroll
+    for (int i = 0; i < places.size; ++i) so_far = accumulate<kind, denormals>(so_far, widen<P>(values, i));
+  };
 #pragma unroll 1
   for (int64_t number = blockIdx.x; number < work.n_tiles; number += gridDim.x) {
     const Tile tile = work.tiles[number];
@@ -696,16 +760,23 @@ __global__ void __launch_bounds__(threads)
     if (!tensors[tile.tensor].data) continue;
     const T* const data = at<const T>(tensors[tile.tensor].data) + tile.start;
     const bool whole = (misaligned(data) | obstacles<n>(tile, part)) == 0;
-    walk<n, 4>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto& places) {
-      auto values = places.load(data);
-      if constexpr (std::remove_reference_t<decltype(places)>::size == 8) pin(values);  // loaded as one
-#pragma unroll
-      for (int i = 0; i < places.size; ++i) {
-        if (places.chosen >> i & 1) so_far = accumulate<kind>(so_far, static_cast<double>(P::widen(values.of[i])));
-      }
+    walk<n, 4, true>(tile, part, Pieces::of(tile), work.frozen, whole, [&](const auto&... places) {
+      [&](auto... values) {  // all are loaded before the first is looked at
+        (pin(values), ...);
+        (add(values, places), ...);
+      }(places.load(data)...);
     });
   }
-  merge_block<kind>(so_far, partial + blockIdx.x);
+  return so_far;
+}
+
+template <typename P, NormKind kind>
+__global__ void __launch_bounds__(threads)
+    norm_kernel(const __grid_constant__ Tiles work, const DenseTensor* tensors, double* partial) {
+  constexpr bool squares = kind == NormKind::sum_of_squares;
+  double found = norm_of_share<P, kind, !squares>(work, tensors);
+  if (squares && found > 0 && found < tiny) found = norm_of_share<P, kind, true>(work, tensors);
+  merge_block<kind>(found, partial + blockIdx.x);
 }
 
 template <NormKind kind>
