@@ -127,8 +127,8 @@ TO64 = "cvt.u64.u32 %rd3, %r3;"
         ("cvt.rni.u32.f32 %r3, %f1;", 0xBF800000, 0, 0),
         ("cvt.f64.f32 %fd1, %f1; mul.rn.f64 %fd1, %fd1, %fd1; cvt.rn.f32.f64 %f3, %fd1; mov.b32 %r3, %f3;",
          0x40400000, 0, 0x41100000),
-        ("cvt.f64.f32 %fd1, %f1; fma.rn.f64 %fd1, %fd1, %fd1, 0d3FF0000000000000; cvt.rn.f32.f64 %f3, %fd1;"
-         "mov.b32 %r3, %f3;", 0x40400000, 0, 0x41200000),
+        ("cvt.f64.f32 %fd1, %f1; fma.rn.f64 %fd1, %fd1, %fd1, %fd1; cvt.rn.f32.f64 %f1, %fd1; mov.b32 %r3, %f1;",
+         0x40400000, 0, 0x41400000),
         ("cvt.rn.f16x2.f32 %r3, %f1, %f2;", 0x477FF000, 0xFFC00001, 0x7C007FFF),
         ("st.shared.u32 [room+4], %r1; ld.shared.u8 %r3, [room+5];", 0x11223344, 0, 0x33),
     ],
