@@ -238,9 +238,13 @@ def _data(addresses, tensor, start, count, DTYPE: tl.constexpr):
 
 @triton.jit
 def _no_total(KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """What the totals of a block begin with: of eight neighbours, only the total is kept. A float's magnitude orders as
-    its bits do, and every NaN lies above infinity."""
-    return tl.zeros([BLOCK // 8 if WIDE else BLOCK], tl.int32 if KIND == "largest_absolute" else tl.float64)
+    """What the totals of a block begin with: of eight neighbours only one is kept, but for squares, which are added as
+    they are made. A float's magnitude orders as its bits do, and every NaN lies above infinity."""
+    if WIDE and KIND == "sum_of_squares":
+        totals = tl.zeros([BLOCK // 8, 8], tl.float64)
+    else:
+        totals = tl.zeros([BLOCK // 8 if WIDE else BLOCK], tl.int32 if KIND == "largest_absolute" else tl.float64)
+    return totals
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "partial"])
@@ -269,9 +273,9 @@ def norm_kernel(
             value = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
             if KIND == "largest_absolute":
                 total = tl.maximum(total, tl.max(magnitude, 1) if WIDE else magnitude)
+            elif KIND == "sum_of_squares":
+                total = tl.fma(value, value, total)  # the product is exact, so these are the bits of * and +
             else:
-                if KIND == "sum_of_squares":
-                    value *= value
                 total += tl.sum(value, 1) if WIDE else value
         if KIND == "largest_absolute":
             result += tl.max(total).to(tl.float32, bitcast=True)  # one of the two is 0
