@@ -46,6 +46,7 @@ from .launch import (
 from .refreeze import ages_after, apply_changes, changes_of
 from .state import (
     FREEZE,
+    IN_FORCE,
     PACKED,
     REMAINDER,
     close_gaps,
@@ -328,7 +329,7 @@ class MaskedAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:
-            group[FREEZE] = self._plan.fingerprint
+            group[FREEZE] = IN_FORCE
         try:
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
@@ -398,7 +399,7 @@ class MaskedAdam(Optimizer):
         ages = ages_after(self._ages, changes, self.state, counts_on=counts_on)
         apply_changes(self.state, changes, self._settings, counts_on=counts_on)
         self._ages = ages
-        if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
+        if plan != (self._plan or FreezePlan()):
             self._pending.invalid = "the plan changed"
         if self._whole and keep_state:
             self._launch.stale = True  # nothing moved
@@ -410,15 +411,14 @@ class MaskedAdam(Optimizer):
 
     def _note_plan(self, *, anew: bool = False) -> None:
         """A plan came into force (``anew``), or what it is for changed: groups tell of it, ranks must have the same."""
-        fingerprint = (self._plan or FreezePlan()).fingerprint
         for group in self.param_groups:  # distributed checkpoint looks which entries a group has
             group.pop(FREEZE, None)
             if self._plan or self._ages:
-                group[FREEZE] = fingerprint
+                group[FREEZE] = IN_FORCE
         if self._agreement is None:
             named = zip(all_names(self.param_groups), all_params(self.param_groups), strict=True)
             self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in named)
-        self._agreement.note(fingerprint, anew=anew)
+        self._agreement.note(self._plan or FreezePlan(), anew=anew)
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FreezePlan):
             return NotImplemented
-        return self.fingerprint == other.fingerprint
+        return self._masks == other._masks
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)

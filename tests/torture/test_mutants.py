@@ -51,9 +51,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "polarity is flipped for rows",
-        "plan/mask.py",
-        "return _complement(self._rows, self.matrix_shape[0])",
-        "return self._rows",
+        "kernels/parts.py",
+        "_C.live_rows(mask.frozen_rows, ",
+        "_C.live_rows(mask.live_rows, ",
     ),
     Mutant(
         "rows are off by one",
@@ -271,7 +271,7 @@ MUTANTS: Final = (
     Mutant(
         "ranks with different plans are not told",
         "model/sharding.py",
-        "        if plan != self._plan:\n            self._note_conflict(f",
+        "        if plan != ours:\n            self._note_conflict(f",
         "        if False:\n            self._note_conflict(f",
         ("integrations/test_distributed.py",),
     ),
