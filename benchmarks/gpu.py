@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.gpu`` does all of it in under nine minutes, most valuable first, and ends with status 1 if a step
 failed. Each step is a process with a time limit, ended with all it started; a failed one does not keep the later ones
-from running, and what was measured is written after every case. ``--part`` runs some parts alone, and ``--device cpu
---tiny`` rehearses the order anywhere. One log, one JSON file and one picture go to benchmarks/results, or where OUT
-points.
+from running, and what was measured is written after every case. A signal that ends this one ends the step too, and
+still has all of it reported. ``--part`` runs some parts alone, and ``--device cpu --tiny`` rehearses the order
+anywhere. One log, one JSON file and one picture go to benchmarks/results, or where OUT points.
 
 Times are a GPU's own, from events: what is timed is queued behind a wait, so that the host's part is over before it
 begins (cases marked "wall" take the host's clock instead). Tables, results and picture are those of
@@ -119,6 +119,9 @@ PARTS: Final = (
 )  # fmt: skip
 _NEED_GPU: Final = {"smoke", "exact", "tests", "memcheck", "racecheck", "triton"}
 _LOG_BYTES: Final = 8 << 20
+# A command leads a process group, in which a shell waits for the other end of its pipe to close, however this process
+# ended, and ends the group.
+_GUARDED: Final = ["/bin/sh", "-c", 'exec 3<&0; (read -r _ <&3; kill -9 0) & exec "$@" 3<&- </dev/null', "sh"]
 
 
 @dataclass(frozen=True)
@@ -174,10 +177,10 @@ def _run(command: list[str], environment: dict[str, str], limit: float, log: Log
     it said."""
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
+            [*_GUARDED, *command], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
-    except OSError:
+    except OSError:  # there is no shell
         return 127, ""
     told: list[str] = []
 
@@ -193,10 +196,13 @@ def _run(command: list[str], environment: dict[str, str], limit: float, log: Log
         status = process.wait(max(limit, 0.1))
     except subprocess.TimeoutExpired:
         status = 124
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it left running holds the GPU, and the pipe
-    process.wait()
-    listener.join(5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it left running holds the GPU, and the pipe
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+        listener.join(5)
     return status, "".join(told)
 
 
@@ -244,8 +250,8 @@ def run_all(given: argparse.Namespace) -> int:
     """Returns the exit status."""
     log = Log(given.output / "gpu.log")
     arch = "{}{}".format(*torch.cuda.get_device_capability()) if given.device == "cuda" else ""
-    began, done = time.monotonic(), []
-    chosen = steps(given, arch)
+    began, done, found = time.monotonic(), list[dict[str, Any]](), dict[str, Any]()
+    chosen, ended = steps(given, arch), 0
     for number, step in enumerate(chosen):
         spent = time.monotonic() - began
         left = WHOLE_S - spent
@@ -255,26 +261,32 @@ def run_all(given: argparse.Namespace) -> int:
         if limit <= 0:
             done.append({"step": step.name, "outcome": "no time was left", "seconds": 0.0, "status": 124})
             continue
-        done.append(replace(step, limit=limit).run(log))
+        part_file(given.output, step.name).unlink(missing_ok=True)  # of a run that was killed
+        try:
+            done.append(replace(step, limit=limit).run(log))
+        except SystemExit as stop:
+            ended = int(str(stop.code))
+            outcome = f"stopped by {signal.Signals(ended - 128).name}"
+            done.append({"step": step.name, "outcome": outcome, "seconds": 0.0, "status": ended})
+        if ended:
+            break
         if step.part in ("priority", "others"):
-            gather(given, done)
+            gather(given, done, found)
     for result in done:
         log.write(f"{result['step']:<16} {result['outcome']} ({result['seconds']} s)\n")
-    report = gather(given, done)
+    report = gather(given, done, found)
     if report is not None:
         for path in report.save(given.output):
             log.write(f"wrote {path}\n")
-        for name in GROUPS:
-            part_file(given.output, name).unlink(missing_ok=True)
-        if not report.right:
-            return 1
-    return int(any(result["status"] for result in done))
+    wrong = (report is not None and not report.right) or any(result["status"] for result in done)
+    return ended or int(wrong)
 
 
-def gather(given: argparse.Namespace, done: list[dict[str, Any]]) -> Report | None:
-    """What groups left behind, in one report, whose numbers are written; None: nothing yet."""
-    parts = {name: part_file(given.output, name) for name in GROUPS}
-    found = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
+def gather(given: argparse.Namespace, done: list[dict[str, Any]], found: dict[str, Any]) -> Report | None:
+    """``found``, the numbers of each group, with what a group just left behind, in one report, whose numbers are
+    written, so that there are never more files than of one group; None: nothing yet."""
+    parts = {name: path for name in GROUPS if (path := part_file(given.output, name)).exists()}
+    found.update({name: json.loads(path.read_text()) for name, path in parts.items()})
     if not found:
         return None
     bench = Bench([case for name in found for case in GROUPS[name]], 1, device="cpu", copy_bytes=TINY_COPY)
@@ -285,6 +297,8 @@ def gather(given: argparse.Namespace, done: list[dict[str, Any]]) -> Report | No
     full = not given.tiny and found.keys() >= PRIORITY.keys()
     report = Report(machine, bench, settings, full, steps=done)
     report.save_numbers(given.output)
+    for path in parts.values():
+        path.unlink()
     return report
 
 
@@ -371,5 +385,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return measure_group(given, console) if given.group else run_all(given)
 
 
+def end_on_signals() -> None:
+    """Have signals that end a process raise SystemExit, with the status that shells give it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

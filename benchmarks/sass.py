@@ -159,8 +159,9 @@ def _accesses(sass: str, opcode: str) -> dict[int, int]:
 
 
 def count_fused(ptx: str, *, assembler_fuses: bool = True) -> int:
-    """Multiply-adds, and if the assembler fuses, operations that it may: those that name no rounding."""
-    fused = len(re.findall(r"\bfma\.", ptx))
+    """Multiply-adds, and if the assembler fuses, operations that it may: those that name no rounding. Those of doubles
+    are wanted: norms add squares of floats, which are exact in double."""
+    fused = len(re.findall(r"\bfma\.(?!rn\.f64)", ptx))
     return fused + (len(re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64|32x2)\b", ptx)) if assembler_fuses else 0)
 
 
@@ -255,8 +256,8 @@ def cuda_kernel(signature: str) -> Kernel:
         variant = [rounding] * (rounding != "nearest") + ["amsgrad"] * amsgrad
         return _adamw("cuda", dtypes, variant, n, sizes[0], packed)
     kind = _NORMS[int(others[0])] if name in ("norm", "total") else f"{others[0]} bytes" if name == "upload" else ""
-    # A thread takes 8 elements for a norm, and 16 bytes else. `copy` goes either way; `total` and `upload` are short.
-    loads = _accesses_of(8, sizes) if name == "norm" else (128,) * {"scale": 1, "copy": 2}.get(name, 0)
+    # A thread takes 32 bytes for a norm, and 16 else. `copy` goes either way; `total` and `upload` are short.
+    loads = (128, 128) if name == "norm" else (128,) * {"scale": 1, "copy": 2}.get(name, 0)
     stores = (128,) * {"scale": 1, "copy": 2, "zero": 1}.get(name, 0)
     return Kernel("cuda", name, ", ".join(dtypes), kind, loads, stores)
 

@@ -147,6 +147,26 @@ py::tuple distinct_numbers(const Numbers& numbers) {
   return py::make_tuple(as_array(found), which);
 }
 
+// The rows of `n_rows` that are not among `frozen`, ascending; their different ages, and which of them each has.
+py::tuple live_rows(const Numbers& frozen, int64_t n_rows, const py::object& ages) {
+  Numbers rows(n_rows - frozen.size());
+  int64_t *to = rows.mutable_data(), row = 0;
+  const auto put_until = [&](int64_t end) {
+    for (; row < end; ++row) *to++ = row;
+    row = end + 1;
+  };
+  for (py::ssize_t i = 0; i < frozen.size(); ++i) put_until(frozen.data()[i]);
+  put_until(n_rows);
+  if (ages.is_none()) return py::make_tuple(rows, py::none(), py::none());
+  const Numbers given = py::cast<Numbers>(ages);
+  Numbers theirs(rows.size());
+  const int64_t *from = given.data(), *live = rows.data();
+  int64_t* const age = theirs.mutable_data();
+  for (py::ssize_t i = 0; i < rows.size(); ++i) age[i] = from[live[i]];
+  const py::tuple found = distinct_numbers(theirs);
+  return py::make_tuple(rows, found[0], found[1]);
+}
+
 // A table of what it takes over.
 template <typename Row>
 Numbers as_table(std::vector<Row>&& rows) {
@@ -204,6 +224,7 @@ PYBIND11_MODULE(_C, module) {
                               reinterpret_cast<uintptr_t>(self.dtypes.data()));
       });
   module.def("distinct", &distinct_numbers, py::arg("numbers").noconvert());
+  module.def("live_rows", &live_rows, py::arg("frozen").noconvert(), py::arg("n_rows"), py::arg("ages"));
   module.def("lists_of", &lists_of, py::arg("parts"), py::arg("longest"));
   module.def("trace", [](py::list tensors) { return trace(tensors.ptr()); });
   module.def("adamw", &launch_adamw);

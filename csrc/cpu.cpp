@@ -108,7 +108,9 @@ struct Elements {
   const Aged* aged;
   Bits live;  // which of them are to be stepped; the others stay as they are. Without bytes: all are
   int64_t n;
-  int64_t followed;  // how many have elements of the same run `ahead` of them
+  int64_t followed;  // how many have elements of the same stretch `ahead` of them
+  // From the end of their stretch to the next one. If there is none, what is at hand is fetched once more.
+  int64_t p_jump = -ahead, g_jump = -ahead, state_jump = -ahead;
 };
 
 #if defined(SAFEFREEZE_SIXTEEN)
@@ -155,12 +157,11 @@ void adamw_block(const Elements& e, Scalars s) {
   const int64_t followed = e.followed;
   for (int64_t i = 0; i < n; i += 16) {
     uint32_t live = some.bytes ? some.sixteen(i) : 0xffffu;
-    if (i < followed) {
-      prefetch(p + i + ahead);
-      prefetch(g + i + ahead);
-      prefetch(m + i + ahead);
-      prefetch(v + i + ahead);
-    }
+    const auto later = [&](int64_t jump) { return i + ahead + (i < followed ? 0 : jump); };
+    prefetch(p + later(e.p_jump));
+    prefetch(g + later(e.g_jump));
+    prefetch(m + later(e.state_jump));
+    prefetch(v + later(e.state_jump));
     if (i + 16 <= n) {
       if (live) adamw_16<true, rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, e.aged, i, live, s);
     } else if (live &= (1u << (n - i)) - 1u) {
@@ -405,7 +406,8 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
       (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, stochastic, aged);
     }
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
-    const Operand g = operand(dtype, grad, tensor.packed_grad ? b.packed : b.place, b.n, stage[1]);
+    const Place& g_place = tensor.packed_grad ? b.packed : b.place;
+    const Operand g = operand(dtype, grad, g_place, b.n, stage[1]);
     const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);
     const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3]);
     const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4])
@@ -425,7 +427,9 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
     const int64_t followed = p.staged ? b.n : b.place.followed;
     choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(
-        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed}, *rows);
+        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed, b.place.jump, g_place.jump,
+         b.packed.jump},
+        *rows);
     put_back(p, dtype, tensor.param, b.place, b.n, rounding == Rounding::stochastic ? extras : nullptr);
     put_back(m, state, tensor.exp_avg, b.packed, b.n);
     put_back(v, state, tensor.exp_avg_sq, b.packed, b.n);

@@ -30,14 +30,17 @@ std::vector<int64_t> distinct(const int64_t* numbers, int64_t n, int64_t* which)
 }
 
 void Lists::add(const ListedRows& listed, int64_t part, int64_t longest) {
-  int64_t taken = 0;  // elements of the part's runs so far
+  int64_t taken = 0, room = 0;  // elements of the part's runs so far; and when there are more, a chunk begins
   const auto put = [&](Run run) {
     const int64_t most = listed.apart ? run.count : longest;
     while (run.count > 0) {
       const Run piece{run.start, run.packed, run.count < most ? run.count : most, run.age};
-      const int64_t before = taken == 0 ? -1 : (taken - 1) / longest, number = static_cast<int64_t>(runs.size());
+      const int64_t number = static_cast<int64_t>(runs.size());
       taken += piece.count;
-      if (before != (taken - 1) / longest) chunks.push_back({part, number, number});
+      if (taken > room) {
+        chunks.push_back({part, number, number});
+        room = (taken + longest - 1) / longest * longest;
+      }
       runs.push_back(piece);
       chunks.back().end = number + 1;
       run = {run.start + piece.count, run.packed + piece.count, run.count - piece.count, run.age};

@@ -89,7 +89,8 @@ struct Place {
   const int32_t* cols = nullptr;
   const Run* rows = nullptr;
   int64_t picks = 0;
-  int64_t followed = 0;  // from element `start` on, how many have an element of the run `ahead` of them
+  int64_t followed = 0;  // from element `start` on, how many have an element of their stretch `ahead` of them
+  int64_t jump = 0;      // from the end of their stretch to the beginning of the next one
   int64_t n_rows = 0;    // rows from `rows` on in this chunk: more than the block has, if others follow
   bool shared = false;   // other threads may be writing to the elements between: touch none but one's own
 
@@ -99,7 +100,7 @@ struct Place {
   int64_t row_to_fetch(int64_t row) const { return row_start(row + 2 < n_rows ? row + 2 : row); }
 };
 
-// How far ahead memory is fetched within a run: hardware prefetchers stop at the end of every page.
+// How far ahead memory is fetched, of the next stretch of runs too: hardware prefetchers stop at every page's end.
 constexpr int64_t ahead = 256;
 
 template <typename T>
@@ -461,6 +462,24 @@ void walk_bits(const Runs& work, const Chunk& chunk, Step step) {
   }
 }
 
+// Runs that lie side by side, and differ in age at most.
+struct Stretch {
+  int64_t last = -1, end = 0;         // its last run, and the element of the tensor where that ends
+  int64_t jump = 0, packed_jump = 0;  // from there to the next run of the chunk, in the tensor and in its packed twin
+
+  void begin(const Runs& work, const Chunk& chunk, int64_t first) {
+    const auto end_of = [&](int64_t r) { return work.runs[r].start + work.runs[r].count; };
+    for (last = first; last + 1 < chunk.end && work.runs[last + 1].start == end_of(last);) ++last;
+    end = end_of(last);
+    jump = packed_jump = -ahead;  // unless something follows
+    if (last + 1 < chunk.end) {
+      const Run &before = work.runs[last], &next = work.runs[last + 1];
+      jump = next.start - end;
+      packed_jump = next.packed - before.packed - before.count;
+    }
+  }
+};
+
 // Walk a chunk block by block. A block is a stretch of a contiguous run; or a window of `block` columns of a row; or,
 // where rows pick few columns and their packed twins follow each other, several rows.
 template <typename Step>
@@ -474,8 +493,10 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
   const bool shared = part.shared != 0;
   // put_by_bits writes back what lies between picks
   const uint8_t* col_bits = picks_columns_by_bits && !shared ? at<const uint8_t>(part.col_bits) : nullptr;
+  Stretch stretch;
   for (int64_t r = chunk.begin; r < chunk.end;) {
     const Run& run = work.runs[r];
+    if (!cols && r > stretch.last) stretch.begin(work, chunk, r);
     int64_t rows = 1;
     if (cols && !packed_cols && 2 * run.count <= block) {
       while (r + rows < chunk.end && (rows + 1) * run.count <= block && work.runs[r + rows].age == run.age &&
@@ -487,8 +508,10 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
     for (int64_t done = 0; done < run.count;) {
       int64_t n = run.count - done < block ? run.count - done : block;
       Place place{run.start + (cols ? 0 : done)};
-      if (!cols) place.followed = run.count - done - ahead;
-      if (cols) {
+      if (!cols) {
+        place.followed = stretch.end - place.start - ahead;
+        place.jump = stretch.jump;
+      } else {
         place.cols = cols + done;
         place.rows = &run;
         place.n_rows = chunk.end - r;
@@ -504,6 +527,7 @@ void walk(const Runs& work, int64_t chunk_index, Step step) {
       Place packed = place;
       if (!same) packed = Place{run.packed + (packed_cols ? 0 : done)};
       packed.shared = shared;
+      packed.jump = stretch.packed_jump;
       if (packed_cols) {
         packed.cols = packed_cols + done;
         packed.picks = n;

@@ -341,6 +341,17 @@ def test_scores_by_rows_are_small_and_told(weighed: Scored, model_folder: Path, 
 # -------------------------------------------------------------------------------------------------------- inspect
 
 
+def test_a_plan_is_written_from_names_and_ranges(model_folder: Path, tmp_path: Path) -> None:
+    path, patterns = tmp_path / "plan", ["*.mlp.up_proj.weight[:6]", "*.1.mlp.down_proj.weight[:, [0, 5]]"]
+    told = succeeds("plan", *patterns, "--model", model_folder, "--output", path)
+    assert ["0", "25.0%", "25.0%"] in [line.split() for line in told.splitlines()]
+    assert sf.FreezePlan.load(path) == sf.FreezePlan.of(load_skeleton(model_folder), patterns)
+    told = succeeds("plan", "--train-only", "*.q_proj.weight[0]", "--model", model_folder, "--output", path)
+    assert "96 live" in told
+    fails(run("plan", "up_proj.weight", "--model", model_folder), "pattern 'up_proj.weight' matches none of")
+    fails(run("plan", "*[0]", "--model", tmp_path / "none"), "none")
+
+
 def test_inspect_tells_a_plan(scored: Scored, tmp_path: Path) -> None:
     (path, _), picture = built(scored[0], tmp_path, "--cu", 0.2), tmp_path / "plan.png"
     text = succeeds("inspect", path, "--layers", "--picture", picture)

@@ -149,6 +149,7 @@ def test_a_busy_machine_is_noticed(finished: Finished) -> None:
         assert report.was_busy is busy
     report = DemoReport(**{**numbers, "timings": [Timing(**timing) for timing in numbers["timings"]]})
     assert report.was_busy == ("The machine was busy" in text)
+    assert report.lora is None
 
 
 def test_demo_repeats_itself_for_a_seed(finished: Finished, model_folder: Path, tmp_path: Path) -> None:
@@ -180,6 +181,15 @@ def test_demo_takes_a_ready_plan(model_folder: Path, tmp_path: Path) -> None:
     assert numbers["fingerprint"] == plan.fingerprint
     assert numbers["frozen_values"] == sum(mask.frozen_count for mask in plan.values())
     assert numbers["frozen_values_changed"] == 0 and len(numbers["timings"]) == 3
+
+
+def test_demo_trains_adapters_under_the_same_plan(model_folder: Path, tmp_path: Path) -> None:
+    text, numbers = numbers_of(model_folder, tmp_path, "--freeze", 0.5, "--lora", 4)
+    run = numbers["lora"]
+    assert run["rank"] == 4 and run["weights"] == 3 * 7 and len(run["loss"]) == 3
+    assert run["frozen_values_changed"] == 0 < 1000 < run["live_values_changed"]
+    assert f"0 frozen and {run['live_values_changed']:,} live values" in " ".join(text.split())
+    fails(demo(model_folder, tmp_path, "--lora", 0), "lora is 0, expected at least 1")
 
 
 def test_demo_freezes_a_share(model_folder: Path, tmp_path: Path) -> None:

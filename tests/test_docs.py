@@ -95,11 +95,10 @@ def namespace(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PYTHON)
 def test_code_runs_as_it_is_printed(page: str, namespace: dict[str, Any]) -> None:
-    if page == "docs/how-to/accelerate.md":
-        from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     for block in BLOCKS:
         if (block.page, block.language, block.reason) == (page, "python", ""):
             # so that a traceback names the page and the line

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.cases import FUSED, Case, TensorSet
 from benchmarks.contenders import Runner
-from benchmarks.measure import Timed
+from benchmarks.measure import Timed, git_commit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +32,14 @@ def run(folder: Path, group: str) -> tuple[int, dict[str, Any]]:
     status = gpu.main(["--group", group, "--device", "cpu", "--tiny", "--output", str(folder)])
     found: dict[str, Any] = json.loads(gpu.part_file(folder, group).read_text())
     return status, found
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a group left behind."""
+    folder = tmp_path_factory.mktemp("measured")
+    run(folder, ROWS)
+    return gpu.part_file(folder, ROWS)
 
 
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,12 +64,15 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert max(map(len, shown.splitlines())) <= 96
 
 
-def test_groups_end_in_one_report(tmp_path: Path) -> None:
+def test_groups_end_in_one_report(tmp_path: Path, measured: Path) -> None:
     """Whatever ran until a run was killed is in it; nothing is lost on the way from a process to the report."""
     given = gpu.parse(["--device", "cpu", "--tiny", "--output", str(tmp_path)])
-    assert gpu.gather(given, []) is None
-    parts = [run(tmp_path, name)[1] for name in (ROWS, "Triton")]
-    report = gpu.gather(given, [{"step": "build", "status": 0}])
+    parts: dict[str, Any] = {}
+    assert gpu.gather(given, [], parts) is None
+    for leave in (lambda: shutil.copy(measured, tmp_path), lambda: run(tmp_path, "Triton")):
+        leave()
+        report = gpu.gather(given, [{"step": "build", "status": 0}], parts)
+        assert not list(tmp_path.glob("gpu-part*")), "few files may come back from a borrowed machine"
     assert report is not None
     (path,) = tmp_path.glob("*-partial.json")
     found = json.loads(path.read_text())
@@ -65,7 +81,7 @@ def test_groups_end_in_one_report(tmp_path: Path) -> None:
     for case in kept:  # shares of a copy are of all groups' copies
         for side in ("contender_run", "against_run"):
             case[side] = {key: value for key, value in case.get(side, {}).items() if not key.startswith("share_of")}
-    for row in (row for part in parts for row in part["cases"]):
+    for row in (row for part in parts.values() for row in part["cases"]):
         same = next(case for case in kept if case["name"] == row["name"])
         for side in ("contender_run", "against_run"):
             assert {key: row.get(side, {}).get(key) for key in same[side]} == same[side]
@@ -158,9 +174,64 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
     command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     step = gpu.Step("build", "a step", [sys.executable, "-c", command], 3)
     assert step.run(gpu.Log(tmp_path / "log"))["status"] == 124
-    number = int((tmp_path / "log").read_text().splitlines()[1])
-    status = Path(f"/proc/{number}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert not runs((tmp_path / "log").read_text().splitlines()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_ended_in_mid_way(
+    tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:  # fmt: skip
+    """What was found is on disk, what was started ends too, and the status tells."""
+    found = json.loads(measured.read_text())
+    hangs = "sleep 60 & echo of $$ $! begun; wait"
+    chosen = [
+        gpu.Step("priority", ROWS, ["cp", str(measured), str(tmp_path)], 20),
+        gpu.Step("tests", "hangs", ["sh", "-c", hangs], 50),
+        gpu.Step("tests", "never comes", ["true"], 20),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda *_: chosen)
+    given = gpu.parse(["--device", "cpu", "--tiny", "--output", str(tmp_path)])
+    pid = os.fork()
+    if pid == 0:  # nothing of pytest's goes on here
+        status = -1
+        try:
+            gpu.end_on_signals()
+            status = gpu.run_all(given)
+        finally:
+            os._exit(status)
+    log = tmp_path / "gpu.log"
+    until(lambda: log.exists() and "begun" in log.read_text())
+    os.kill(pid, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    told, (partial,) = log.read_text(), tmp_path.glob("*-partial.json")
+    saved = json.loads(partial.read_text())
+    assert [row["name"] for row in saved["cases"]] == [row["name"] for row in found["cases"]]
+    started = next(line for line in told.splitlines() if line.endswith("begun")).split()[1:-1]
+    until(lambda: not any(map(runs, started)))
+    assert status == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert [step["outcome"] for step in saved["steps"]] == ["ok", f"stopped by {number.name}"]
+        assert f"stopped by {number.name}" in told
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not within ten seconds")
+
+
+def runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_git_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None
 
 
 def test_a_log_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,16 @@ def test_all_is_true_and_complete() -> None:
 
 def test_audit_is_found_where_users_import_it_and_needs_no_torch() -> None:
     code = "import sys\nfrom safefreeze_kernels import audit\nanswer = sorted(audit.__all__), 'torch' in sys.modules"
-    names = ["AuditReport", "Statement", "TensorChanges", "attest", "check", "compare", "total_bytes"]
+    names = [
+        "AuditReport",
+        "Statement",
+        "TensorChanges",
+        "attest",
+        "check",
+        "compare",
+        "compare_adapter",
+        "total_bytes",
+    ]
     assert in_a_fresh_process(code) == [names, False]
 
 

@@ -118,4 +118,4 @@ def test_a_toolkit_without_the_static_runtime(
 
 
 def test_sources_travel() -> None:
-    assert "*.cu" in (SETUP.parent / "MANIFEST.in").read_text()
+    assert "*.cu *.cuh" in (SETUP.parent / "MANIFEST.in").read_text()

@@ -24,6 +24,7 @@ for command, kind in (
     (measuring.plan_memory, WordsCommand), (measuring.doctor, VerdictCommand), (measuring.demo, None),
 ):  # fmt: skip
     app.command(cls=kind)(command)
+app.command("plan")(plans.write_plan)
 
 
 def main() -> None:

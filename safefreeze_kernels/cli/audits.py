@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -12,6 +12,9 @@ from typer import Argument, Option
 from .files import check_writable
 from .options import PlanFile
 from .terminal import byte_bar, foreseen, say
+
+if TYPE_CHECKING:
+    from ..proof.report import AuditReport
 
 _Tuned = Annotated[Path, Argument(help="The fine-tuned checkpoint, likewise.")]
 _Tied = Annotated[
@@ -40,15 +43,20 @@ def verify(
     """Prove from two checkpoints on disk that no frozen byte changed. Exit code 0: proven; 1: not; 2: bad input.
 
     Needs no model in memory, and no base where a statement is given instead. Of tensors that train it tells how much
-    they changed.
+    they changed. TUNED may be a folder of PEFT's with an adapter: then that what it adds to frozen weights is zero.
     """
     with foreseen(2):
-        from ..plan.files import write_atomically
         from ..plan.plan import FreezePlan
         from ..proof import audit
+        from ..proof.adapters import CONFIG_FILE
 
         check_writable(report)
         frozen, names, others = FreezePlan.load(plan), _pairs(tied), untied or []
+        if (tuned / CONFIG_FILE).is_file():
+            if _is_text(base):
+                raise ValueError("verify: an adapter is compared with its base, expected that instead of a statement")
+            _told(audit.compare_adapter(base, tuned, frozen, tied=names, untied=others), report)
+            return
         statement = audit.Statement.load(base) if _is_text(base) else None
         read = (base, tuned) if statement is None else (tuned,)
         with byte_bar("verify", audit.total_bytes(*read)) as progress:
@@ -56,12 +64,19 @@ def verify(
                 found = audit.compare(base, tuned, frozen, tied=names, untied=others, progress=progress)
             else:
                 found = audit.check(tuned, frozen, statement, tied=names, untied=others, progress=progress)
-        say(str(found))
-        if report is not None:
-            import json
+        _told(found, report)
 
-            write_atomically(report, (json.dumps(found.to_json(), indent=1) + "\n").encode())
-            say(f"Report in {report}")
+
+def _told(found: AuditReport, report: Path | None) -> None:
+    """Show a report, and write it; ends the command with code 1 if nothing is proven."""
+    say(str(found))
+    if report is not None:
+        import json
+
+        from ..plan.files import write_atomically
+
+        write_atomically(report, (json.dumps(found.to_json(), indent=1) + "\n").encode())
+        say(f"Report in {report}")
     if not found.ok:
         raise typer.Exit(1)
 

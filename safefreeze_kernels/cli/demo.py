@@ -42,6 +42,7 @@ from ..plan.plan import FreezePlan
 from ..proof.drift import INTEGER_OF_WIDTH, FrozenDriftError
 from ..proof.snapshot import snapshot
 from .demo_keeping import AT_RANDOM, FROZEN, UNFROZEN, Refusals, plan_of_run
+from .demo_lora import lora_run
 from .demo_report import DemoReport, Plans, Timing, draw, show
 
 _WEIGHT_DECAY: Final = 0.1
@@ -69,6 +70,7 @@ def run_demo(
     lr: float = 1e-4,
     seed: int = 0,
     repeats: int = 11,
+    lora: int | None = None,
     output: str | os.PathLike[str] = "safefreeze-demo",
     console: Console | None = None,
 ) -> DemoReport:
@@ -86,6 +88,7 @@ def run_demo(
         steps, batch_size, lr: of the fine-tuning.
         seed: order of the examples. The same seed gives the same losses on the same machine.
         repeats: timed steps of each optimizer.
+        lora: rank of adapters to train and merge after the rest, under the same plan; needs peft.
         output: folder for the results, made if it is not there.
         console: where progress and the table go.
 
@@ -95,7 +98,8 @@ def run_demo(
         FrozenDriftError: a frozen byte changed.
     """
     console = console or Console()
-    _check_arguments(plan, freeze, steps=steps, batch_size=batch_size, repeats=repeats, lr=lr)
+    counts = {"steps": steps, "batch_size": batch_size, "repeats": repeats} | ({} if lora is None else {"lora": lora})
+    _check_arguments(plan, freeze, lr, **counts)
     folder = Path(output)
     with _explained("cannot write the results"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +135,10 @@ def run_demo(
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
         },
     )  # fmt: skip
+    if lora is not None:
+        with _explained("cannot train adapters"):
+            train = partial(_steps, stages, f"Fine-tune, LoRA {lora}", batches)
+            report.lora = lora_run(network, plans.plan, lora, lr, train, _count_changed)
     with stages.stage("Draw"):
         image = draw(plans, report)
     report.seconds.update(stages.seconds)
@@ -300,9 +308,21 @@ def _fine_tune(
         freeze=plan_of_run(plan, run, seed),
     )  # fmt: skip
     keeper = refusals.keeper(network, optimizer, run, seed)
-    losses, norms = [], []
+    norms: list[float] = []
+    losses = _steps(stages, f"Fine-tune, {run}", batches, network, optimizer, norms)
+    if keeper is not None:
+        keeper.remove()
+    return losses, norms
+
+
+def _steps(
+    stages: _Stages, title: str, batches: Sequence[Batch], network: torch.nn.Module, optimizer: MaskedAdamW,
+    norms: list[float] | None = None,
+) -> list[float]:  # fmt: skip
+    """A step for each batch; their losses. The live norms go to ``norms``."""
+    losses = []
     network.train()
-    with stages.stage(f"Fine-tune, {run}", total=len(batches)) as advance:
+    with stages.stage(title, total=len(batches)) as advance:
         for batch in batches:
             loss = _loss(network, batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -310,12 +330,11 @@ def _fine_tune(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            norms.append(float(norm))
+            if norms is not None:
+                norms.append(float(norm))
             advance(f"loss {losses[-1]:.2f}")
     network.eval()
-    if keeper is not None:
-        keeper.remove()
-    return losses, norms
+    return losses
 
 
 @torch.no_grad()

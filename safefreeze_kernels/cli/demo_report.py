@@ -16,6 +16,7 @@ from ..attribution import UnitLayout
 from ..attribution.pictures import COLOURS, draw_layers
 from ..measure.timing import was_busy
 from ..plan.plan import FreezePlan
+from .demo_lora import LoraRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +70,7 @@ class DemoReport:
     timings: list[Timing]
     settings: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    lora: LoraRun | None = None
 
     @property
     def was_busy(self) -> bool:
@@ -187,6 +189,8 @@ def show(console: Console, report: DemoReport, folder: Path) -> None:
         )
     console.print()
     console.print(_margins(report))
+    if report.lora is not None:
+        console.print(f"\n{report.lora}", highlight=False)
     console.print(f"\n{report.sample['prompt']}", style="bold", highlight=False, markup=False)
     for when in ("before", "after"):
         answer = " ".join(report.sample[when].split())

@@ -199,6 +199,9 @@ def demo(
     lr: Annotated[float, Option(help="Learning rate.")] = 1e-4,
     seed: Annotated[int, Option(help="Order of the examples.")] = 0,
     repeats: Annotated[int, Option(help="Timed steps of each optimizer.")] = 11,
+    lora: Annotated[
+        int | None, Option(metavar="RANK", help="Also train and merge adapters of this rank (needs peft).")
+    ] = None,
     output: Annotated[Path, Option(help="Folder for plan, picture and numbers.")] = Path("safefreeze-demo"),
 ) -> None:
     """Score a small model, freeze, fine-tune, prove the frozen bytes equal, and time the step (minutes, CPU)."""
@@ -208,7 +211,7 @@ def demo(
     try:
         run_demo(
             model, plan=plan, freeze=freeze, steps=steps, batch_size=batch_size, lr=lr, seed=seed, repeats=repeats,
-            output=output,
+            lora=lora, output=output,
         )  # fmt: skip
     except (DemoError, FrozenDriftError) as error:
         fail(error)

@@ -1,4 +1,4 @@
-"""``safefreeze score``, ``build`` and ``inspect``: from text to a freeze plan, and what files hold."""
+"""``safefreeze score``, ``build``, ``plan`` and ``inspect``: from text to a freeze plan, and what files hold."""
 
 from __future__ import annotations
 
@@ -220,6 +220,33 @@ def build(
             shared = f"{layout.group_size} heads share a KV head, whose freezing --kv decides"
             say(f"{shared}: so the two shares of the parameters differ.")
         say(f"Embeddings, norms and the output head hold no units: they train.\nWritten to {output}")
+
+
+def write_plan(
+    patterns: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[PATTERN]...",
+            help='What is frozen: names with * for any text, indexed as arrays are: "*.up_proj.weight[0:64]" (rows), '
+            '"*.down_proj.weight[:, [3, 17]]" (columns), "lm_head.weight".',
+        ),
+    ] = None,
+    model: Annotated[str, Option(help="A model's config file, its folder, or smollm2: what the plan is of.")] = ...,  # type: ignore[assignment]
+    train_only: Annotated[
+        list[str] | None, Option(metavar="PATTERN", help="Instead: all is frozen but this; repeatable.")
+    ] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Plan file to write.")] = Path("plan.safetensors"),
+) -> None:
+    """Write a freeze plan from names and ranges, without scores, and show what it freezes."""
+    with foreseen():
+        from ..integrations.transformers import load_skeleton
+        from ..plan.plan import FreezePlan
+
+        check_writable(output)
+        plan = FreezePlan.of(load_skeleton(model), patterns or (), train_only=train_only)
+        plan.save(output)
+        say(plan.summary())
+        say(f"Written to {output}")
 
 
 def _refuse_others(found: object, source: Path, of_weights: dict[str, Any], **of_units: Any) -> None:

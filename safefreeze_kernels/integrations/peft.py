@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -21,18 +23,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from ..kernels.backend import choose_backend
-from ..kernels.parts import compile_frozen
 from ..model.sharding import is_sharded
-from ..plan.adapted import AdaptedPlan, Factors, first_nonzero, not_zero
+from ..plan.adapted import PLAIN_INITIALISATIONS, AdaptedPlan, Factors, first_nonzero, not_zero
 from ..plan.binding import BoundMask, bare_name, bind, named_tensors
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 
 __all__ = ["AdaptedPlan", "adapt", "merge_"]
-
-# Initialisations that leave the base weights as they are; others write into them, or may in a version to come.
-_PLAIN: Final = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
@@ -60,27 +57,31 @@ def adapt(plan: FreezePlan, model: nn.Module) -> AdaptedPlan:
             DoRA on columns or with a magnitude that is not the row's norm, biases that train beside frozen rows,
             adapters that are merged. Nothing was changed then.
     """
+    return _carried(plan, model, "adapt").plan_made()
+
+
+def _carried(plan: FreezePlan, model: nn.Module, operation: str) -> _Carried:
+    """A plan carried to the adapters of a model, of which nothing was changed yet."""
     if not isinstance(plan, FreezePlan):
-        raise TypeError(f"adapt: plan is a {type(plan).__name__}, expected a FreezePlan")
-    if isinstance(plan, AdaptedPlan):
-        plan = plan.base
+        raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model is a {type(model).__name__}, expected a torch.nn.Module with adapters")
+        raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module with adapters")
     _check_initialisation(model)
-    carried = _Carried(plan, model)
+    carried = _Carried(plan.base if isinstance(plan, AdaptedPlan) else plan, model)
     if not carried.layers:
-        raise ValueError("adapt: the model has no adapters; give its plan to the optimizer as it is")
-    for entry in bind(plan, carried.named, operation="adapt", require_grad=False):
+        raise ValueError(f"{operation}: the model has no adapters; give its plan to the optimizer as it is")
+    for entry in carried.bound:
         if entry.mask.frozen_count:
             carried.carry(entry)
-    return carried.plan_made()
+    bind(carried.masks, named_tensors(model), operation=operation)  # factors may share memory with others
+    return carried
 
 
 class _Carried:
     """A plan on its way to the adapters of a model.
 
     Attributes:
-        named: (name, tensor) pairs as `bind` takes them; a quantised weight is a stand-in of the shape it stands for.
+        bound: what the plan names; a quantised weight is a stand-in on the meta device, of the shape it stands for.
         layers: name of a weight or bias -> the layers of adapters over it.
         masks: name of a parameter that trains -> what is frozen of it.
         zero: the names of those whose frozen part is zero.
@@ -89,7 +90,8 @@ class _Carried:
     """
 
     def __init__(self, plan: FreezePlan, model: nn.Module) -> None:
-        self._plan, pairs = plan, named_tensors(model)
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        self._plan, pairs = plan, named_tensors(model)  # after modules(), which gives some layers other tensors
         self._params = dict(pairs)
         self._names = {id(param): name for name, param in reversed(pairs)}
         self.layers: dict[str, list[BaseTunerLayer]] = {}
@@ -98,14 +100,14 @@ class _Carried:
         self.standing: list[str] = []
         self.to_set: dict[str, tuple[Tensor, FreezeMask, Tensor]] = {}
         stand_ins: dict[int, Tensor] = {}
-        for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                weight = _weight(layer)
-                for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
-                    self.layers.setdefault(self._names[id(param)], []).append(layer)
-                if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
-                    stand_ins[id(weight)] = torch.empty(shape, device="meta")
-        self.named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
+        for layer in layers:
+            weight = _weight(layer)
+            for param in layer.get_base_layer().parameters() if weight is None else _with_bias(layer, weight):
+                self.layers.setdefault(self._names[id(param)], []).append(layer)
+            if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
+                stand_ins[id(weight)] = torch.empty(shape, device="meta")
+        named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
+        self.bound = bind(plan, named, operation="adapt", require_grad=False)
 
     def carry(self, entry: BoundMask) -> None:
         """Take in what stands still so that the frozen part of one weight or bias does."""
@@ -141,9 +143,9 @@ class _Carried:
             if any(map(is_sharded, factors)):
                 raise ValueError(f"adapt: the adapters of {entry.name!r} are sharded; adapt first, then shard")
             experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-            shapes = (tuple(factor.shape) for factor in factors)
+            a, b = (tuple(factor.shape) for factor in factors)
             try:
-                of_a, of_b = Factors(*shapes, _transposed(layer), experts).masks(entry.mask)
+                of_a, of_b = Factors(a, b, _transposed(layer), experts).masks(entry.mask)
             except ValueError as error:
                 raise ValueError(f"adapt: {entry.name!r}: {error}") from None
             self._keep_zero(factors, [of_a, of_b], entry)
@@ -152,18 +154,17 @@ class _Carried:
             if adapter in layer.lora_variant:
                 if of_a.frozen_count:
                     raise ValueError(
-                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole rows, and columns of it are "
-                        "frozen, expected rows alone; use LoRA there"
+                        f"adapt: {entry.name!r} has DoRA, whose magnitudes scale whole outputs, and inputs of it are "
+                        "frozen (columns; of a Conv1D rows), expected outputs alone; use LoRA there"
                     )
                 self._keep_magnitudes(layer, adapter, entry, outputs)
 
     def _keep_zero(self, factors: Sequence[Tensor], masks: Sequence[FreezeMask], entry: BoundMask) -> None:
         """Factors of one product stay zero where their masks say."""
-        harmless = any(not bool(factor.detach().any()) for factor in factors)
         for factor, mask in zip(factors, masks, strict=True):
             name = self._names[id(factor)]
             if mask.frozen_count and (found := first_nonzero(factor, mask)):
-                if not harmless:
+                if all(bool(each.detach().any()) for each in factors):
                     raise ValueError(not_zero("adapt", name, found))
                 self.to_set[name] = factor, mask, factor.new_zeros(())
             if mask.frozen_count and factor.requires_grad:
@@ -252,16 +253,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 def _weight(layer: Any) -> Tensor | None:
     """What a layer of LoRA's adapts; None: it is another kind of layer."""
-    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention)):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (_ConvNd, MultiheadAttention, AdaLoraLayer)):
         return None
-    base = layer.get_base_layer()
-    return cast(Tensor, layer.get_param() if isinstance(layer, ParamWrapper) else base.weight)
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return getattr(layer.get_base_layer(), leaf, None)
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
     """Shape of what a layer of LoRA's adapts, whatever it is quantised to."""
     if isinstance(layer, ParamWrapper):
-        return tuple(layer.get_param().shape)
+        return tuple(cast(Tensor, _weight(layer)).shape)
     shape = layer.out_features, layer.in_features
     return shape[::-1] if _transposed(layer) else shape
 
@@ -292,9 +293,9 @@ def _kind(layer: Any) -> str:
 def _check_variant(layer: Any, adapter: str, entry: BoundMask) -> None:
     """Raise ValueError if an adapter is neither plain LoRA nor DoRA of a linear layer."""
     variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
+    if variant is not None and type(variant) is not DoraLinearVariant:
         raise ValueError(
-            f"adapt: adapter {adapter!r} of {entry.name!r} is a {type(variant).__name__}, expected LoRA, rsLoRA, or "
+            f"adapt: adapter {adapter!r} of {entry.name!r} has a {type(variant).__name__}, expected LoRA, rsLoRA, or "
             "DoRA of a linear layer; take the weight out of the plan, or use one of those"
         )
 
@@ -313,9 +314,10 @@ def _check_tokens(entry: BoundMask, layer: Any) -> None:
 
 def _check_initialisation(model: nn.Module) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
-    for adapter, config in getattr(model, "peft_config", {}).items():
+    found = (vars(module).get("peft_config") for module in model.modules())  # a wrapper, as DDP, has none
+    for adapter, config in (pair for configs in found if isinstance(configs, dict) for pair in configs.items()):
         how = getattr(config, "init_lora_weights", True)
-        if not any(how is plain or how == plain for plain in _PLAIN):
+        if how not in PLAIN_INITIALISATIONS:
             raise ValueError(
                 f"adapt: adapter {adapter!r} was initialised with init_lora_weights={how!r}, which may rewrite the "
                 "base's weights: then what stands still is not the base; use the default, 'gaussian' or 'eva'"
@@ -341,36 +343,41 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     """
     if not hasattr(model, "merge_and_unload"):
         raise TypeError(f"merge_: model is a {type(model).__name__}, expected a PeftModel")
-    adapted = adapt(plan, model)
-    carried = _Carried(adapted.base, model)
-    kept: dict[int, tuple[Any, list[BoundMask]]] = {}
-    for entry in bind(adapted.base, carried.named, operation="merge_", require_grad=False):
+    carried = _carried(plan, model, "merge_")
+    filled: dict[int, tuple[Any, FreezeMask]] = {}
+    biases: list[BoundMask] = []
+    for entry in carried.bound:
         for layer in carried.layers.get(entry.name, ()):
             if entry.param.is_meta:
                 raise ValueError(
                     f"merge_: {entry.name!r} is quantised, and merging would round all of it anew, expected a base in "
                     "float32, bfloat16 or float16; put the saved adapters on that base, and merge there"
                 )
-            if isinstance(layer, LoraLayer) and entry.mask.frozen_count:
-                kept.setdefault(id(layer), (layer, []))[1].append(entry)
-    merging = {key: value for key, value in options.items() if key in ("safe_merge", "adapter_names")}
-    for layer, entries in kept.values():
-        _merge_layer(layer, entries, merging)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
-        return cast(nn.Module, model.merge_and_unload(**options))
+            if entry.param is _weight(layer):
+                filled[id(layer)] = layer, entry.mask
+            elif isinstance(layer, LoraLayer):
+                biases.append(entry)
+    carried.plan_made()
+    kept = [entry.param.detach()[entry.mask.rows] for entry in biases]
+    for layer, mask in filled.values():
+        layer.get_delta_weight = functools.partial(_filled_delta, layer.get_delta_weight, mask)
+    try:
+        merged: nn.Module = cast(Any, model).merge_and_unload(**options)
+    finally:
+        for layer, _ in filled.values():
+            del layer.get_delta_weight
+    for entry, values in zip(biases, kept, strict=True):
+        entry.param.data[entry.mask.rows] = values
+    return merged
 
 
-@torch.no_grad()
-def _merge_layer(layer: Any, entries: list[BoundMask], options: dict[str, Any]) -> None:
-    """Merge one layer; the frozen part of its weight and its bias is put back from a packed copy."""
-    work = compile_frozen([entry.mask for entry in entries])
-    tensors = [entry.param.detach() for entry in entries]
-    packed = [t.new_empty(size) for t, size in zip(tensors, work.packed_sizes, strict=True)]
-    backend = choose_backend("auto", tensors[0].device, "merge_", {t.dtype for t in tensors})
-    backend.gather(work, [t.contiguous() for t in tensors], packed)
-    layer.merge(**options)
-    for entry in entries:
-        if not entry.param.is_contiguous():
-            entry.param.data = entry.param.data.contiguous()
-    backend.scatter_(work, [entry.param.detach() for entry in entries], packed)  # safe_merge gives other memory
+def _filled_delta(delta_weight: Callable[..., Tensor], mask: FreezeMask, *args: Any, **kwargs: Any) -> Tensor:
+    """What an adapter adds to a weight, with -0.0 where that is frozen: the one number that changes no other by being
+    added, where 0.0 turns -0.0 into 0.0."""
+    delta = delta_weight(*args, **kwargs)
+    delta = delta if delta.ndim == 2 else delta.contiguous()
+    matrix = delta.view(mask.matrix_shape)
+    for dim, index in enumerate((mask.rows, mask.cols)):
+        if len(index):
+            matrix.index_fill_(dim, index.to(delta.device), -0.0)
+    return delta

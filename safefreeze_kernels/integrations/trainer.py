@@ -87,7 +87,7 @@ def build_masked_adamw(
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     decay = [(name, p) for name, p in named if name in decaying]
     homes = {id(p) for _, p in decay}  # a tied weight that decays under one of its names does so
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decay},
         {"params": [(name, p) for name, p in named if id(p) not in homes], "weight_decay": 0.0},
     ]

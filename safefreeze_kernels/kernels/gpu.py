@@ -102,7 +102,7 @@ class GpuBackend(abc.ABC):
             scalars.tobytes() if isinstance(scalars, np.ndarray) else b"",
         ]  # fmt: skip
         uploaded = self._upload(tables, operands.params[0].device, b"".join(contents))
-        grads, seed_there, sets, words = torch.split(uploaded, [len(content) for content in contents])
+        grads, seed_there, sets, words = uploaded.split_with_sizes([len(content) for content in contents])
         rows = scalars if isinstance(scalars, Tensor) else words.view(torch.int32)
         each_step = (grads.view(torch.int64), sets.view(torch.int32), rows, skip, multiplier)
         for launch in tables.launches:

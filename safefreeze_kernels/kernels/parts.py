@@ -184,6 +184,16 @@ def distinct(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, which.reshape(-1)
 
 
+def live_rows(mask: FreezeMask, ages: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The rows that are not frozen; of the ages of rows those that these have, and which of them each has."""
+    if _C is not None:
+        found: tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+        found = _C.live_rows(mask.frozen_rows, mask.matrix_shape[0], ages)
+        return found
+    rows = mask.live_rows
+    return (rows, None, None) if ages is None else (rows, *distinct(ages[rows]))
+
+
 def compile_live(
     masks: Sequence[FreezeMask], ages: Sequence[Ages | None] | None = None, *, whole_state: bool = False
 ) -> WorkList:
@@ -211,10 +221,11 @@ def _differ_singly(mask: FreezeMask, age: Ages | None) -> bool:
 def _rectangles(tensor: int, mask: FreezeMask, age: Ages | None, whole_state: bool) -> Iterable[Part]:
     """Live rows × live columns: a part for each age of columns, whose rows may differ in age."""
     shape = mask.matrix_shape
-    rows, width = mask.live_rows, shape[1] - mask.frozen_cols.size
+    rows, born, row_ages = live_rows(mask, None if age is None else age.rows)
+    width = shape[1] - mask.frozen_cols.size
     if not rows.size or not width:
         return
-    if mask.frozen_count == 0 and age is None:
+    if age is None and rows.size == shape[0] and width == shape[1]:
         yield Part(tensor, shape, shape[1])
         return
     cols = mask.live_cols if width < shape[1] else None
@@ -227,9 +238,11 @@ def _rectangles(tensor: int, mask: FreezeMask, age: Ages | None, whole_state: bo
             packed_cols = places if places.size < width else None
         twin = (shape[1], rows, some, rows, some) if whole_state else (width, rows, some, None, packed_cols)
         part = Part(tensor, shape, *twin)
-        if age is not None:
-            part.born, row_ages = distinct(np.maximum(age.rows[rows], col_born))
-            part.row_ages = row_ages if part.born.size > 1 else None
+        if born is not None and row_ages is not None:
+            part.born, merged = (born, None) if col_born == 0 else distinct(np.maximum(born, col_born))
+            part.row_ages = row_ages if merged is None else merged[row_ages]
+            if part.born.size < 2:
+                part.row_ages = None
         yield part
 
 

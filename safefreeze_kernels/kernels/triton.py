@@ -17,6 +17,8 @@ tensors. Each kernel walks its tile in one of two ways, chosen when it runs:
 # ruff: noqa: N803, N806, RUF059  # compile-time names are in capitals, as Triton's documentation has them
 
 import contextlib
+import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -25,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .gpu import GpuBackend, Launch
 from .operands import SCALARS, NormKind
@@ -235,9 +238,13 @@ def _data(addresses, tensor, start, count, DTYPE: tl.constexpr):
 
 @triton.jit
 def _no_total(KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """What the totals of a block begin with: of eight neighbours, only the total is kept. A float's magnitude orders as
-    its bits do, and every NaN lies above infinity."""
-    return tl.zeros([BLOCK // 8 if WIDE else BLOCK], tl.int32 if KIND == "largest_absolute" else tl.float64)
+    """What the totals of a block begin with: of eight neighbours only one is kept, but for squares, which are added as
+    they are made. A float's magnitude orders as its bits do, and every NaN lies above infinity."""
+    if WIDE and KIND == "sum_of_squares":
+        totals = tl.zeros([BLOCK // 8, 8], tl.float64)
+    else:
+        totals = tl.zeros([BLOCK // 8 if WIDE else BLOCK], tl.int32 if KIND == "largest_absolute" else tl.float64)
+    return totals
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "partial"])
@@ -266,9 +273,9 @@ def norm_kernel(
             value = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
             if KIND == "largest_absolute":
                 total = tl.maximum(total, tl.max(magnitude, 1) if WIDE else magnitude)
+            elif KIND == "sum_of_squares":
+                total = tl.fma(value, value, total)  # the product is exact, so these are the bits of * and +
             else:
-                if KIND == "sum_of_squares":
-                    value *= value
                 total += tl.sum(value, 1) if WIDE else value
         if KIND == "largest_absolute":
             result += tl.max(total).to(tl.float32, bitcast=True)  # one of the two is 0
@@ -277,15 +284,23 @@ def norm_kernel(
     tl.store(partial + tl.program_id(0), result)
 
 
+@triton.jit
+def _listed(tiles, parts, addresses, DTYPE: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr):
+    """A tile of tensors without twins: its first place, how many elements it has, the address of the first, its lists
+    and bits as `part_row` has them, and whether parts interleave."""
+    start, packed, tensor, part, count, at = tile_row(tiles)
+    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
+    data_at, count = _data(addresses, tensor, start, count, DTYPE)
+    return start, count, data_at, cols, packed_cols, bits, shared
+
+
 @triton.jit(do_not_specialize=["tiles", "parts", "addresses", "factor"])
 def scale_kernel(
     tiles, parts, addresses, factor,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = tile_row(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
+    start, count, data_at, cols, packed_cols, bits, shared = _listed(tiles, parts, addresses, DTYPE, LISTS, BITS)
     multiplier = tl.load(factor)
-    data_at, count = _data(addresses, tensor, start, count, DTYPE)
     count = tl.where((multiplier >= 1) == 0, count, 0)  # a multiplier of NaN is not 1 or more
     obstacles = (data_at & 15) | (count & 7) | cols
     if BITS:
@@ -311,9 +326,7 @@ def zero_kernel(
     tiles, parts, addresses,
     DTYPE: tl.constexpr, FROZEN: tl.constexpr, LISTS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    start, packed, tensor, part, count, at = tile_row(tiles)
-    cols, packed_cols, bits, shared, gapless, ages = part_row(parts, part, at, start, packed, LISTS, BITS, False)
-    data_at, count = _data(addresses, tensor, start, count, DTYPE)
+    start, count, data_at, cols, packed_cols, bits, shared = _listed(tiles, parts, addresses, DTYPE, LISTS, BITS)
     obstacles = (data_at & 15) | (count & 7) | cols | bits
     for WIDE in tl.static_range(2):
         share = share_of(obstacles == 0, count, WIDE)
@@ -352,7 +365,9 @@ def copy_kernel(
                 tl.store(data_ptr, tl.load(twin_ptr, mask=inside, other=0), mask=inside)
 
 
-KERNELS: Final = {"norm": norm_kernel, "scale": scale_kernel, "zero": zero_kernel, "copy": copy_kernel}
+KERNELS: Final = {
+    "adamw": adamw_kernel, "norm": norm_kernel, "scale": scale_kernel, "zero": zero_kernel, "copy": copy_kernel,
+}  # fmt: skip
 INTERPRETED: Final = not isinstance(adamw_kernel, triton.JITFunction)
 
 
@@ -393,6 +408,38 @@ def settings(dtype: torch.dtype, *, lists: int, bits: bool, **others: Any) -> di
 def _blocks(narrow: int, wide: int) -> tuple[int, int]:
     """Elements a program has in flight in either walk, from those of a thread."""
     return narrow * THREADS, wide * THREADS
+
+
+class Variant:
+    """A kernel with compile-time parameters, compiled at its first launch for a device and for tensors of these dtypes.
+
+    From then on the compiled kernel is launched itself: Triton would look it up by each argument's type, which takes it
+    longer than the launch. No argument is specialised, so that nothing but its dtype, and whether it is None, counts.
+    """
+
+    def __init__(self, kernel: Any, settings: dict[str, Any]) -> None:
+        self.kernel, self.settings = kernel, settings
+        self._compiled: dict[Any, tuple[Any, ...]] = {}
+
+    @staticmethod
+    @functools.cache
+    def of(operation: str, *dtypes: torch.dtype, **options: Any) -> "Variant":
+        """The kernel of ``operation``, a key of `KERNELS`, as `adamw_settings` or `settings` has it."""
+        make = adamw_settings if operation == "adamw" else settings
+        return Variant(KERNELS[operation], make(*dtypes, **options))
+
+    def launch(self, n_tiles: int, device: torch.device, tensors: Sequence[Tensor | None]) -> None:
+        """Queue it on ``device``, the current one. ``tensors``: all arguments that are not compile-time parameters."""
+        key = device, *[None if tensor is None else tensor.dtype for tensor in tensors]
+        found = self._compiled.get(key)
+        if found is not None:
+            compiled, constants = found
+            compiled[n_tiles, 1, 1](*tensors, *constants)
+            return
+        compiled = self.kernel[n_tiles, 1, 1](*tensors, **self.settings)
+        if isinstance(compiled, CompiledKernel):  # else it is interpreted, or a hook of Triton's has it otherwise
+            names = [name for name in self.kernel.arg_names if name in self.settings]
+            self._compiled[key] = compiled, [self.settings[name] for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------- the backend
@@ -439,7 +486,7 @@ class TritonBackend(GpuBackend):
     def __init__(self) -> None:
         if not INTERPRETED and not torch.cuda.is_available():
             raise ImportError("no GPU was found (TRITON_INTERPRET=1 in the environment interprets the kernels)")
-        self._tables: WeakKeyDictionary[Any, dict[int, _Table]] = WeakKeyDictionary()  # of each stream its own
+        self._tables: WeakKeyDictionary[Any, defaultdict[int, _Table]] = WeakKeyDictionary()  # of each stream its own
 
     def refusal(self, device: torch.device) -> str:
         if INTERPRETED:
@@ -448,7 +495,7 @@ class TritonBackend(GpuBackend):
 
     def _upload(self, owner: object, device: torch.device, content: bytes) -> Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return self._tables.setdefault(owner, {}).setdefault(stream, _Table()).upload(content, device)
+        return self._tables.setdefault(owner, defaultdict(_Table))[stream].upload(content, device)
 
     def _step(
         self, launch: Launch, tables: Sequence[Tensor | None], seed: int, seed_there: Tensor, *,
@@ -456,22 +503,22 @@ class TritonBackend(GpuBackend):
     ) -> None:  # fmt: skip
         work, state = launch.work, launch.state
         assert state is not None
-        constants = adamw_settings(
-            launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits,
+        variant = Variant.of(
+            "adamw", launch.dtype, state, rounding=rounding, l2=l2, amsgrad=amsgrad, lists=work.lists, bits=work.bits,
             ages=work.ages,
         )  # fmt: skip
-        self._launch(adamw_kernel, launch, *tables, seed_there, **constants)
+        self._launch(variant, launch, *tables, seed_there)
 
     def _run(self, operation: str, launch: Launch, *tensors: Tensor, **options: Any) -> None:
         work, named = launch.work, {name.upper(): value for name, value in options.items()}
-        constants = settings(launch.dtype, lists=work.lists, bits=work.bits, FROZEN=work.frozen, **named)
-        self._launch(KERNELS[operation], launch, *tensors, **constants)
+        variant = Variant.of(operation, launch.dtype, lists=work.lists, bits=work.bits, FROZEN=work.frozen, **named)
+        self._launch(variant, launch, *tensors)
 
-    def _launch(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
+    def _launch(self, variant: Variant, launch: Launch, *tensors: Tensor | None) -> None:
         tiles = launch.tiles
         if len(tiles):
             with torch.cuda.device(tiles.device) if tiles.device.type == "cuda" else contextlib.nullcontext():
-                kernel[(len(tiles),)](tiles, launch.work.parts, launch.rows, *tensors, **constants)
+                variant.launch(len(tiles), tiles.device, (tiles, launch.work.parts, launch.rows, *tensors))
 
     def _partial_norms(self, n_tiles: int) -> int:
         return n_tiles

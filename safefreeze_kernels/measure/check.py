@@ -103,7 +103,8 @@ def check(model: Model, optimizer: Optimizer | None = None, plan: FreezePlan | N
     that no optimizer keeps; weights that are tied; and of bfloat16 and float16 weights without masters, how many are so
     large that their next update is rounded away: by the optimizer's state where it has some, else by an update as long
     as the rate, up or down alike. Of tensors of more than 1,048,576 live elements lines at equal distances are looked
-    at. More than a tenth is a finding.
+    at. More than a tenth is a finding. Under FSDP2 bytes and rounding are of this rank, and all ranks must ask where a
+    plan was carried to adapters.
 
     Args:
         model: a module, as it will be trained: wrapped, sharded, with adapters; a mapping name -> parameter, or pairs.

@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from ..plan.mask import FreezeMask
+from ..plan.plan import FreezePlan
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -177,16 +178,16 @@ class PlanAgreement:
     def __init__(self, parameters: Iterable[tuple[str, Sequence[int]]]) -> None:
         text = "\n".join(f"{name} {tuple(shape)}" for name, shape in parameters)
         self._key: Final = f"safefreeze/{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-        self._plan, self._anew = "", True
+        self._plan, self._anew = FreezePlan(), False
         self._number = 0
         self._noted_in: Any = None  # the process group that knows of `_plan`
         self.agreed = True  # nothing to look at
         self._looks = 0
 
-    def note(self, fingerprint: str, *, anew: bool) -> None:
+    def note(self, plan: FreezePlan, *, anew: bool) -> None:
         """This plan comes into force (``anew``, also if it is the one that was), or is to be compared again."""
-        if anew or fingerprint != self._plan:
-            self._plan, self._anew, self._noted_in = fingerprint, anew, None
+        if anew or plan != self._plan:
+            self._plan, self._anew, self._noted_in = plan, anew, None
         self.agreed, self._looks = False, 0
         self._leave_note()
 
@@ -200,7 +201,7 @@ class PlanAgreement:
         if self._looks > 1:
             here, all_ = (store.add(f"{self._key}/{number}/ranks", 0) for number in (self._number, 0))
             if here < all_:
-                self._note_conflict(f"{all_ - here} of {all_} ranks did not change to {self._plan[:12]}")
+                self._note_conflict(f"{all_ - here} of {all_} ranks did not change to {self._plan.fingerprint[:12]}")
             self.agreed = True
         if store.check([f"{self._key}/conflict"]):
             self.agreed = False
@@ -221,19 +222,19 @@ class PlanAgreement:
         if self._noted_in is not world:
             self._noted_in = world
             history = self._histories.setdefault(self._key, [])
-            if self._anew or not history or history[-1] != self._plan:
+            if self._anew or not history or history[-1] != self._plan.fingerprint:
                 self._anew = False
-                history.append(self._plan)
+                history.append(self._plan.fingerprint)
                 self._say(len(history) - 1)
             self._number = len(history) - 1
         return True
 
     def _say(self, number: int) -> None:
         """That this rank's plan of this number is `_plan`."""
-        rank, store = torch.distributed.get_rank(), _store()
-        first, plan = store.compare_set(f"{self._key}/{number}", "", f"{rank} {self._plan}").decode().split()
-        if plan != self._plan:
-            self._note_conflict(f"rank {first}: {plan[:12]}, rank {rank}: {self._plan[:12]}")
+        rank, store, ours = torch.distributed.get_rank(), _store(), self._plan.fingerprint
+        first, plan = store.compare_set(f"{self._key}/{number}", "", f"{rank} {ours}").decode().split()
+        if plan != ours:
+            self._note_conflict(f"rank {first}: {plan[:12]}, rank {rank}: {ours[:12]}")
         store.add(f"{self._key}/{number}/ranks", 1)
 
     def _note_conflict(self, text: str) -> None:

@@ -38,7 +38,7 @@ from .launch import (
     LaunchPlan,
     LaunchPlans,
     PendingFactor,
-    counts_on_device,
+    all_count_on_device,
     kernel_dtypes,
     make_launch_plans,
     multiplier,
@@ -46,6 +46,7 @@ from .launch import (
 from .refreeze import ages_after, apply_changes, changes_of
 from .state import (
     FREEZE,
+    IN_FORCE,
     PACKED,
     REMAINDER,
     close_gaps,
@@ -198,13 +199,14 @@ class MaskedAdam(Optimizer):
         """
         _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and self._host_skips(found_inf):
+        valid = given is not None or self._launch.valid(self.param_groups, self.state)
+        if found_inf is not None and self._host_skips(found_inf, valid):
             self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
         first = not self.state
-        plans = self._launch_plans() if given is None else self._launch.plans
+        plans = self._launch_plans(valid) if given is None else self._launch.plans
         if first and plans and only_makes_state(self.param_groups):
             return
         prepared = [
@@ -225,15 +227,17 @@ class MaskedAdam(Optimizer):
             plan.run(ready, factor, found_inf)
         self._pending.drop()
 
-    def _host_skips(self, found_inf: Tensor) -> bool:
-        """Whether nothing is done in this step; False also where only kernels look at ``found_inf``."""
-        on_device = all(counts_on_device(group, p.device) for group in self.param_groups for p in group["params"])
+    def _host_skips(self, found_inf: Tensor, valid: bool) -> bool:
+        """Whether nothing is done in this step; False also where only kernels look at ``found_inf``. ``valid``: launch
+        plans are."""
+        on_device = self._launch.on_device if valid else all_count_on_device(self.param_groups)
         return not on_device and found_inf.item() != 0
 
-    def _launch_plans(self) -> list[LaunchPlan]:
+    def _launch_plans(self, valid: bool | None = None) -> list[LaunchPlan]:
         """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced. If
-        masks alone changed, they get new work lists."""
-        valid = self._launch.valid(self.param_groups, self.state)
+        masks alone changed, they get new work lists. ``valid``: whether those that are there are, if that is known."""
+        if valid is None:
+            valid = self._launch.valid(self.param_groups, self.state)
         if not valid or self._launch.stale:
             self._pending.now(self.param_groups, type(self).__name__)  # an error now, and not once state was made
             if not valid:
@@ -325,7 +329,7 @@ class MaskedAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if self._plan:
-            group[FREEZE] = self._plan.fingerprint
+            group[FREEZE] = IN_FORCE
         try:
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
@@ -395,7 +399,7 @@ class MaskedAdam(Optimizer):
         ages = ages_after(self._ages, changes, self.state, counts_on=counts_on)
         apply_changes(self.state, changes, self._settings, counts_on=counts_on)
         self._ages = ages
-        if plan.fingerprint != (self._plan or FreezePlan()).fingerprint:
+        if plan != (self._plan or FreezePlan()):
             self._pending.invalid = "the plan changed"
         if self._whole and keep_state:
             self._launch.stale = True  # nothing moved
@@ -407,15 +411,14 @@ class MaskedAdam(Optimizer):
 
     def _note_plan(self, *, anew: bool = False) -> None:
         """A plan came into force (``anew``), or what it is for changed: groups tell of it, ranks must have the same."""
-        fingerprint = (self._plan or FreezePlan()).fingerprint
         for group in self.param_groups:  # distributed checkpoint looks which entries a group has
             group.pop(FREEZE, None)
             if self._plan or self._ages:
-                group[FREEZE] = fingerprint
+                group[FREEZE] = IN_FORCE
         if self._agreement is None:
             named = zip(all_names(self.param_groups), all_params(self.param_groups), strict=True)
             self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in named)
-        self._agreement.note(fingerprint, anew=anew)
+        self._agreement.note(self._plan or FreezePlan(), anew=anew)
 
     # -- state --------------------------------------------------------------------------------------------------
 

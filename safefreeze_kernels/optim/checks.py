@@ -274,7 +274,7 @@ class GivenNames:
                 )
             for name, p in zip(names, params, strict=True):
                 known, given = self._given.get(id(p), (None, name))
-                if known is not None and known() is p and bare_name(given) != bare_name(name):
+                if known is not None and given != name and known() is p and bare_name(given) != bare_name(name):
                     raise ValueError(
                         f"{what}: param_groups[{index}] has {given!r} where its 'param_names' say {name!r}: "
                         "parameters were reordered after the optimizer was built; reorder 'param_names' with them"

@@ -310,6 +310,7 @@ class LaunchPlans:
     Attributes:
         plans: the launch plans; none before the first step.
         traceable: whether `torch.compile` can take a step into its graph: the state is there, nothing is sharded.
+        on_device: `all_count_on_device` of the groups, while the plans are valid.
         stale: whether masks changed, and nothing else, so that work lists have to be made anew.
     """
 
@@ -318,7 +319,7 @@ class LaunchPlans:
 
     def forget(self) -> None:
         self.plans: list[LaunchPlan] = []
-        self.traceable = False
+        self.traceable = self.on_device = False
         self.stale = False
         self._key: Any = None
         self._whereabouts: Whereabouts | None = None
@@ -343,6 +344,7 @@ class LaunchPlans:
         self.plans, self._sharded = plans, sharded
         self._key, self._whereabouts = _cache_key(groups), whereabouts(self._by_shard(state))
         self._waiting = [p for group in groups for p in group["params"] if p.grad is None and not state.get(p)]
+        self.on_device = all_count_on_device(groups)
         self.traceable = bool(plans) and not sharded and not any(plan.packed_gradients for plan in plans)
         self.stale = False
 
@@ -437,6 +439,11 @@ def counts_on_device(group: dict[str, Any], device: torch.device) -> bool:
     """Whether the steps of the group's parameters on ``device`` are counted there: as in torch, of a capturable group
     and, on a GPU, of a fused one, so that nobody waits to hear whether a loss scale was too large."""
     return bool(group["capturable"] or (group["fused"] and device.type == "cuda"))
+
+
+def all_count_on_device(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether `counts_on_device` of every parameter, so that the host need not look for a found inf."""
+    return all(counts_on_device(group, p.device) for group in groups for p in group["params"])
 
 
 def _flags(group: dict[str, Any]) -> tuple[bool, bool, bool]:

@@ -86,7 +86,7 @@ def ages_after(
         return ages
     found = after_all(
         [
-            (ages.get(change.member.name) or Ages.none(change.before)).grown(
+            (Ages.none(change.before) if (known := ages.get(change.member.name)) is None else known).grown(
                 change.before, change.was, whole=change.was_whole
             )
             for change in changes

@@ -34,6 +34,7 @@ MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 REMAINDER: Final = "master_remainder"
 PACKED: Final = (*MOMENTS, REMAINDER)  # the entries of a parameter's state that are packed by its mask
 FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
+IN_FORCE: Final = "a plan is in force"  # what it says until a state dict says which: fingerprints take their time
 
 _NEEDED: Final = ("step", "exp_avg", "exp_avg_sq")
 _MOST_STEPS: Final = 1 << 24  # float32, in which torch counts, cannot count further

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -15,6 +15,11 @@ from .plan import FreezePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Ways to initialise LoRA's factors (PEFT's ``init_lora_weights``) that leave the weights they adapt as they are;
+#: others write into them, or may in a version to come.
+PLAIN_INITIALISATIONS: Final = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Factors:
             [experts * r, in], and B [out, r * experts], the experts of one rank side by side.
     """
 
-    a: tuple[int, int]
-    b: tuple[int, int]
+    a: tuple[int, ...]
+    b: tuple[int, ...]
     transposed: bool = False
     experts: int = 1
 
@@ -62,6 +67,8 @@ class Factors:
         rows = _flags(mask.frozen_rows, mask.matrix_shape[0]).reshape(self.experts, -1)
         cols = _flags(mask.frozen_cols, mask.matrix_shape[1])[None]
         of_a, of_b = (rows, cols) if self.transposed else (cols, rows)
+        if self.experts == 1:
+            return FreezeMask(self.a, cols=of_a[0]), FreezeMask(self.b, rows=of_b[0])
         rank = self.a[0] // self.experts
         frozen_a = np.broadcast_to(of_a[:, None, :], (self.experts, rank, self.a[1]))
         frozen_b = np.broadcast_to(of_b.T[:, None, :], (self.b[0], rank, self.experts))
@@ -106,7 +113,8 @@ class AdaptedPlan(FreezePlan):
 
     def check(self, model: Model) -> None:
         """As `FreezePlan.check`; and raise ValueError if a factor is not zero where it has to be: the weight it is
-        for is not the base's any more, as after loading an adapter that was trained without this plan."""
+        for is not the base's any more, as after loading an adapter that was trained without this plan. Under FSDP2
+        all ranks must ask."""
         named = named_tensors(model)
         super().check(named)
         for entry in bind(self, named, operation="AdaptedPlan.check"):
@@ -135,9 +143,15 @@ class AdaptedPlan(FreezePlan):
         return "\n".join([self.base.summary(), "", *told])
 
 
-def first_nonzero(tensor: Tensor, mask: FreezeMask) -> tuple[int, int, float] | None:
-    """Row, column and value of the first frozen element that is not zero (of either sign); None: all are."""
-    matrix = tensor.detach().reshape(mask.matrix_shape)
+def first_nonzero(tensor: Any, mask: FreezeMask) -> tuple[int, int, float] | None:
+    """Row, column and value of the first frozen element that is not zero (of either sign); None: all are.
+
+    Of a sharded tensor (DTensor) all ranks must ask: it is gathered, which is little of a factor."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    matrix = whole.detach().reshape(mask.matrix_shape)
+    for dim, index in enumerate((mask.rows, mask.cols)):
+        if mask.lines(dim) is not None and not matrix.index_select(dim, index.to(matrix.device)).any():
+            return None
     wrong = (matrix != 0).cpu().numpy() & mask.frozen_flags()
     if not wrong.any():
         return None

@@ -119,18 +119,18 @@ def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str
         )
 
 
-# What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing; PEFT's
-# model, adapted layers, and layers trained whole.
-_WRAPPERS: Final = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.\w+)\."
-)
+# What wrappers put into the names of parameters: torch's DDP and DataParallel, compile, FSDP1 and checkpointing.
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The same of PEFT: its model, adapted layers, and layers trained whole; what it adds to them keeps its name.
+_ADAPTED: Final = re.compile(r"^base_model\.model\.|(?:^|(?<=\.))(?:base_layer|token_adapter|modules_to_save\.\w+)\.")
 # What torch's FSDP1 and DeepSpeed's ZeRO mark parameters with that live in a flat buffer.
 _FLATTENED: Final = ("_fsdp_flattened", "ds_id")
 
 
 def bare_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
-    return _WRAPPERS.sub("", name.removeprefix("base_model.model.") if "lora_" not in name else name)
+    name = _WRAPPERS.sub("", name)
+    return name if "lora_" in name else _ADAPTED.sub("", name)
 
 
 def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list[str]], operation: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ import numpy as np
 from .binding import Model, bind, named_tensors
 from .files import write_atomically
 from .mask import FreezeMask, pack_bits, unpack_bits
+from .patterns import masks_of
 from .summary import summarize
 
 _FORMAT: Final = "safefreeze.plan"
@@ -59,6 +60,32 @@ class FreezePlan(Mapping[str, FreezeMask]):
         except (TypeError, ValueError) as error:
             raise TypeError(f"FreezePlan: metadata must be what JSON can hold ({error})") from None
 
+    @classmethod
+    def of(
+        cls, model: Model | Mapping[str, Sequence[int]], freeze: Iterable[str] = (), *,
+        train_only: Iterable[str] | None = None,
+    ) -> FreezePlan:  # fmt: skip
+        """The plan that patterns describe: ``FreezePlan.of(model, ["*.mlp.up_proj.weight[0:64]", "lm_head.weight"])``.
+
+        A pattern is a parameter's name, in which ``*`` stands for any text, and what is frozen of it as one would index
+        an array: ``[0:64]`` rows, ``[:, 3]`` a column, ``[[0:64, 128]]`` several of one dimension, ``[2]`` of stacked
+        experts one of them, ``[0:64, 3]`` those rows of that column alone. Without an index all of it.
+
+        Args:
+            model: a module, or parameters by name; or name -> shape.
+            freeze: patterns; what any of them chooses is frozen.
+            train_only: instead of ``freeze``: everything is frozen but what these choose.
+
+        Raises:
+            TypeError: a single text instead of a list.
+            ValueError: naming the pattern: it cannot be read, matches no parameter, or does not fit one it matches;
+                patterns of both kinds, or none.
+        """
+        if isinstance(freeze, str) or isinstance(train_only, str):
+            raise TypeError("FreezePlan.of: a single text was given, expected a list of patterns")
+        patterns = {"freeze": list(freeze), "train_only": list(train_only or ())}
+        return cls(masks_of(model, *patterns.values()), {"patterns": patterns})
+
     def __getitem__(self, name: str) -> FreezeMask:
         return self._masks[name]
 
@@ -85,7 +112,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FreezePlan):
             return NotImplemented
-        return self.fingerprint == other.fingerprint
+        return self._masks == other._masks
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)

@@ -16,13 +16,17 @@ from typing import Final
 from .._version import __version__
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
+from .adapters import compare_adapter
 from .checkpoint import DTYPES, Files, PathLike, Stored, located
 from .comparison import MaskedMatrix, Pair, Progress, blocks, changes
 from .names import Weights
 from .report import AuditReport, TensorChanges
 from .statement import Statement
 
-__all__ = ["AuditReport", "Statement", "TensorChanges", "attest", "check", "compare", "total_bytes"]
+__all__ = [
+    "AuditReport", "Statement", "TensorChanges", "attest", "check", "compare", "compare_adapter",
+    "total_bytes",
+]  # fmt: skip
 
 _THREADS: Final = min(4, os.cpu_count() or 1)
 

@@ -503,6 +503,40 @@ def _on_surface(backend: Backend, device: torch.device, case: Case) -> Outcome:
 # ---------------------------------------------------------------------------------------------------- far addresses
 
 
+# Values whose sums floats cannot hold, and doubles can.  By dtype: the largest and the smallest.
+_UP_TO = {FP32: 3.4e38, BF16: 3.3e38, FP16: 65504.0}
+_FROM = {FP32: 1.5e-45, BF16: 1e-40, FP16: 6e-8}
+SUMS: Mapping[str, Callable[[np.random.Generator, torch.dtype, int], np.ndarray]] = {
+    "spread": lambda rng, dtype, n: 10.0 ** rng.uniform(-20, 18, n),
+    "largest": lambda rng, dtype, n: np.full(n, _UP_TO[dtype]),
+    "large and small": lambda rng, dtype, n: np.where(rng.random(n) < 0.01, _UP_TO[dtype], 1e-3),
+    "smallest": lambda rng, dtype, n: np.full(n, _FROM[dtype]),
+    "denormals": lambda rng, dtype, n: rng.uniform(1, 50, n) * _FROM[dtype],
+    "denormals and others": lambda rng, dtype, n: np.where(rng.random(n) < 0.5, 7 * _FROM[dtype], 1e-30),
+    "one denormal": lambda rng, dtype, n: np.where(np.arange(n) == n // 2, 3 * _FROM[dtype], 0.0),
+    "zeros": lambda rng, dtype, n: np.zeros(n),
+    "negative": lambda rng, dtype, n: -rng.random(n),
+}
+
+
+def check_sums(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    """Fail, naming values and norm, unless norms of `SUMS` are exact but for additions in double, taken whole or apart:
+    of n values, n - 1 additions of what is not negative, each off by at most 2**-53 of the sum."""
+    for (name, draw), n, offset in itertools.product(SUMS.items(), (5000, 40), (0, 1)):
+        drawn = np.clip(draw(np.random.default_rng(n), dtype, n), -_UP_TO[dtype], _UP_TO[dtype])
+        stored = torch.from_numpy(np.concatenate([drawn[:offset], drawn])).to(dtype)[offset:]
+        exact = stored.double().abs()
+        for kind in NORMS:
+            got = float(backend.norm(compile_live([FreezeMask((n,))]), [stored.to(device)], kind))
+            right = {
+                "sum_of_squares": math.fsum((exact * exact).tolist()), "sum_of_absolutes": math.fsum(exact.tolist()),
+                "largest_absolute": exact.max().item(),
+            }[kind]  # fmt: skip
+            assert got == pytest.approx(right, rel=n * 2.0**-53, abs=0.0), (
+                f"{backend.name}: {kind} of {n} {short(dtype)}, {name}, at offset {offset}"
+            )
+
+
 def check_far(backend: Backend, device: torch.device) -> None:
     """Elements beyond 2^31, of a tensor and of its packed twins: as many as there are live ones are ever touched.
 

@@ -224,11 +224,11 @@ class PtxTriton(Watched, TritonBackend):
     refusal = Watched.refusal
     _upload = Watched._upload
 
-    def _launch(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **constants: Any) -> None:
-        tiles = launch.tiles
+    def _launch(self, variant: Any, launch: Launch, *tensors: Tensor | None) -> None:
+        tiles, kernel = launch.tiles, variant.kernel
         if not len(tiles):
             return
-        name, settings = kernel.__name__.removesuffix("_kernel"), sass.by_name(constants)
+        name, settings = kernel.__name__.removesuffix("_kernel"), sass.by_name(variant.settings)
         arguments = dict(zip(kernel.arg_names, (tiles, launch.work.parts, launch.rows, *tensors), strict=False))
         missing = tuple(key for key, value in arguments.items() if value is None)
         compiled, warps, shared = self._kernel(name, settings, missing)

@@ -186,7 +186,7 @@ class Decoder:
             return self._apply(pairs_of(FLOAT[joined]), ("b64",) * (len(self.operands) - 1))
         if kind.startswith("f"):
             of = SIGNS[joined] if joined in SIGNS else computed(FLOAT[joined])
-            if joined == "fma.rn" and kind != "f32":
+            if joined == "fma.rn" and kind not in ("f32", "f64"):
                 raise KeyError(kind)
         else:
             of = INTEGER[joined]

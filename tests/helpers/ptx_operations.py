@@ -54,7 +54,11 @@ def computed(of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    """float32, rounded once: the sum in double is rounded to odd before."""
+    """Rounded once. Of float32 the sum in double is rounded to odd before; of doubles the product must be exact."""
+    if a.dtype == np.float64:
+        if not np.array_equal(a.astype(np.longdouble) * b, a * b, equal_nan=True):
+            raise FaultError("fma of doubles whose product is rounded is not known here")
+        return a * b + c
     product, other = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + other
     part = total - product

@@ -660,3 +660,70 @@ def test_names_of_wrappers_are_understood() -> None:
     for ddp_error, compile_error in run_ranks(2, names_in_a_plan):
         assert "'down.wight'" in ddp_error and "'module.down.weight'" in ddp_error
         assert "'_orig_mod.down.weight'" in compile_error
+
+
+# -------------------------------------------------------------------------------------------------- new words alone
+
+OLD, WORDS = 33, 35  # rows of the embedding before it grew, and since
+
+
+def language_model(tied: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=WORDS, max_position_embeddings=16, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def new_words(rank: int, tied: bool, adapters: bool) -> dict[str, Tensor]:
+    """Only the new rows train, whole or by adapters; a plan is carried to these before they are sharded."""
+    import peft
+
+    model = language_model(tied)
+    ends = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    freeze = sf.FreezePlan({f"{name}.weight": sf.FreezeMask((WORDS, 16), rows=range(OLD)) for name in ends})
+    if adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[name.split(".")[-1] for name in ends]))
+        freeze = sf.adapt(freeze, model)
+    else:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in freeze)
+    for module in [*(m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"), model]:
+        fully_shard(module)
+    optimizer = sf.MaskedAdamW(model.named_parameters(), freeze=freeze, **OPTIONS)
+    for step in range(3):
+        tokens = torch.randint(0, WORDS, (2, 6), generator=torch.Generator().manual_seed(10 * rank + step))
+        tokens[:, ::2] = torch.arange(OLD, WORDS).repeat(2)[:3]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        sf.clip_grad_norm_(model, 0.5, freeze)
+        optimizer.step()
+        optimizer.zero_grad()
+    if adapters:
+        freeze.check(model)
+    return weights(model)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_only_new_rows_train_under_fsdp2(tied: bool, adapters: bool) -> None:
+    """33 old rows of 35 in two shards of 18 and 17: the first has no new one."""
+    found, _ = run_ranks(2, new_words, tied, adapters)
+    before = {name: p.detach() for name, p in language_model(tied).named_parameters()}
+    if adapters:
+        moved = {name: values for name, values in found.items() if "lora_" in name}
+        assert len(moved) == (2 if tied else 4)
+        for name, values in moved.items():
+            rows = {"lora_embedding_A": values.T, "lm_head.lora_B": values}
+            of_words = next((part for key, part in rows.items() if key in name), None)
+            if of_words is not None:
+                assert not of_words[:OLD].any(), name
+                assert of_words[OLD:].all(), name
+        found = {name.replace("base_layer.", "").removeprefix("base_model.model."): p for name, p in found.items()}
+    for name, values in before.items():
+        ends = not adapters and ("embed_tokens" in name or "lm_head" in name)
+        assert_same_bits(found[name][:OLD], values[:OLD], name)
+        assert torch.equal(found[name][OLD:], values[OLD:]) != ends, name

@@ -12,6 +12,7 @@ from conftest import BACKENDS, assert_same_bits
 from torch import Tensor
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.optim import adam
 from safefreeze_kernels.optim.launch import counts_on_device
 
 SHAPES = {"w": (12, 10), "b": (10,), "e": (7, 3)}
@@ -97,6 +98,22 @@ def test_the_flag_is_kept_by_state_dicts_and_may_change_between_steps() -> None:
                 group["capturable"] = False
     for name in SHAPES:
         assert_same_bits(params[name].detach(), other[name].detach(), name)
+
+
+def test_who_looks_for_a_found_inf_is_decided_once_for_valid_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, opt = build("auto", True)
+    give_gradients(params, 0)
+    opt.step()
+    before = [p.detach().clone() for p in params.values()]
+    opt.found_inf = torch.tensor(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(adam, "all_count_on_device", None)  # it goes through all parameters
+        opt.step()
+    for group in opt.param_groups:
+        group["capturable"] = False  # now nobody but the host looks
+    opt.step()
+    for p, value in zip(params.values(), before, strict=True):
+        assert_same_bits(p.detach(), value, "param")
 
 
 def test_a_scalar_out_of_range_is_refused_and_nothing_counted() -> None:

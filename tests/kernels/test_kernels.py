@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backend_cases import NORMS
+from backend_cases import NORMS, check_sums
 from conftest import BACKENDS, DTYPES, assert_same_bits, bits, from_bits, short, shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -436,6 +436,12 @@ def test_norms_count_what_the_list_visits(name: str, kind: Any, seed: int, large
         assert got == pytest.approx(expected, rel=max(1, values.numel()) * 2.0**-53, abs=0.0), f"{masks}"
         for tensor, flags in zip(tensors, chosen, strict=True):
             tensor[~flags] = 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_sums_are_as_exact_as_doubles_make_them(name: str, dtype: torch.dtype) -> None:
+    check_sums(BY_NAME[name], torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backend_cases import CASES, Case, check, check_far
+from backend_cases import CASES, DTYPES, Case, check, check_far, check_sums
+from conftest import assert_same_bits, short
 from other_backends import run_suite
 from ptx import Counts, FaultError, Memory, Module
 
 from benchmarks import sass, traffic
 from safefreeze_kernels.kernels import backend as kernels
 from safefreeze_kernels.kernels.backend import Backend
+from safefreeze_kernels.kernels.parts import compile_live
+from safefreeze_kernels.plan.mask import FreezeMask
 
 ptx_backends = pytest.importorskip("ptx_backends", exc_type=ImportError)
 
@@ -124,6 +127,9 @@ TO64 = "cvt.u64.u32 %rd3, %r3;"
         ("cvt.rni.u32.f32 %r3, %f1;", 0xBF800000, 0, 0),
         ("cvt.f64.f32 %fd1, %f1; mul.rn.f64 %fd1, %fd1, %fd1; cvt.rn.f32.f64 %f3, %fd1; mov.b32 %r3, %f3;",
          0x40400000, 0, 0x41100000),
+        ("cvt.f64.f32 %fd1, %f1; fma.rn.f64 %fd1, %fd1, %fd1, %fd1; cvt.rn.f32.f64 %f1, %fd1; mov.b32 %r3, %f1;",
+         0x40400000, 0, 0x41400000),
+        ("cvt.rn.f16x2.f32 %r3, %f1, %f2;", 0x477FF000, 0xFFC00001, 0x7C007FFF),
         ("st.shared.u32 [room+4], %r1; ld.shared.u8 %r3, [room+5];", 0x11223344, 0, 0x33),
     ],
 )  # fmt: skip
@@ -262,6 +268,24 @@ def test_far_addresses(interpreted: Backend) -> None:
     check_far(interpreted, CPU)
 
 
+@on("cuda 90")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_every_pattern_is_scaled(interpreted: Backend, dtype: torch.dtype) -> None:
+    """Halved, whole and apart; what is rounded to a denormal float16 included."""
+    patterns = torch.from_numpy(np.arange(2**16 + 1, dtype=np.uint16).view(np.int16)).view(dtype)
+    for offset in (0, 1):
+        scaled = patterns.clone()[offset:]
+        interpreted.scale_(compile_live([FreezeMask(scaled.shape)]), [scaled], torch.tensor(0.3))
+        expected = (patterns[offset:].float() * 0.3).to(dtype)
+        assert_same_bits(scaled, expected, f"{short(dtype)} from {offset}", any_nan=True)
+
+
+@on("cuda 90", "Triton")
+def test_sums(interpreted: Backend) -> None:
+    for dtype in DTYPES:
+        check_sums(interpreted, CPU, dtype)
+
+
 def checked(backend: Backend, case: Case) -> None:
     try:
         check(backend, CPU, case)
@@ -332,9 +356,10 @@ ADAMW, NORM = "adamw_kernelINS1_4BF16ENS1_3F32ELNS0_8RoundingE0ELb0E", "norm_ker
 
 @pytest.mark.parametrize(
     ("kernel", "number", "case"),
-    # The fourth barrier of a step, the last of `Visited::find`, is there for copies: a step has another behind it.
+    # The fourth barrier of a step, the last of `Visited::find`, is there for copies: a step has another behind it. The
+    # second of a norm is among threads of one warp, which here run in step.
     [*((ADAMW, number, "adamw_ half_of_elements bfloat16 packed_grads") for number in (0, 1, 2, 4)),
-     *((NORM, number, "norm freeze_none float32") for number in (0, 1))],
+     (NORM, 0, "norm freeze_none float32")],
 )  # fmt: skip
 def test_a_barrier_that_is_missing_is_found(kernel: str, number: int, case: str) -> None:
     """Whatever the order in which threads run."""

@@ -82,7 +82,8 @@ def test_fusing_is_read_off_the_ptx() -> None:
     assert sass.count_fused(rounded) == 0
     assert sass.count_fused(bare) == 2, "an operation without a rounding may be fused by the assembler"
     assert sass.count_fused(bare, assembler_fuses=False) == 0
-    assert sass.count_fused("fma.rn.f64 %fd1, %fd2, %fd3, %fd4;", assembler_fuses=False) == 1
+    assert sass.count_fused("fma.rn.f32 %f1, %f2, %f3, %f4;", assembler_fuses=False) == 1
+    assert sass.count_fused("fma.rn.f64 %fd1, %fd2, %fd3, %fd4;") == 0, "of doubles it is exact where it is used"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import os
 import numpy as np
 import pytest
 import torch
+import triton_driver
 from backend_cases import CASES, Case, check, check_far
 from other_backends import SUITE, run_suite
 
+from benchmarks import sass
 from safefreeze_kernels.kernels.backend import Backend, BackendUnavailableError, backend_state, choose_backend
 from safefreeze_kernels.kernels.parts import compile_live
 from safefreeze_kernels.kernels.tiles import Tiles
@@ -104,6 +106,25 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_named_backend_does_not_fall_back() -> None:
     with pytest.raises(BackendUnavailableError, match="op: backend 'triton' does not run here: no GPU was found"):
         choose_backend("triton", CPU, "op")
+
+
+# --------------------------------------------------------------------------------------------------------- launches
+
+
+@not_in_child
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["installed", "oldest"])
+def test_compiled_kernels_are_launched_as_triton_would(older: bool) -> None:
+    """By a driver that only notes it: Triton looks for a kernel once for each set of arguments that are None."""
+    try:
+        folder = sass.older_triton() if older else ""
+    except sass.UnavailableError as error:
+        pytest.skip(str(error))
+    with sass.triton_processes(1, folder) as pool:
+        assert pool.submit(triton_driver.specialised).result() == []
+        looks, taken = zip(*pool.submit(triton_driver.launches).result(), strict=True)
+    assert looks == (1, 2, 2, 2)
+    assert taken[0] != taken[1]
+    assert taken[:2] == taken[2:]
 
 
 # ------------------------------------------------------------------------------------------------- lists on devices

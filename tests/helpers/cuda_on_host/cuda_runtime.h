@@ -1,7 +1,7 @@
 // Stands in for CUDA's header so that csrc/cuda.cu can be compiled and run on the host: a launch runs its grid block by
-// block, and the threads of a block take turns, each running up to its next barrier. Device memory is host memory. Between
-// two barriers threads run in order, in reverse, or in an order drawn from a seed; shared memory of a block begins as
-// bytes that are not zero. Or launches are handed to a function, which runs them.
+// block, and the threads of a block take turns, each running up to its next barrier. Device memory is host memory.
+// Between two barriers threads run in order, in reverse, or in an order drawn from a seed; shared memory of a block
+// begins as bytes that are not zero. Or launches are handed to a function, which runs them.
 #pragma once
 
 #include <ucontext.h>
@@ -33,9 +33,9 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, gridDim;
 
-// How launches are run. `order`: of threads; 0 as they are numbered, -1 in reverse, else a seed. `launcher`: who is handed
-// the address of a kernel, blocks, threads of a block, and addresses and sizes of parameters, instead. `shared`: where the
-// variables in shared memory are.
+// How launches are run. `order`: of threads; 0 as they are numbered, -1 in reverse, else a seed. `launcher`: who is
+// handed the address of a kernel, blocks, threads of a block, and addresses and sizes of parameters, instead. `shared`:
+// where the variables in shared memory are.
 struct Launching {
   int order = 0;
   std::vector<std::pair<char*, size_t>> shared;
@@ -46,6 +46,12 @@ struct Launching {
   }
 };
 
+inline double __hiloint2double(int high, int low) {
+  const uint64_t bits = static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low);
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
 
