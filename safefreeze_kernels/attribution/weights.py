@@ -384,7 +384,7 @@ def score_weights(
     What is known to protect, in a miniature (a model of 288,000 parameters, 8 seeds, 4 gradients of 32 rows each;
     examples/study/results/LOOP.md): of the refusals that fine-tuning loses, half of all single weights by S, frozen
     throughout, kept 90% in 166 steps (82 with nothing frozen), 65% by S/T 84% in 132, as many at random 29%. A closed
-    loop kept as much or more. On SmolLM2-135M (4 seeds) half of all rows by S kept .90 of refusals, .43 with nothing
+    loop kept as much or more. On SmolLM2-135M (8 seeds) half of all rows by S kept .88 of refusals, .38 with nothing
     frozen.
 
     One forward and one backward pass per gradient. Gradients are added up parameter by parameter, as they appear, and

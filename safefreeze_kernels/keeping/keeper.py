@@ -62,9 +62,9 @@ class RefusalKeeper:
     What is known, in a miniature (examples/study; 20 seeds, a model of 287,000 parameters): of the refusals that
     fine-tuning loses, 20% of single elements every 4 steps kept all, in as many steps; rows every 4 steps at half the
     rate 94%, 30% of them 96%; as many random elements 10%, at half the rate 41%; half the rate alone 16%, four safety
-    rows mixed into 32 88%. Single elements keep most, rows cost least. On SmolLM2-135M (4 seeds) single elements kept
-    all, but harmless questions were refused as well (27%; steered to 80% of the margin 12%, one seed). Nothing is known
-    of larger models.
+    rows mixed into 32 88%. Single elements keep most, rows cost least. On SmolLM2-135M (8 seeds) single elements kept
+    all, but harmless questions were refused as well (29%; steered to 80% of the margin 9%, with 96% of refusals left).
+    Nothing is known of larger models.
 
     Args:
         model: that trains; under DDP or `torch.compile` either it or the wrapper; for FSDP2 sharded before.
