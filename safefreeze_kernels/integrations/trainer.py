@@ -63,7 +63,8 @@ def masked_adamw(
         TypeError: neither ``lr`` nor ``args`` is given.
         ValueError: when Trainer makes the optimizer: as `build_masked_adamw`.
     """
-    return _Factory, {"plan": _loaded(plan), "adapt": adapt, **_with_defaults(args, options)}
+    options = _with_defaults(args, options) | ({"adapt": True} if adapt else {})
+    return _Factory, {"plan": _loaded(plan), **options}
 
 
 def build_masked_adamw(
