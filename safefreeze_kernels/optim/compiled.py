@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import LaunchPlan
 
 _numbers: Final = count()
-_handles: Final[WeakValueDictionary[int, Handle]] = WeakValueDictionary()
+_handles: Final[WeakValueDictionary[str, Handle]] = WeakValueDictionary()
 
 
 class Handle:
@@ -27,7 +27,9 @@ class Handle:
     def __init__(
         self, plans: Callable[[], list[LaunchPlan]], update: Callable[[Sequence[Sequence[Tensor]]], None]
     ) -> None:
-        self.number = next(_numbers)
+        self.number = str(
+            next(_numbers)
+        )  # text: the compiler would make an integer that changes a variable of the graph
         self.plans, self.update = WeakMethod(plans), WeakMethod(update)
         _handles[self.number] = self
 
@@ -41,7 +43,7 @@ def untraced_step(step: Callable[[Any, Callable[[], Any] | None], Any], optimize
 untraced_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def traced_step(plans: list[LaunchPlan], number: int, closure: Callable[[], Any] | None) -> Any:
+def traced_step(plans: list[LaunchPlan], number: str, closure: Callable[[], Any] | None) -> Any:
     """A step as `torch.compile` sees it: one operation that writes to parameters and state."""
     loss = None
     if closure is not None:
@@ -60,7 +62,7 @@ def traced_step(plans: list[LaunchPlan], number: int, closure: Callable[[], Any]
 
 
 @torch.library.custom_op("safefreeze::step_", mutates_args=("params", "state", "steps"))
-def _step_op(params: list[Tensor], grads: list[Tensor], state: list[Tensor], steps: list[Tensor], number: int) -> None:
+def _step_op(params: list[Tensor], grads: list[Tensor], state: list[Tensor], steps: list[Tensor], number: str) -> None:
     """Adam(W) on tensors that stand for those of an optimizer: the same, or copies that a compiler made."""
     handle = _handles.get(number)
     methods = None if handle is None else (handle.plans(), handle.update())
@@ -86,5 +88,5 @@ def _step_op(params: list[Tensor], grads: list[Tensor], state: list[Tensor], ste
 
 
 @_step_op.register_fake
-def _(params: list[Tensor], grads: list[Tensor], state: list[Tensor], steps: list[Tensor], number: int) -> None:
+def _(params: list[Tensor], grads: list[Tensor], state: list[Tensor], steps: list[Tensor], number: str) -> None:
     pass

@@ -239,9 +239,6 @@ def test_looks_leave_no_trace(loop: Callable[[nn.Module, Any], None], options: d
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_steps() -> None:
     """It looks after them too, also after one that was traced before there was a keeper."""
-    model = refusing()
-    optimizer = optimizer_of(model)
-    step = torch.compile(optimizer.step, backend="eager")
 
     def train_compiled(steps: int) -> None:
         for _ in range(steps):
@@ -249,7 +246,11 @@ def test_compiled_steps() -> None:
             step()
             optimizer.zero_grad()
 
-    train_compiled(3)
+    for _ in range(3):  # what a compiler sees change it may take for variable, and not look at again
+        model = refusing()
+        optimizer = optimizer_of(model)
+        step = torch.compile(optimizer.step, backend="eager")
+        train_compiled(3)
     keeper = sf.RefusalKeeper(model, optimizer, SAFETY, every=2)
     train_compiled(5)
     assert [look.step for look in keeper.log] == [2, 4] and keeper.plan

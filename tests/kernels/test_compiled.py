@@ -122,4 +122,4 @@ def test_the_operation_keeps_torchs_rules() -> None:
     arguments = ([p.detach() for p in plan.owners], grads, plan.packed_state, [plan.steps], optimizer._handle.number)
     torch.library.opcheck(torch.ops.safefreeze.step_.default, arguments)
     with pytest.raises(RuntimeError, match="compile it anew"):
-        torch.ops.safefreeze.step_(*arguments[:4], -1)
+        torch.ops.safefreeze.step_(*arguments[:4], "none")
