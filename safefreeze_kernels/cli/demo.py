@@ -138,7 +138,7 @@ def run_demo(
     if lora is not None:
         with _explained("cannot train adapters"):
             train = partial(_steps, stages, f"Fine-tune, LoRA {lora}", batches)
-            report.lora = lora_run(network, plans.plan, lora, lr, train, _count_changed)
+            report.lora = lora_run(network, plans.plan, lora, lr, _WEIGHT_DECAY, train, _count_changed)
     with stages.stage("Draw"):
         image = draw(plans, report)
     report.seconds.update(stages.seconds)
@@ -308,19 +308,17 @@ def _fine_tune(
         freeze=plan_of_run(plan, run, seed),
     )  # fmt: skip
     keeper = refusals.keeper(network, optimizer, run, seed)
-    norms: list[float] = []
-    losses = _steps(stages, f"Fine-tune, {run}", batches, network, optimizer, norms)
+    found = _steps(stages, f"Fine-tune, {run}", batches, network, optimizer)
     if keeper is not None:
         keeper.remove()
-    return losses, norms
+    return found
 
 
 def _steps(
-    stages: _Stages, title: str, batches: Sequence[Batch], network: torch.nn.Module, optimizer: MaskedAdamW,
-    norms: list[float] | None = None,
-) -> list[float]:  # fmt: skip
-    """A step for each batch; their losses. The live norms go to ``norms``."""
-    losses = []
+    stages: _Stages, title: str, batches: Sequence[Batch], network: torch.nn.Module, optimizer: MaskedAdamW
+) -> tuple[list[float], list[float]]:
+    """A step for each batch: their losses and live gradient norms."""
+    losses, norms = [], []
     network.train()
     with stages.stage(title, total=len(batches)) as advance:
         for batch in batches:
@@ -330,11 +328,10 @@ def _steps(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            if norms is not None:
-                norms.append(float(norm))
+            norms.append(float(norm))
             advance(f"loss {losses[-1]:.2f}")
     network.eval()
-    return losses
+    return losses, norms
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ def lora_run(
     plan: FreezePlan,
     rank: int,
     lr: float,
-    train: Callable[[torch.nn.Module, MaskedAdamW], Sequence[float]],
+    weight_decay: float,
+    train: Callable[[torch.nn.Module, MaskedAdamW], tuple[list[float], list[float]]],
     count_changed: Callable[[torch.nn.Module, dict[str, torch.Tensor], FreezePlan], tuple[int, int]],
 ) -> LoraRun:
     """Train adapters of all linear layers but the head, and merge them into ``network``.
@@ -59,8 +60,8 @@ def lora_run(
     model = peft.get_peft_model(network, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     adapted = adapt(plan, model)
     weights = sum("lora_A" in name for name, _ in model.named_parameters())
-    optimizer = MaskedAdamW(model.named_parameters(), lr=FASTER * lr, weight_decay=0.1, freeze=adapted)
-    loss = list(train(model, optimizer))
+    optimizer = MaskedAdamW(model.named_parameters(), lr=FASTER * lr, weight_decay=weight_decay, freeze=adapted)
+    loss, _ = train(model, optimizer)
     merged = merge_(model, adapted).requires_grad_()
     proof.verify(merged)
     return LoraRun(rank, weights, *count_changed(merged, start, plan), loss)

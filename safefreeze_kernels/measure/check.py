@@ -19,7 +19,7 @@ from ..optim.adam import MaskedAdam
 from ..optim.checks import all_names, all_params
 from ..optim.guard import guards_of
 from ..optim.rounding import Rounded, rate_of, rounded_away
-from ..plan.adapted import AdaptedPlan, first_nonzero, not_zero
+from ..plan.adapted import AdaptedPlan
 from ..plan.binding import BoundMask, Model, bare_name, bind, named_tensors
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
@@ -243,10 +243,8 @@ class _Examination:
                 f"{_listed(others, 'name')} of the plan: requires_grad=False, so that nothing of it trains; take it "
                 f"out of the plan, or {remedy}"
             )
-        zero = plan.zero if isinstance(plan, AdaptedPlan) else frozenset[str]()
-        for it in bound:
-            if zero & set(it.plan_names) and (found := first_nonzero(it.param, it.mask)):
-                self._warn(not_zero("the plan does not hold", it.name, found))
+        if isinstance(plan, AdaptedPlan):
+            self.warnings.extend(plan.not_at_zero(bound, "the plan does not hold"))
 
     def _check_force(self) -> None:
         """Whether something keeps the plan that was given."""

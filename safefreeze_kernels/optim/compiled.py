@@ -27,9 +27,8 @@ class Handle:
     def __init__(
         self, plans: Callable[[], list[LaunchPlan]], update: Callable[[Sequence[Sequence[Tensor]]], None]
     ) -> None:
-        self.number = str(
-            next(_numbers)
-        )  # text: the compiler would make an integer that changes a variable of the graph
+        # text, since the compiler makes a variable of an integer that changes, and runs one graph for any of them
+        self.number = str(next(_numbers))
         self.plans, self.update = WeakMethod(plans), WeakMethod(update)
         _handles[self.number] = self
 

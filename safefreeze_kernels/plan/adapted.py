@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from .binding import Model, bind, named_tensors
-from .mask import FreezeMask
+from .binding import BoundMask, Model, bind, named_tensors
+from .mask import FreezeMask, flags_of
 from .plan import FreezePlan
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Factors:
                 f"{self.matrix_shape[1]} columns"
             )
         # per line of the weight, for one expert or for all of them alike: [experts or 1, lines]
-        rows = _flags(mask.frozen_rows, mask.matrix_shape[0]).reshape(self.experts, -1)
-        cols = _flags(mask.frozen_cols, mask.matrix_shape[1])[None]
+        rows = flags_of(mask.frozen_rows, mask.matrix_shape[0]).reshape(self.experts, -1)
+        cols = flags_of(mask.frozen_cols, mask.matrix_shape[1])[None]
         of_a, of_b = (rows, cols) if self.transposed else (cols, rows)
         if self.experts == 1:
             return FreezeMask(self.a, cols=of_a[0]), FreezeMask(self.b, rows=of_b[0])
@@ -76,12 +76,6 @@ class Factors:
             FreezeMask(self.a, elements=frozen_a.reshape(self.a)),
             FreezeMask(self.b, elements=frozen_b.reshape(self.b)),
         )
-
-
-def _flags(index: np.ndarray, size: int) -> np.ndarray:
-    flags = np.zeros(size, bool)
-    flags[index] = True
-    return flags
 
 
 class AdaptedPlan(FreezePlan):
@@ -117,9 +111,14 @@ class AdaptedPlan(FreezePlan):
         all ranks must ask."""
         named = named_tensors(model)
         super().check(named)
-        for entry in bind(self, named, operation="AdaptedPlan.check"):
+        for trouble in self.not_at_zero(bind(self, named, operation="AdaptedPlan.check"), "AdaptedPlan.check"):
+            raise ValueError(trouble)
+
+    def not_at_zero(self, bound: Iterable[BoundMask], operation: str) -> Iterator[str]:
+        """The error for each factor among ``bound`` that is not zero where it has to be."""
+        for entry in bound:
             if self.zero & set(entry.plan_names) and (found := first_nonzero(entry.param, entry.mask)):
-                raise ValueError(not_zero("AdaptedPlan.check", entry.name, found))
+                yield not_zero(operation, entry.name, found)
 
     def summary(self) -> str:
         """The base plan's table, then what it comes to in the adapters; in at most 80 columns."""

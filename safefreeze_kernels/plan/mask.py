@@ -401,8 +401,7 @@ def _canonical(
     if rows.size:
         lines[rows] = 255 if bytewise else True
     if cols.size:
-        flags = np.zeros(n_cols, bool)
-        flags[cols] = True
+        flags = flags_of(cols, n_cols)
         lines |= pack_bits(flags) if bytewise else flags
     full = np.bitwise_and.reduce(lines, axis=1)
     rows = np.flatnonzero(full == 255 if bytewise else full)
@@ -417,6 +416,13 @@ def _canonical(
     if not lines.any():
         return rows, cols, None
     return rows, cols, bits if bytewise else pack_bits(lines)
+
+
+def flags_of(index: np.ndarray, size: int) -> np.ndarray:
+    """A new bool array of which those of an index are set."""
+    flags = np.zeros(size, bool)
+    flags[index] = True
+    return flags
 
 
 def pack_bits(flags: np.ndarray) -> np.ndarray:

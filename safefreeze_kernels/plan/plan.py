@@ -14,7 +14,7 @@ import numpy as np
 
 from .binding import Model, bind, named_tensors
 from .files import write_atomically
-from .mask import FreezeMask, pack_bits, unpack_bits
+from .mask import FreezeMask, flags_of, pack_bits, unpack_bits
 from .patterns import masks_of
 from .summary import summarize
 
@@ -246,19 +246,12 @@ def _listing(count: int, size: int) -> np.dtype[Any] | None:
 
 def _encode_index(index: np.ndarray, size: int) -> tuple[str, np.ndarray]:
     dtype = _listing(index.size, size)
-    return ("bits", _flagged(index, size)) if dtype is None else ("index", index.astype(dtype))
+    return ("bits", pack_bits(flags_of(index, size))) if dtype is None else ("index", index.astype(dtype))
 
 
 def _encode_bits(bits: np.ndarray, size: int) -> tuple[str, np.ndarray]:
     dtype = _listing(int(np.bitwise_count(bits).sum()), size)
     return ("bits", bits) if dtype is None else ("index", np.flatnonzero(unpack_bits(bits, (size,))).astype(dtype))
-
-
-def _flagged(index: np.ndarray, size: int) -> np.ndarray:
-    """Bits of which those of an index are set."""
-    flags = np.zeros(size, bool)
-    flags[index] = True
-    return pack_bits(flags)
 
 
 def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -271,7 +264,7 @@ def _decode_index(coding: str, stored: np.ndarray, size: int, key: str) -> np.nd
 
 def _decode_bits(coding: str, stored: np.ndarray, size: int, key: str) -> np.ndarray:
     if coding == "index":
-        return _flagged(_decode_index(coding, stored, size, key), size)
+        return pack_bits(flags_of(_decode_index(coding, stored, size, key), size))
     if coding != "bits" or stored.dtype != np.uint8 or stored.shape != ((size + 7) // 8,):
         raise PlanFileError(f"was altered: {key!r} holds {stored.dtype} of shape {stored.shape} coded as {coding!r}")
     return stored
