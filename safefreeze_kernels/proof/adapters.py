@@ -73,6 +73,8 @@ def compare_adapter(
             told = TensorChanges(name, mask.shape, stored.dtype, mask.frozen_count, mask.live_count)
             if whole is not None and whole.shape == stored.shape:
                 told = changes(Pair(name, stored, whole, mask), files, files)
+            elif whole is not None:
+                told.trouble = f"has shape {stored.shape} in the base, and {whole.shape} in the adapter"
             report.tensors.append(told)
             report.trouble += found.troubles(name, mask)
         known = weights.known | weights.stored["base"].keys() | weights.untied
@@ -105,7 +107,7 @@ class _Adapter:
 
     Attributes:
         parts: name in the base -> "A", "B", "embedding" (its A, once more), "magnitude" (of DoRA), "added" (to a bias),
-            "whole" (trained itself).
+            "whole" (trained itself, or of no known kind).
     """
 
     def __init__(
@@ -118,9 +120,11 @@ class _Adapter:
             name = key.removeprefix("base_model.model.")
             module, split, kind = name.partition(".lora_")
             factor = _FACTOR.fullmatch(kind) if split else None
-            of_bias = kind == "B.bias"
-            weight = bare_name(f"{module}.{'bias' if of_bias else 'weight'}" if split else name)
-            part = factor["factor"] if factor else "whole" if not split else "added" if of_bias else "magnitude"
+            part = factor["factor"] if factor else "added" if kind == "B.bias" else "whole"
+            if kind.startswith("magnitude_vector"):
+                part = "magnitude"
+            # what is of no known kind stays under its own name
+            weight = bare_name(name if part == "whole" else f"{module}.{'bias' if part == 'added' else 'weight'}")
             parts = self.parts.setdefault(home.get(weight, weight), {})
             parts[part] = stored
             if factor and factor["embedding"] and part == "A":
@@ -134,7 +138,10 @@ class _Adapter:
         if any(name.endswith(target) for target in self._config.get("target_parameters") or ()):
             yield f"{name!r} is adapted by target_parameters; merge the adapter, and compare what comes of it"
             return
+        if not parts.keys() & {"A", "B", "magnitude"}:
+            return
         if "A" not in parts or "B" not in parts:
+            yield f"{name!r} has {' and '.join(sorted(parts))} in the adapter, expected both factors, A and B"
             return
         try:
             masks = self._factors(parts, mask.matrix_shape).masks(mask)
@@ -152,9 +159,16 @@ class _Adapter:
             yield f"{bias!r} is trained, and moves output {left[0]} of {name!r}, which the plan freezes"
 
     def unknown(self, known: Collection[str]) -> Iterator[str]:
-        """What is adapted under a name that the base does not have, and might be a weight of the plan."""
+        """What the adapter holds under a name that the base does not have, and that might move a weight of the plan."""
         frozen = {mask.matrix_shape: name for name, mask in self._plan.items() if mask.frozen_count}
+        layers = tuple(f"{name.rpartition('.')[0]}." for name, mask in self._plan.items() if mask.frozen_count)
         for name in sorted(self.parts.keys() - known):
+            if name.startswith(layers):
+                yield (
+                    f"{name!r} is of a layer whose weight the plan freezes, and not of a kind known here; merge "
+                    "the adapter, and compare what comes of it"
+                )
+                continue
             parts = self.parts[name]
             shapes = [parts["whole"].shape] if "whole" in parts else []
             if "A" in parts and "B" in parts:

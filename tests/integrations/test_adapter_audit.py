@@ -138,6 +138,33 @@ def test_what_cannot_be_told_from_the_files(tmp_path: Path) -> None:
         assert told in " ".join(str(report).split())
 
 
+def test_what_an_adapter_holds_and_is_not_known_is_not_proven(tmp_path: Path) -> None:
+    folders = trained(tmp_path)
+    file = folders[1] / "adapter_model.safetensors"
+    held = load_file(file)
+    up, embed = "base_model.model.model.layers.0.mlp.up_proj", "base_model.model.model.embed_tokens"
+    for change, told in (
+        ({f"{up}.lora_A.weight": None}, f"{UP!r} has B in the adapter, expected both factors, A and B"),
+        ({f"{up}.lora_C.weight": torch.zeros(2)}, "'model.layers.0.mlp.up_proj.lora_C.weight' is of a layer whose"),
+        ({f"{embed}.token_adapter.trainable_tokens_delta": torch.ones(1, 16)}, "trainable_tokens_delta' is of a layer"),
+        ({"base_model.model.lm_head.weight": torch.zeros(22, 16)}, "has shape (20, 16) in the base, and (22, 16) in"),
+    ):
+        save_file({name: value for name, value in {**held, **change}.items() if value is not None}, file)
+        report = audit.compare_adapter(*folders, plan())
+        assert not report.ok
+        assert told in " ".join(str(report).split())
+    save_file(held, file)
+    assert audit.compare_adapter(*folders, plan()).ok
+
+
+def test_rows_trained_apart_are_not_proven(tmp_path: Path) -> None:
+    """Tokens of PEFT's ``trainable_token_indices`` replace rows of the embedding."""
+    freeze = sf.FreezePlan({EMBED: sf.FreezeMask((20, 16), rows=ROWS)})
+    folders = trained(tmp_path, freeze, target_modules=["up_proj"], trainable_token_indices={"embed_tokens": [2]})
+    report = audit.compare_adapter(*folders, freeze)
+    assert not report.ok and "not of a kind known here" in report.trouble[0]
+
+
 def test_a_tied_weight_is_asked_for(tmp_path: Path) -> None:
     """The base holds the embedding alone; what an adapter adds to the head goes into the same weight."""
     net = base(tie=True)
