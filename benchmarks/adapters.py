@@ -1,9 +1,9 @@
 """``python -m benchmarks.adapters``: what freezing under LoRA costs, adapters of rank 16 on all linear layers.
 
-SmolLM2-135M in float32, with 20 and 80% of each layer's outputs (rows of q, k, v, gate, up; columns of o, down) frozen:
-a step beside torch's fused AdamW on the same adapters, with nothing frozen; `merge_` beside PEFT's own merge, in turns.
-And seconds of `adapt` for a plan of Llama-2-7B's shapes. Results are checked before they are timed. Writes
-results/adapters-*.json.
+SmolLM2-135M in float32, and two layers of Llama-2-7B, with 20 and 80% of each layer's outputs frozen (rows of q, k, v,
+gate, up; columns of o, down): a step beside torch's fused AdamW on the same adapters, with nothing frozen; `merge_`
+beside PEFT's own merge, in turns. And seconds of `adapt` for a plan of Llama-2-7B's shapes. Results are checked before
+they are timed. Writes results/adapters-*.json.
 """
 
 from __future__ import annotations
@@ -63,15 +63,25 @@ def shapes_of(model: nn.Module) -> dict[str, Sequence[int]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def seconds_of_adapt(rounds: int) -> list[float]:
-    """`adapt` for the 224 linear layers of Llama-2-7B, 80% of their outputs frozen."""
+def llama(vocabulary: int, **shape: int) -> nn.Module:
+    """Of Llama-2-7B's shapes, but for some."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **(LLAMA_2_7B | shape)))
+
+
+def seconds_of_adapt(rounds: int) -> list[float]:
+    """`adapt` for the 224 linear layers of Llama-2-7B, 80% of their outputs frozen."""
     with torch.device("meta"):
-        bare = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **LLAMA_2_7B))
+        bare = llama(32000)
     plan = plan_of(shapes_of(bare), 0.8)
     model = adapted(bare)
     return [milliseconds(lambda: sf.adapt(plan, model)) / 1e3 for _ in range(rounds)]
+
+
+def two_layers() -> nn.Module:
+    """Of Llama-2-7B, with hardly any vocabulary: 405 million weights."""
+    return llama(100, num_hidden_layers=2)
 
 
 def measure(base: nn.Module, share: float, rounds: int) -> dict[str, Any]:
@@ -120,8 +130,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # PEFT's, of adapters on the meta device
     cases = {"Llama-2-7B": {"adapt, s": as_entry(seconds_of_adapt(5))}}
-    base = load_model(PACKAGED)[1]
-    cases |= {f"SmolLM2, {share:.0%} frozen": measure(base, share, given.rounds) for share in SHARES}
+    for word, make in {"SmolLM2": lambda: load_model(PACKAGED)[1], "2 layers of 7B": two_layers}.items():
+        base = make()
+        cases |= {f"{word}, {share:.0%} frozen": measure(base, share, given.rounds) for share in SHARES}
     for name, found in cases.items():
         for what, entry in found.items():
             print_entry(f"{name:24} {what:26}", entry)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.lora.layer import Linear, LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -66,14 +66,15 @@ def _carried(plan: FreezePlan, model: nn.Module, operation: str) -> _Carried:
         raise TypeError(f"{operation}: plan is a {type(plan).__name__}, expected a FreezePlan")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{operation}: model is a {type(model).__name__}, expected a torch.nn.Module with adapters")
-    _check_initialisation(model)
-    carried = _Carried(plan.base if isinstance(plan, AdaptedPlan) else plan, model)
+    modules = list(model.modules())
+    _check_initialisation(modules)
+    carried = _Carried(plan.base if isinstance(plan, AdaptedPlan) else plan, model, modules)
     if not carried.layers:
         raise ValueError(f"{operation}: the model has no adapters; give its plan to the optimizer as it is")
     for entry in carried.bound:
         if entry.mask.frozen_count:
             carried.carry(entry)
-    bind(carried.masks, named_tensors(model), operation=operation)  # factors may share memory with others
+    bind(carried.masks, carried.named, operation=operation)  # factors may share memory with others
     return carried
 
 
@@ -81,6 +82,7 @@ class _Carried:
     """A plan on its way to the adapters of a model.
 
     Attributes:
+        named: (name, tensor) pairs of the model.
         bound: what the plan names; a quantised weight is a stand-in on the meta device, of the shape it stands for.
         layers: name of a weight or bias -> the layers of adapters over it.
         masks: name of a parameter that trains -> what is frozen of it.
@@ -89,11 +91,11 @@ class _Carried:
         to_set: name -> a parameter that has to be set, which of it, and to what.
     """
 
-    def __init__(self, plan: FreezePlan, model: nn.Module) -> None:
-        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-        self._plan, pairs = plan, named_tensors(model)  # after modules(), which gives some layers other tensors
-        self._params = dict(pairs)
-        self._names = {id(param): name for name, param in reversed(pairs)}
+    def __init__(self, plan: FreezePlan, model: nn.Module, modules: Sequence[nn.Module]) -> None:
+        layers = [layer for layer in modules if isinstance(layer, BaseTunerLayer)]
+        self._plan, self.named = plan, named_tensors(model)  # after modules(), which gives some layers other tensors
+        self._params = dict(self.named)
+        self._names = {id(param): name for name, param in reversed(self.named)}
         self.layers: dict[str, list[BaseTunerLayer]] = {}
         self.masks: dict[str, FreezeMask] = {}
         self.zero: set[str] = set()
@@ -106,7 +108,7 @@ class _Carried:
                 self.layers.setdefault(self._names[id(param)], []).append(layer)
             if weight is not None and (shape := _shape(layer)) != tuple(weight.shape):
                 stand_ins[id(weight)] = torch.empty(shape, device="meta")
-        named = [(name, stand_ins.get(id(param), param)) for name, param in pairs]
+        named = [(name, stand_ins.get(id(param), param)) for name, param in self.named]
         self.bound = bind(plan, named, operation="adapt", require_grad=False)
 
     def carry(self, entry: BoundMask) -> None:
@@ -312,9 +314,9 @@ def _check_tokens(entry: BoundMask, layer: Any) -> None:
         )
 
 
-def _check_initialisation(model: nn.Module) -> None:
+def _check_initialisation(modules: Iterable[nn.Module]) -> None:
     """Raise ValueError if adapters were initialised by writing into the weights they adapt."""
-    found = (vars(module).get("peft_config") for module in model.modules())  # a wrapper, as DDP, has none
+    found = (vars(module).get("peft_config") for module in modules)  # a wrapper, as DDP, has none
     for adapter, config in (pair for configs in found if isinstance(configs, dict) for pair in configs.items()):
         how = getattr(config, "init_lora_weights", True)
         if how not in PLAIN_INITIALISATIONS:
@@ -360,7 +362,7 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     carried.plan_made()
     kept = [entry.param.detach()[entry.mask.rows] for entry in biases]
     for layer, mask in filled.values():
-        layer.get_delta_weight = functools.partial(_filled_delta, layer.get_delta_weight, mask)
+        layer.get_delta_weight = functools.partial(_filled_delta, layer, layer.get_delta_weight, mask)
     try:
         merged: nn.Module = cast(Any, model).merge_and_unload(**options)
     finally:
@@ -371,13 +373,32 @@ def merge_(model: nn.Module, plan: FreezePlan, **options: Any) -> nn.Module:
     return merged
 
 
-def _filled_delta(delta_weight: Callable[..., Tensor], mask: FreezeMask, *args: Any, **kwargs: Any) -> Tensor:
+def _filled_delta(layer: Any, delta_weight: Callable[..., Tensor], mask: FreezeMask, *args: Any) -> Tensor:
     """What an adapter adds to a weight, with -0.0 where that is frozen: the one number that changes no other by being
-    added, where 0.0 turns -0.0 into 0.0."""
-    delta = delta_weight(*args, **kwargs)
+    added, where 0.0 turns -0.0 into 0.0. ``args`` of PEFT's ``delta_weight``, of which the first names the adapter."""
+    lines = [index for index in (mask.frozen_rows, mask.frozen_cols) if index.size]
+    if type(layer) is Linear and args[0] not in layer.lora_variant and len(lines) == 1:
+        factors = _factors(layer, args[0])
+        if all(bool(factor.isfinite().all()) for factor in factors):
+            return _signed_delta(*factors, layer.scaling[args[0]], mask, transposed=_transposed(layer))
+    delta = delta_weight(*args)
     delta = delta if delta.ndim == 2 else delta.contiguous()
     matrix = delta.view(mask.matrix_shape)
     for dim, index in enumerate((mask.rows, mask.cols)):
         if len(index):
             matrix.index_fill_(dim, index.to(delta.device), -0.0)
     return delta
+
+
+def _signed_delta(a: Tensor, b: Tensor, scale: float, mask: FreezeMask, *, transposed: bool) -> Tensor:
+    """The same of finite factors of a linear layer, whose frozen rows or columns are zero: in the pass over it that
+    PEFT takes to scale it, frozen lines are multiplied by -1. Each sum has a term of 0.0 more, so that none is -0.0."""
+    a, b, dtype, device = a.detach(), b.detach(), a.dtype, a.device
+    if device.type == "cpu" and dtype != torch.float32:  # as PEFT does
+        a, b = a.float(), b.float()
+    left, right = (a.T, b.T) if transposed else (b, a)
+    left = torch.cat([left, left.new_ones(len(left), 1)], dim=1)
+    right = torch.cat([right, right.new_zeros(1, right.shape[1])])
+    axis, index = (0, mask.rows) if mask.frozen_rows.size else (1, mask.cols)
+    factors = left.new_full((mask.matrix_shape[axis],), scale).index_fill_(0, index.to(device), -1.0)
+    return (left @ right).mul_(factors if axis else factors[:, None]).to(dtype)

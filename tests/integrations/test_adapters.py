@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -375,6 +376,20 @@ def assert_merges(model: Any, plan: sf.FreezePlan, **options: Any) -> None:
     for name, mask in plan.items():
         live = ~mask.dense()
         assert not live.any() or (named[name] != base.get_parameter(name))[live].any(), f"{name} did not train"
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf])
+@pytest.mark.parametrize("lines", [{"rows": [1, 3]}, {"cols": [0, 5]}], ids=["rows", "columns"])
+def test_merging_leaves_frozen_bytes_whatever_the_factors_hold(lines: dict[str, list[int]], value: float) -> None:
+    """-1: every term of a frozen sum is -0.0, so that it may be; infinity: it would be NaN."""
+    plan, model = freeze(**lines), peft.get_peft_model(base_parts(), lora())
+    carried = sf.adapt(plan, model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.fill_(value)
+                p[carried[name].dense() if name in carried else slice(0)] = 0.0
+    assert_merges(model, plan)
 
 
 BOTH = freeze(rows=[1, 3], cols=[0, 7])
