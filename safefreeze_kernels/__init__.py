@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .measure.memory import memory_plan
     from .measure.step import profile_step
     from .optim.adam import MaskedAdam, MaskedAdamW
+    from .optim.backward import step_in_backward
     from .optim.guard import guard
     from .plan.mask import FreezeMask
     from .plan.plan import FreezePlan, PlanFileError
@@ -27,7 +28,7 @@ __all__ = [
     "FreezeMask", "FreezePlan", "FrozenDriftError", "MaskBuilder", "MaskedAdam", "MaskedAdamW", "PlanFileError",
     "RefusalKeeper", "RefusalWatch", "adapt", "attribution", "check", "clip_grad_norm_", "guard", "info",
     "integrations", "live_gradients", "memory_plan", "merge_", "profile_step", "score_units", "score_weights",
-    "snapshot", "zero_frozen_grads_",
+    "snapshot", "step_in_backward", "zero_frozen_grads_",
 ]  # fmt: skip
 
 # What is asked for is loaded: an audit needs no torch, and training no attribution.
@@ -39,6 +40,7 @@ _HOMES: Final = {
     "live_gradients": ".grads.live",
     **dict.fromkeys(("adapt", "merge_"), ".integrations.peft"),
     **dict.fromkeys(("MaskedAdam", "MaskedAdamW"), ".optim.adam"),
+    "step_in_backward": ".optim.backward",
     "guard": ".optim.guard",
     **dict.fromkeys(("MaskBuilder", "score_units", "score_weights"), ".attribution"),
     "RefusalKeeper": ".keeping.keeper",

@@ -102,6 +102,27 @@ def test_frozen_bytes_are_proven_in_every_window_and_the_base_throughout() -> No
         train(model, optimizer, 3)
 
 
+def test_steps_inside_the_backward_pass_are_looked_after_alike() -> None:
+    models, keepers = [refusing(), refusing()], []
+    for model in models:
+        optimizer = optimizer_of(model)
+        keepers.append(sf.RefusalKeeper(model, optimizer, SAFETY, every=2))
+        torch.manual_seed(0)
+        model.train()
+        for _ in range(5):
+            loss = model(input_ids=TASK, labels=TASK).loss
+            if model is models[0]:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                with sf.step_in_backward(model, optimizer):
+                    loss.backward()
+    assert len(keepers[0].log) == 2 and keepers[0].plan == keepers[1].plan
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_removed_it_looks_no_more() -> None:
     model = refusing()
     optimizer = optimizer_of(model)
