@@ -378,9 +378,9 @@ def _filled_delta(layer: Any, delta_weight: Callable[..., Tensor], mask: FreezeM
     added, where 0.0 turns -0.0 into 0.0. ``args`` of PEFT's ``delta_weight``, of which the first names the adapter."""
     lines = [index for index in (mask.frozen_rows, mask.frozen_cols) if index.size]
     if type(layer) is Linear and args[0] not in layer.lora_variant and len(lines) == 1:
-        factors = _factors(layer, args[0])
-        if all(bool(factor.isfinite().all()) for factor in factors):
-            return _signed_delta(*factors, layer.scaling[args[0]], mask, transposed=_transposed(layer))
+        a, b = (factor.detach() for factor in _factors(layer, args[0]))
+        if bool((a.sum() + b.sum()).isfinite()):
+            return _signed_delta(a, b, layer.scaling[args[0]], mask, transposed=_transposed(layer))
     delta = delta_weight(*args)
     delta = delta if delta.ndim == 2 else delta.contiguous()
     matrix = delta.view(mask.matrix_shape)
@@ -391,14 +391,12 @@ def _filled_delta(layer: Any, delta_weight: Callable[..., Tensor], mask: FreezeM
 
 
 def _signed_delta(a: Tensor, b: Tensor, scale: float, mask: FreezeMask, *, transposed: bool) -> Tensor:
-    """The same of finite factors of a linear layer, whose frozen rows or columns are zero: in the pass over it that
-    PEFT takes to scale it, frozen lines are multiplied by -1. Each sum has a term of 0.0 more, so that none is -0.0."""
-    a, b, dtype, device = a.detach(), b.detach(), a.dtype, a.device
-    if device.type == "cpu" and dtype != torch.float32:  # as PEFT does
+    """The same of finite factors of a linear layer, whose frozen rows or columns are zero: where PEFT scales what they
+    make, frozen lines are multiplied by -1. Zeros may have either sign until 0.0 is added."""
+    dtype = a.dtype
+    if a.device.type == "cpu" and dtype != torch.float32:  # as PEFT does
         a, b = a.float(), b.float()
-    left, right = (a.T, b.T) if transposed else (b, a)
-    left = torch.cat([left, left.new_ones(len(left), 1)], dim=1)
-    right = torch.cat([right, right.new_zeros(1, right.shape[1])])
     axis, index = (0, mask.rows) if mask.frozen_rows.size else (1, mask.cols)
-    factors = left.new_full((mask.matrix_shape[axis],), scale).index_fill_(0, index.to(device), -1.0)
-    return (left @ right).mul_(factors if axis else factors[:, None]).to(dtype)
+    factors = a.new_full((mask.matrix_shape[axis],), scale).index_fill_(0, index.to(a.device), -1.0)
+    product = a.T @ b.T if transposed else b @ a
+    return product.add_(0.0).mul_(factors if axis else factors[:, None]).to(dtype)

@@ -381,8 +381,8 @@ def assert_merges(model: Any, plan: sf.FreezePlan, **options: Any) -> None:
 @pytest.mark.parametrize("value", [-1.0, math.inf])
 @pytest.mark.parametrize("lines", [{"rows": [1, 3]}, {"cols": [0, 5]}], ids=["rows", "columns"])
 def test_merging_leaves_frozen_bytes_whatever_the_factors_hold(lines: dict[str, list[int]], value: float) -> None:
-    """-1: every term of a frozen sum is -0.0, so that it may be; infinity: it would be NaN."""
-    plan, model = freeze(**lines), peft.get_peft_model(base_parts(), lora())
+    """-1: the one term of a frozen sum is -0.0, so that it may be; infinity: it would be NaN."""
+    plan, model = freeze(**lines), peft.get_peft_model(base_parts(), lora(r=1))
     carried = sf.adapt(plan, model)
     with torch.no_grad():
         for name, p in model.named_parameters():
