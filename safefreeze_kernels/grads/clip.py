@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..kernels.backend import Backend, choose_backend
 from ..kernels.operands import STORAGE, NormKind
 from ..kernels.parts import WorkList, compile_frozen, compile_live
+from ..model.flat import in_engine
 from ..model.sharding import local, local_mask, reduce_groups
 from ..plan.binding import Model, bind, named_tensors
 from ..plan.mask import FreezeMask
@@ -142,12 +143,26 @@ def _bind(model: Model, plan: FreezePlan | None, operation: str) -> tuple[_Bindi
     remembered: list[_Binding] = _bindings.setdefault(owner, []) if owner is not None else []  # type: ignore[no-untyped-call]
     for known in remembered:
         if known.plan_fingerprint == plan.fingerprint and (params := known.params(named)) is not None:
+            _refuse_engine(known.names[:1], params[:1], operation)
             return known, params
-    binding = _Binding(model, named_tensors(model) if named is None else named, plan, operation)
-    params = binding.params(named)
+    named = named_tensors(model) if named is None else named
+    _refuse_engine([name for name, _ in named], [p for _, p in named], operation)
+    binding = _Binding(model, named, plan, operation)
+    params = binding.params(None if isinstance(model, torch.nn.Module) else named)
     assert params is not None
     remembered[:] = [binding, *remembered[: _REMEMBERED - 1]]
     return binding, params
+
+
+def _refuse_engine(names: Sequence[str], params: Sequence[Tensor], operation: str) -> None:
+    """Raise ValueError if an engine takes gradients away: nothing would be zeroed or clipped, in silence."""
+    name = next((name for name, p in zip(names, params, strict=True) if in_engine(p)), None)
+    if name is not None:
+        raise ValueError(
+            f"{operation}: DeepSpeed ZeRO takes away the gradient of {name!r} as soon as it is there; MaskedAdamW "
+            "zeroes what is frozen before that, so that the engine's own norm is the live one: set gradient_clipping "
+            "in its config, and ask engine.get_global_grad_norm()"
+        )
 
 
 def _places(params: list[Tensor]) -> list[Any]:

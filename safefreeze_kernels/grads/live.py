@@ -70,7 +70,7 @@ class LiveGradients:
             raise ValueError(f"{operation}: most_live is {most_live}, expected a share from 0 to 1")
         if storage not in get_args(Storage):
             raise ValueError(f"{operation}: storage is {storage!r}, expected 'dense' or 'packed'")
-        bound = bind(plan, named_tensors(model), operation=operation)
+        bound = bind(plan, named_tensors(model), operation=operation, absent=True)
         taken = forwards()
         for entry in bound:
             if storage == "packed" and is_sharded(entry.param):

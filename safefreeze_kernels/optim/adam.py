@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -12,19 +13,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..grads.flat import ZeroedEarly
 from ..grads.live import check_live_gradients, forwards, refuse_packed_gradients
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
+from ..model.flat import Partition
 from ..model.packed import refuse_step
 from ..model.sharding import PlanAgreement, is_sharded
-from ..plan.binding import bare_name
+from ..plan.binding import bare_name, whole_shape
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 from .checks import (
+    Exchanged,
     GivenNames,
     Member,
     Settings,
-    abandoned,
     all_names,
     all_params,
     check_defaults,
@@ -34,9 +37,11 @@ from .checks import (
     of_an_earlier_version,
 )
 from .compiled import Handle, traced_step, untraced_step
+from .engine import TOO_EARLY, Launches, look_at
+from .flat import FlatState, flat_note, full_size
+from .flat import converted as converted_flat
 from .launch import (
     LaunchPlan,
-    LaunchPlans,
     PendingFactor,
     all_count_on_device,
     kernel_dtypes,
@@ -50,6 +55,7 @@ from .state import (
     PACKED,
     REMAINDER,
     close_gaps,
+    converted,
     dense_states,
     loading,
     master_weight,
@@ -136,16 +142,19 @@ class MaskedAdam(Optimizer):
         # A plan that does not fit, or a backend that does not run, is an error now and not at the first step.
         self._masks = {member.name: member.mask for member in self._members(require_grad=True)}
         self._note_plan(anew=True)
+        if "deepspeed" in sys.modules:
+            self._zeroed = ZeroedEarly(self._names.given(), self._masks, what)
         trained = [p for p in all_params(self.param_groups) if p.requires_grad] or all_params(self.param_groups)
         for device in {p.device for p in trained} - {torch.device("meta")} or {torch.device("cpu")}:
             choose_backend(backend, device, what, kernel_dtypes(p for p in trained if p.device == device))
 
     def _start(self) -> None:
         """What no copy inherits: it is found out again at the next step."""
-        self._launch = LaunchPlans()
+        self._launches = Launches()
+        self._zeroed: ZeroedEarly | None = None
         self._pending = PendingFactor()  # what clipping left for the next step to do
         self._agreement: PlanAgreement | None = None
-        self._warned = False
+        self._exchanged = Exchanged(type(self).__name__)
         self._handle = Handle(self._launch_plans, self._update)
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -162,8 +171,8 @@ class MaskedAdam(Optimizer):
         if torch.compiler.is_compiling():
             if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
                 return untraced_step(_observed_step, self, closure)
-            if self._launch.traceable:
-                return traced_step(self._launch.plans, self._handle.number, closure)
+            if self._launches.now.traceable:
+                return traced_step(self._launches.now.plans, self._handle.number, closure)
             return untraced_step(MaskedAdam._step, self, closure)
         # torch's wrapper opens a named range for profilers and calls hooks: 0.1 ms when caches are cold
         if (
@@ -199,14 +208,15 @@ class MaskedAdam(Optimizer):
         """
         _check_capture(self)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        valid = given is not None or self._launch.valid(self.param_groups, self.state)
+        self._launches.look(self.param_groups)
+        valid = given is not None or self._valid()
         if found_inf is not None and self._host_skips(found_inf, valid):
             self._pending.drop()
             return
         if self._agreement is not None and not self._agreement.agreed:
             self._agreement.check(type(self).__name__)
         first = not self.state
-        plans = self._launch_plans(valid) if given is None else self._launch.plans
+        plans = self._launch_plans(valid) if given is None else self._launches.now.plans
         if first and plans and only_makes_state(self.param_groups):
             return
         prepared = [
@@ -217,11 +227,13 @@ class MaskedAdam(Optimizer):
             plan.may_have_lost_a_parameter(ready.grads) for plan, ready in zip(plans, prepared, strict=True)
         ):
             del plans, prepared, found
-            self._launch.forget()  # then nothing of this optimizer but groups and state refers to parameters
+            for launch in self._launches:
+                launch.forget()  # then nothing of this optimizer but groups and state refers to parameters
             self._update()
             return
         if not any(grads.plain or any(g is not None for g in grads) for grads in found):
-            self._trains_nothing()
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self._exchanged.nothing_trains(refuse=bool(self._plan and not self.state and distributed))
         factor = multiplier(grad_scale, self._pending.now(self.param_groups, type(self).__name__, found))
         for plan, ready in zip(plans, prepared, strict=True):
             plan.run(ready, factor, found_inf)
@@ -230,70 +242,57 @@ class MaskedAdam(Optimizer):
     def _host_skips(self, found_inf: Tensor, valid: bool) -> bool:
         """Whether nothing is done in this step; False also where only kernels look at ``found_inf``. ``valid``: launch
         plans are."""
-        on_device = self._launch.on_device if valid else all_count_on_device(self.param_groups)
+        on_device = self._launches.now.on_device if valid else all_count_on_device(self.param_groups)
         return not on_device and found_inf.item() != 0
+
+    def _valid(self) -> bool:
+        return self._launches.now.valid(self.param_groups, self._launches.of(self.state, self.param_groups))
 
     def _launch_plans(self, valid: bool | None = None) -> list[LaunchPlan]:
         """Launch plans for the present parameters, state and gradients; made anew only if one of them was replaced. If
         masks alone changed, they get new work lists. ``valid``: whether those that are there are, if that is known."""
         if valid is None:
-            valid = self._launch.valid(self.param_groups, self.state)
-        if not valid or self._launch.stale:
+            valid = self._valid()
+        if not valid or self._launches.now.stale:
             self._pending.now(self.param_groups, type(self).__name__)  # an error now, and not once state was made
             if not valid:
-                self._look_for_abandoned()
+                self._exchanged.look(self.param_groups, self.state, self._masks)
             self._make_launch_plans(valid)
-            for plan in self._launch.plans:
+            for plan in self._launches.now.plans:
                 plan.note_references()
-        return self._launch.plans
+        return self._launches.now.plans
 
     def _make_launch_plans(self, valid: bool) -> None:
-        members = self._launch.members(self._masks) if valid else self._members()
-        live, what = forwards(), type(self).__name__
-        for member in members:
-            check_live_gradients(member.param, member.mask, member.name, what, live)
+        members, what = self._launches.now.members(self._masks) if valid else self._members(), type(self).__name__
+        flat = self._partitions()
+        if flat and not valid:
+            if (told := look_at(flat, members, self.param_groups, self.state, what)) is not None:
+                self._ages, self._whole, members = told.ages, told.whole, self._members()
+            if self._plan and self._zeroed is None:
+                raise RuntimeError(f"{what}: {TOO_EARLY}")
+        live = forwards()
+        for param, mask, name in self._names.whole(members):
+            check_live_gradients(param, mask, name, what, live)
         if self._whole:
             refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
         if valid:
-            self._launch.relist(members, self._ages)
+            self._launches.now.relist(members, self._ages)
             return
-        plans = make_launch_plans(self.param_groups, members, self._ages, self.state, self._settings)
-        self._launch.keep(
-            plans, self.param_groups, self.state, sharded=any(is_sharded(member.param) for member in members)
-        )
+        state = self._state(flat, members)
+        plans = make_launch_plans(self.param_groups, members, self._ages, state, self._settings)
+        if isinstance(state, FlatState):
+            state.store()
+            self._launches.are_of_partitions(self.param_groups)
+        sharded = bool(flat) or any(is_sharded(member.param) for member in members)
+        present = self._launches.of(self.state, self.param_groups)
+        self._launches.now.keep(plans, self.param_groups, present, sharded=sharded)
 
-    def _trains_nothing(self) -> None:
-        """No parameter has a gradient: parameters may have been exchanged for others. Said once."""
-        what = f"{type(self).__name__}: no parameter has a gradient at this step"
-        remedy = (
-            "if the model's parameters were replaced after the optimizer was built (load_state_dict(assign=True), "
-            "resizing, sharding, wrapping), the optimizer has the old ones: build it afterwards"
-        )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not self._warned and self._plan and not self.state and distributed:
-            raise RuntimeError(f"{what}; {remedy}")
-        self._warn(f"{what}, and nothing trains; {remedy}")
+    def _partitions(self) -> list[Partition]:
+        return self._names.partitions(self.param_groups, type(self).__name__)
 
-    def _look_for_abandoned(self) -> None:
-        """Raise ValueError if a model took another for a parameter that the plan freezes; warn of any other, once."""
-        lost = abandoned(self.param_groups, self.state)
-        if not lost:
-            return
-        planned = [name for name in lost if name in self._masks and self._masks[name].frozen_count]
-        what = (
-            f"{type(self).__name__}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
-            f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
-            "place, as after load_state_dict(assign=True), resizing, weight_norm, sharding or wrapping; build the "
-            "optimizer afterwards, or give it the new parameter in param_groups and state"
-        )
-        if planned:
-            raise ValueError(what)
-        self._warn(what)
-
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+    def _state(self, flat: list[Partition], members: list[Member]) -> Mapping[Tensor, dict[str, Any]]:
+        """State by `Member.param`."""
+        return FlatState(flat, members, self.state, self._settings) if flat else self.state
 
     def multiply_gradients_(self, factor: Tensor, gradients: list[Tensor | None] | None = None) -> None:
         """Have the next step multiply all gradients by ``factor``, a one-element float32 tensor that the device reads
@@ -395,18 +394,24 @@ class MaskedAdam(Optimizer):
         members, counts_on = self._members(plan, whole=keep_state, require_grad=True), thawed == "kept"
         if keep_state:
             refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
-        changes = changes_of(members, self.state, self._masks, what, was_whole=self._whole)
-        ages = ages_after(self._ages, changes, self.state, counts_on=counts_on)
-        apply_changes(self.state, changes, self._settings, counts_on=counts_on)
+        state = self._state(self._partitions(), self._members())
+        changes = changes_of(members, state, self._masks, what, was_whole=self._whole)
+        ages = ages_after(self._ages, changes, state, counts_on=counts_on)
+        apply_changes(state, changes, self._settings, counts_on=counts_on)
+        if isinstance(state, FlatState):
+            state.store(members)
         self._ages = ages
         if plan != (self._plan or FreezePlan()):
             self._pending.invalid = "the plan changed"
-        if self._whole and keep_state:
-            self._launch.stale = True  # nothing moved
-        else:
-            self._launch.forget()
+        for launch in self._launches:
+            if self._whole and keep_state:
+                launch.stale = True  # nothing moved
+            else:
+                launch.forget()
         self._plan, self._whole = plan, keep_state
         self._masks = {member.name: member.mask for member in members}
+        if self._zeroed is not None:
+            self._zeroed.freeze(self._masks)
         self._note_plan(anew=True)
 
     def _note_plan(self, *, anew: bool = False) -> None:
@@ -416,8 +421,8 @@ class MaskedAdam(Optimizer):
             if self._plan or self._ages:
                 group[FREEZE] = IN_FORCE
         if self._agreement is None:
-            named = zip(all_names(self.param_groups), all_params(self.param_groups), strict=True)
-            self._agreement = PlanAgreement((bare_name(name), p.shape) for name, p in named)
+            named = self._names.given() or zip(all_names(self.param_groups), all_params(self.param_groups), strict=True)
+            self._agreement = PlanAgreement((bare_name(name), whole_shape(p)) for name, p in named)
         self._agreement.note(self._plan or FreezePlan(), anew=anew)
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -428,12 +433,14 @@ class MaskedAdam(Optimizer):
 
         With nothing frozen it is exactly a `torch.optim.AdamW` state dict. See also `dense_state_dict`.
         """
-        state_dict, members = super().state_dict(), self._members()
+        state_dict, members, flat = super().state_dict(), self._members(), self._partitions()
         dense = self._settings.dense_checkpoints or any(is_sharded(member.param) for member in members)
         if dense:
-            state_dict["state"] = dense_states(state_dict["state"], members)
+            whole = functools.partial(full_size, flat) if flat else dense_states
+            state_dict["state"] = whole(state_dict["state"], members)
+        noted = flat_note(flat, members, self._ages) if flat else ""
         for group in state_dict["param_groups"] if self._plan or self._ages else ():
-            group[FREEZE] = plan_note([members[i] for i in group["params"]], self._ages, packed=not dense)
+            group[FREEZE] = noted or plan_note([members[i] for i in group["params"]], self._ages, packed=not dense)
         return state_dict
 
     def dense_state_dict(self) -> dict[str, Any]:
@@ -445,7 +452,8 @@ class MaskedAdam(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             group.pop(FREEZE, None)
-        state_dict["state"] = dense_states(state_dict["state"], self._members(), live_alone=True)
+        whole = functools.partial(full_size, flat) if (flat := self._partitions()) else dense_states
+        state_dict["state"] = whole(state_dict["state"], self._members(), live_alone=True)
         for entry in state_dict["state"].values():
             entry.pop(REMAINDER, None)
         return state_dict
@@ -466,10 +474,13 @@ class MaskedAdam(Optimizer):
         Raises:
             ValueError: other groups or shapes, or state packed under another plan. Nothing was changed then.
         """
-        with loading(self, self._members(), self._settings) as loaded:
+        flat = self._partitions()
+        how = functools.partial(converted_flat, flat) if flat else converted
+        with loading(self, self._members(), self._settings, how) as loaded:
             super().load_state_dict(state_dict)
         self._ages, self._whole = loaded.ages, loaded.whole
-        self._launch.forget()
+        for launch in self._launches:
+            launch.forget()
         self._pending.invalid = "state was loaded"
         self._note_plan()
 

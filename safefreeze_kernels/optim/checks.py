@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ..grads.checks import overlaps_itself
 from ..kernels.operands import STORAGE, WIDE
+from ..model.flat import Partition, Piece, partitions
 from ..model.sharding import held, local, shard_number
-from ..plan.binding import bare_name, bind
+from ..plan.binding import bare_name, bind, whole_shape
 from ..plan.mask import FreezeMask
 from ..plan.plan import FreezePlan
 
@@ -133,22 +135,56 @@ def checked_plan(plan: Any, what: str) -> FreezePlan:
     return plan
 
 
-def abandoned(groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> list[str]:
-    """Names of parameters that a model seems to have taken others for: they train, have no gradient, and only an
-    optimizer, in its ``groups`` and its ``state``, refers to them."""
-    counts = [sys.getrefcount(p) for group in groups for p in group["params"]]
-    (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
-    return [
-        name
-        for p, name, count in zip(all_params(groups), all_names(groups), counts, strict=False)
-        if count <= alone + (p in state) and p.requires_grad and p.grad is None
-    ]
+class Exchanged:
+    """Parameters that a model has taken others for: looked for, and told of once. ``what``: the optimizer's name."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._warned = what, False
+
+    def nothing_trains(self, *, refuse: bool) -> None:
+        """No parameter has a gradient. RuntimeError, if ``refuse`` and it is the first time."""
+        text = f"{self._what}: no parameter has a gradient at this step"
+        remedy = (
+            "if the model's parameters were replaced after the optimizer was built (load_state_dict(assign=True), "
+            "resizing, sharding, wrapping), the optimizer has the old ones: build it afterwards"
+        )
+        if refuse and not self._warned:
+            raise RuntimeError(f"{text}; {remedy}")
+        self._warn(f"{text}, and nothing trains; {remedy}")
+
+    def look(self, groups: list[dict[str, Any]], state: Mapping[Tensor, Any], masks: Mapping[str, FreezeMask]) -> None:
+        """Look for parameters that train, have no gradient, and to which only an optimizer, in its ``groups`` and its
+        ``state``, refers. ValueError if one of ``masks``, by name, freezes something of one."""
+        counts = [sys.getrefcount(p) for group in groups for p in group["params"]]
+        (alone,) = [sys.getrefcount(p) for p in [torch.empty(0)]]
+        lost = [
+            name
+            for p, name, count in zip(all_params(groups), all_names(groups), counts, strict=False)
+            if count <= alone + (p in state) and p.requires_grad and p.grad is None
+        ]
+        if not lost:
+            return
+        planned = [name for name in lost if name in masks and masks[name].frozen_count]
+        text = (
+            f"{self._what}: {(planned or lost)[0]!r} has no gradient, and nothing but this optimizer refers "
+            f"to it{f' (and {len(lost) - 1} more)' if len(lost) > 1 else ''}: the model has another parameter in its "
+            "place, as after load_state_dict(assign=True), resizing, weight_norm, sharding or wrapping; build the "
+            "optimizer afterwards, or give it the new parameter in param_groups and state"
+        )
+        if planned:
+            raise ValueError(text)
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 # -------------------------------------------------------------------------------------------- names and masks
 
 
-def all_params(groups: list[dict[str, Any]]) -> list[Tensor]:
+def all_params(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
@@ -164,15 +200,16 @@ def all_names(groups: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A parameter in an optimizer's groups.
+    """A parameter in an optimizer's groups, or a piece of one in a flat partition.
 
     Attributes:
-        param: as the groups have it, sharded or not.
+        param: as the groups have it, sharded or not; of a piece, the piece.
         name: see `all_names`.
-        mask: what is frozen of the whole parameter.
+        mask: what is frozen of the whole parameter; of a piece, of its matrix.
         group: index of its group.
         number: tells it, and this rank's shard of it, apart in the noise of stochastic rounding.
         whole: whether its state is of its own shape, with what is frozen in it.
+        piece, flat: where it is in which flat tensor; None: it is no piece.
     """
 
     param: Tensor
@@ -181,6 +218,17 @@ class Member:
     group: int
     number: int
     whole: bool = False
+    piece: Piece | None = None
+    flat: Tensor | None = None
+
+    @property
+    def owner(self) -> Tensor:
+        """What the groups have, with a gradient."""
+        return self.param if self.flat is None else self.flat
+
+    def fitted(self, mask: FreezeMask) -> FreezeMask:
+        """A mask of the whole parameter, of the matrix if this is a piece of it."""
+        return mask if self.piece is None else mask.matrix()
 
     @property
     def packing(self) -> FreezeMask:
@@ -199,8 +247,8 @@ class Member:
 
     @cached_property
     def shard_index(self) -> list[np.ndarray] | None:
-        """Per dimension, which indices of the parameter the shard has; None: all."""
-        return held(self.param)
+        """Per dimension, which indices of the parameter (of its matrix) the shard has; None: all."""
+        return held(self.param) if self.piece is None else self.piece.held
 
     @property
     def shard_mask(self) -> FreezeMask:
@@ -212,20 +260,58 @@ class GivenNames:
 
     Attributes:
         aliases: every further name of a tied tensor -> its name in the groups.
+        flat: id of a flat tensor that was found in the parameters' place -> what lies in it.
     """
 
     def __init__(self) -> None:
         self.aliases: dict[str, str] = {}
+        self.flat: dict[int, Partition] = {}
         self._given: dict[int, tuple[ref[Tensor], str]] = {}  # id of a parameter -> itself, and its name
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"aliases": self.aliases, "_given": {}}  # a copy has parameters of its own: `note` them
+        return {"aliases": self.aliases, "flat": {}, "_given": {}}  # a copy has parameters of its own: `note` them
 
     def note(self, groups: Iterable[dict[str, Any]]) -> None:
         """Remember which name each parameter of ``groups`` has."""
         for group in groups:
-            for name, p in zip(group.get("param_names", ()), group["params"], strict=False):
+            names = group.get("param_names", ())
+            for name, p in zip(names, group["params"], strict=False) if len(names) == len(group["params"]) else ():
                 self._given[id(p)] = ref(p), name
+
+    def given(self) -> list[tuple[str, Tensor]]:
+        """The parameters that were given by name and are still there, wherever an engine keeps their values."""
+        return [(name, p) for known, name in self._given.values() if (p := known()) is not None]
+
+    def partitions(self, groups: Sequence[dict[str, Any]], what: str) -> list[Partition]:
+        """The flat partitions in ``groups`` or, if these are empty, all; none: they have the parameters themselves."""
+        params = all_params(groups)
+        if not self._given or (params and all(id(p) in self._given for p in params)):
+            return []
+        if not params or not all(id(p) in self.flat for p in params):
+            named = self.given()
+            found = partitions(dict(named), groups, what)
+            if not found:
+                return []
+            if len(dict(named)) < len(named):
+                raise ValueError(f"{what}: two parameters have one name, expected a name for each")
+            self.flat = {id(it.tensor): it for it in found} | self.flat
+            lost = next((p for p in params if id(p) not in self.flat), None)
+            if lost is not None:
+                raise ValueError(
+                    f"{what}: a parameter of shape {tuple(lost.shape)} was put into a group, and is no partition that "
+                    "DeepSpeed knows; take it out"
+                )
+            params = params or [it.tensor for it in found]
+        return [self.flat[id(p)] for p in params]
+
+    def whole(self, members: Sequence[Member]) -> list[tuple[Tensor, FreezeMask, str]]:
+        """The parameters that ``members`` are, or are pieces of, each once, with mask and name."""
+        given = dict(self.given()) if any(member.piece is not None for member in members) else {}
+        found = {member.name: member for member in members}
+        return [
+            (member.param if member.piece is None else given[member.name], member.mask, member.name)
+            for member in (found.values() if given else members)
+        ]
 
     def members(
         self, groups: list[dict[str, Any]], plan: FreezePlan | None, what: str, *, whole: bool = False,
@@ -239,21 +325,49 @@ class GivenNames:
         Raises:
             ValueError: the plan does not fit (contract 6).
         """
+        if found := self.partitions(groups, what):
+            masks = self._masks(plan, self.given(), what, require_grad)
+            return list(self._pieces(found, groups, masks, whole))
         params, names = all_params(groups), all_names(groups)
-        masks: dict[int, FreezeMask] = {}
         if plan:
             self._check(groups, what)
-            named = list(zip(names, params, strict=True))
-            by_name = dict(named)
-            named += [(alias, by_name[name]) for alias, name in self.aliases.items() if name in by_name]
-            masks = {id(it.param): it.mask for it in bind(plan, named, operation=what, require_grad=require_grad)}
+        masks = self._masks(plan, list(zip(names, params, strict=True)) if plan else [], what, require_grad)
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         return [
             Member(
-                p, name, masks.get(id(p)) or FreezeMask(p.shape), group, place + len(params) * shard_number(p), whole
+                p,
+                name,
+                masks.get(id(p)) or FreezeMask(whole_shape(p)),
+                group,
+                place + len(params) * shard_number(p),
+                whole,
             )
             for place, (p, name, group) in enumerate(zip(params, names, group_of, strict=True))
         ]
+
+    def _masks(
+        self, plan: FreezePlan | None, named: list[tuple[str, Tensor]], what: str, require_grad: bool
+    ) -> dict[int, FreezeMask]:
+        """The mask of each parameter among ``named`` that the plan freezes something of, by the parameter's id."""
+        by_name = dict(named)
+        named = named + [(alias, by_name[name]) for alias, name in self.aliases.items() if name in by_name]
+        bound = bind(plan or {}, named, operation=what, require_grad=require_grad, absent=True) if plan else []
+        return {id(it.param): it.mask for it in bound}
+
+    def _pieces(
+        self, found: Sequence[Partition], groups: Sequence[dict[str, Any]], masks: Mapping[int, FreezeMask], whole: bool
+    ) -> Iterator[Member]:
+        group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+        named = self.given()
+        place_of = {name: place for place, (name, _) in enumerate(named)}
+        mask_of = {name: (masks.get(id(p)) or FreezeMask(whole_shape(p))).matrix() for name, p in named}
+        for partition in found:
+            flat, before, nth = partition.tensor, "", 0
+            for piece, view in zip(partition.pieces, partition.views, strict=True):
+                nth, before = (nth + 1 if piece.name == before else 0), piece.name
+                number = 4 * place_of[piece.name] + nth  # a stretch has three pieces at most
+                group = group_of.get(id(flat), partition.group)
+                yield Member(view, piece.name, mask_of[piece.name], group, number, whole, piece, flat)
 
     def _check(self, groups: list[dict[str, Any]], what: str) -> None:
         """Raise ValueError where names are missing, or no longer tell of the parameters beside them."""
@@ -269,8 +383,9 @@ class GivenNames:
                 raise ValueError(
                     f"{what}: param_groups[{index}] has {len(params)} parameters and {len(names)} names: parameters "
                     "were taken out or replaced after the optimizer was built; change 'param_names' with them, or "
-                    "build it anew. (DeepSpeed ZeRO replaces them by flat partitions, in which rows and columns cannot "
-                    "be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP)"
+                    "build it anew. (Where DeepSpeed put flat tensors in their place and does not say what lies where, "
+                    "as with fp16 or bf16 and no ZeRO, set zero_optimization.stage to 1, 2 or 3, or train with "
+                    "torch.distributed.fsdp.fully_shard (FSDP2) or DDP)"
                 )
             for name, p in zip(names, params, strict=True):
                 known, given = self._given.get(id(p), (None, name))

@@ -18,6 +18,7 @@ from ..grads.clip import zero_listed_grads_
 from ..grads.reader import GradientReader, writes
 from ..kernels.backend import Backend, choose_backend
 from ..kernels.parts import compile_frozen
+from ..model.flat import in_engine
 from ..model.sharding import held, local, local_gradient, local_mask
 from ..plan.binding import Model, bind, computed_from, named_tensors
 from ..plan.plan import FreezePlan
@@ -36,6 +37,7 @@ class _FrozenWeights:
         bound = bind(plan, named_tensors(model), operation="guard")
         known = _params_of(optimizer)
         for entry in bound:
+            _refuse_engine(entry.name, entry.param)
             check_parameter(entry.param, "guard", entry.name)
             if id(entry.param) not in known:
                 raise ValueError(f"guard: {entry.name!r} is in the plan and the model but not in the optimizer")
@@ -58,6 +60,8 @@ class _FrozenWeights:
             remedy = computed_from(lost, named) or "; guard it under its new name"
             raise ValueError(f"guard: {lost!r} is no longer a parameter of the model{remedy}")
         params = [named[name] for name in self._names]
+        for name, p in zip(self._names, params, strict=True):
+            _refuse_engine(name, p)
         looks = list(map(_look, params))
         if looks != self._looks:
             for name, p, now, before in zip(self._names, params, looks, self._looks, strict=True):
@@ -122,6 +126,14 @@ class _FrozenWeights:
                 f"guard: the plan's parameters are on {len(devices)} devices, expected one; guard each part"
             )
         return choose_backend(self._backend_name, devices.pop(), "guard", {shard.dtype for shard in shards})
+
+
+def _refuse_engine(name: str, param: Tensor) -> None:
+    if in_engine(param):
+        raise ValueError(
+            f"guard: DeepSpeed ZeRO steps {name!r} in flat partitions, and would overwrite what is put back; "
+            "use MaskedAdamW or MaskedAdam"
+        )
 
 
 class Guard:

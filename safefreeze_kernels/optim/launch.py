@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..grads.flat import FlatReader
 from ..grads.live import generation
 from ..grads.reader import GradientReader, Gradients, Whereabouts, trace, whereabouts
 from ..kernels.ages import Ages
@@ -25,6 +26,7 @@ from ..kernels.operands import SCALARS, SCALARS_DOUBLE, AdamWOperands, adamw_sca
 from ..kernels.parts import WorkList, compile_live, distinct
 from ..plan.mask import FreezeMask
 from .checks import Member, Settings, check_trained, hyper_parameters
+from .flat import FlatState
 from .state import MOMENTS, REMAINDER, make_state
 
 _SCALAR_ROW: Final = struct.Struct("=10fI")
@@ -65,8 +67,8 @@ class LaunchPlan:
     on_device = False  # whether step counts and scalars live on the parameters' device
 
     def __init__(
-        self, kind: Kind, settings: Settings, backend: Backend, reader: GradientReader, members: Sequence[Member],
-        ages: Mapping[str, Ages], state: Mapping[Tensor, dict[str, Any]],
+        self, kind: Kind, settings: Settings, backend: Backend, reader: GradientReader | FlatReader,
+        members: Sequence[Member], ages: Mapping[str, Ages], state: Mapping[Tensor, dict[str, Any]],
     ) -> None:  # fmt: skip
         self._operation, self._backend, self._reader = settings.optimizer, backend, reader
         self._flags: dict[str, Any] = {
@@ -261,7 +263,7 @@ def make_launch_plans(
     state: Mapping[Tensor, dict[str, Any]], settings: Settings,
 ) -> list[LaunchPlan]:  # fmt: skip
     """A launch plan per `Kind` among the parameters that have a gradient or state. State that is missing is made, once
-    everything was found in order.
+    everything was found in order. ``state``: of `Member.param`.
 
     Raises:
         TypeError, ValueError, RuntimeError: a parameter or a gradient is none that kernels take; no backend runs here.
@@ -269,7 +271,7 @@ def make_launch_plans(
     kinds: dict[Kind, list[Member]] = {}
     for member in members:
         p = member.param
-        if p.grad is not None or state.get(p):
+        if member.owner.grad is not None or state.get(p):
             check_trained(p, settings, member.name)
             double = p.dtype in (torch.float64, torch.complex128)
             group, device = groups[member.group], member.shard.device
@@ -278,10 +280,12 @@ def make_launch_plans(
     ready = [(kind, alike, *_checked(kind, alike, groups, settings)) for kind, alike in kinds.items()]
     for kind, alike, *_ in ready:
         for member in alike:
-            entries = state[member.param]
-            if not entries:
+            if not state[member.param]:
                 ages.pop(member.name, None)  # without state everything is equally young
-            make_state(entries, member, settings, amsgrad=kind.amsgrad)
+        if isinstance(state, FlatState):
+            state.allocate(amsgrad=kind.amsgrad)
+        for member in alike:
+            make_state(state[member.param], member, settings, amsgrad=kind.amsgrad)
     return [
         (DevicePlan if kind.on_device else LaunchPlan)(kind, settings, backend, reader, alike, ages, state)
         for kind, alike, backend, reader in ready
@@ -290,7 +294,7 @@ def make_launch_plans(
 
 def _checked(
     kind: Kind, members: Sequence[Member], groups: list[dict[str, Any]], settings: Settings
-) -> tuple[Backend, GradientReader]:
+) -> tuple[Backend, GradientReader | FlatReader]:
     """The backend of a launch plan, and what reads its gradients, which were read once."""
     if kind.device.type == "meta" and any(groups[member.group]["fused"] for member in members):
         raise RuntimeError(  # torch's words, in torch's error: callers match them
@@ -298,8 +302,15 @@ def _checked(
             f"{members[0].name!r} is on the meta device and holds no values; materialise the model first"
         )
     params = [member.param for member in members]
-    reader = GradientReader(params, [member.name for member in members], same_dtype=True)
-    reader.check_packings([member.mask for member in members], settings.optimizer, exactly=True)
+    reader: GradientReader | FlatReader
+    if all(member.piece is None for member in members):
+        reader = GradientReader(params, [member.name for member in members], same_dtype=True)
+        reader.check_packings([member.mask for member in members], settings.optimizer, exactly=True)
+    else:
+        flats = {id(member.owner): member.owner for member in members}
+        number = {key: i for i, key in enumerate(flats)}
+        pieces = [(number[id(member.owner)], member.piece) for member in members if member.piece is not None]
+        reader = FlatReader(list(flats.values()), pieces)
     reader.read(params, settings.optimizer)
     return choose_backend(settings.backend, kind.device, settings.optimizer, kernel_dtypes(params)), reader
 
@@ -350,11 +361,7 @@ class LaunchPlans:
 
     def members(self, masks: Mapping[str, FreezeMask]) -> list[Member]:
         """The parameters of all launch plans, one after the other, with other masks, by name."""
-        return [
-            Member(it.param, it.name, masks[it.name], it.group, it.number, it.whole)
-            for plan in self.plans
-            for it in plan.members
-        ]
+        return [replace(it, mask=it.fitted(masks[it.name])) for plan in self.plans for it in plan.members]
 
     def relist(self, members: Sequence[Member], ages: Mapping[str, Ages]) -> None:
         """Make the work lists anew, for what `members` gave and ages by name."""

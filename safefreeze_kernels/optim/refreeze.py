@@ -61,7 +61,9 @@ def changes_of(
     found = []
     for member in members:
         p, entries, new, before = member.param, state.get(member.param), member.mask, masks.get(member.name)
-        if before is None or not before.frozen_count:  # a parameter that no plan names has state of its own shape
+        if member.piece is not None:
+            before = FreezeMask(new.shape) if before is None else before.matrix()
+        elif before is None or not before.frozen_count:  # a parameter that no plan names has state of its own shape
             before = FreezeMask(entries["exp_avg"].shape if entries and not is_sharded(p) else p.shape)
         try:
             if before.shape != new.shape and is_sharded(p):
@@ -82,6 +84,7 @@ def ages_after(
     ages: dict[str, Ages], changes: Sequence[Change], state: Mapping[Tensor, Mapping[str, Any]], *, counts_on: bool
 ) -> dict[str, Ages]:
     """Ages, by name, once ``changes`` are made. ``counts_on``: whether what thaws counts its own steps on."""
+    changes = list({change.member.name: change for change in changes}.values())  # pieces of one have the same ages
     if not changes:
         return ages
     found = after_all(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -43,6 +43,14 @@ _FLAGS: Final = ("amsgrad", "maximize", "capturable", "differentiable", "decoupl
 # -------------------------------------------------------------------------------------------------- packed state
 
 
+def state_dtypes(param: Tensor, settings: Settings, *, amsgrad: bool) -> dict[str, torch.dtype]:
+    """The entries of a parameter's state that are packed, with their dtypes."""
+    dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, settings.state_dtype))
+    if settings.master is not None and param.dtype == torch.bfloat16:
+        dtypes[REMAINDER] = torch.int16
+    return dtypes
+
+
 def make_state(state: dict[str, Any], member: Member, settings: Settings, *, amsgrad: bool) -> None:
     """Make what ``state`` of a parameter lacks; check what is there, since a kernel takes its addresses.
 
@@ -51,10 +59,7 @@ def make_state(state: dict[str, Any], member: Member, settings: Settings, *, ams
     """
     param, shape = member.param, member.shard_packing.packed_shape
     state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
-    dtypes = dict.fromkeys(MOMENTS[: 3 if amsgrad else 2], moment_dtype(param.dtype, settings.state_dtype))
-    if settings.master is not None and param.dtype == torch.bfloat16:
-        dtypes[REMAINDER] = torch.int16
-    for key, dtype in dtypes.items():
+    for key, dtype in state_dtypes(param, settings, amsgrad=amsgrad).items():
         if key not in state:
             state[key] = torch.zeros(shape, dtype=dtype, device=member.shard.device)
         moment = state[key]
@@ -207,17 +212,17 @@ class Loaded:
 
 
 @contextmanager
-def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings) -> Iterator[Loaded]:
-    """Within, torch's loader of ``optimizer`` takes what `_converted` makes of a state dict."""
+def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings, how: Converter) -> Iterator[Loaded]:
+    """Within, torch's loader of ``optimizer`` takes what ``how``, as `converted` does, makes of a state dict."""
     loaded = Loaded({}, any(member.whole for member in members))
 
     # The first hook runs after the user's own and hides tensors from torch's casting; the second brings them back.
     def convert(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        return _converted(given, members, settings, optimizer.param_groups, loaded)
+        return how(given, members, settings, optimizer.param_groups, loaded)
 
     def unveil(_: Optimizer) -> None:
         for state in optimizer.state.values():
-            state.update({key: value.tensor for key, value in state.items() if isinstance(value, _Veiled)})
+            state.update({key: value.tensor for key, value in state.items() if isinstance(value, Veiled)})
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(convert),
@@ -232,40 +237,43 @@ def loading(optimizer: Optimizer, members: Sequence[Member], settings: Settings)
             hook.remove()
 
 
+Converter: TypeAlias = Callable[[Any, Sequence[Member], Settings, Sequence[dict[str, Any]], Loaded], dict[str, Any]]
+
+
 @dataclass
-class _Veiled:
+class Veiled:
     """Carries a tensor through torch's state loader unseen."""
 
     tensor: Tensor
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Veiled:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Veiled:
         return self
 
 
-def _converted(
+def converted(
     given: Any, members: Sequence[Member], settings: Settings, groups: Sequence[dict[str, Any]], loaded: Loaded
 ) -> dict[str, Any]:
     """``given`` with moments packed as those of ``members`` are, or whole if it says so, in this optimizer's dtype,
     veiled; ``loaded`` gets the rest."""
     what = f"{settings.optimizer}.load_state_dict"
     found = read_state_dict(given, what)
-    converted = dict(given)
+    result = dict(given)
     if len(found) != len(members):
-        return converted  # torch's loader says what differs
+        return result  # torch's loader says what differs
     told = {saved.kept for saved in found if saved.noted}
     if len(told) > 1:
         raise ValueError(f"{what}: state of some groups has frozen moments kept, that of others not; it is damaged")
     loaded.whole = told.pop() if told else loaded.whole
     members = [replace(member, whole=loaded.whole) for member in members]
-    converted["state"] = dict(given["state"])
+    result["state"] = dict(given["state"])
     # Names are this optimizer's: a checkpoint's must not move the plan to other parameters.
-    converted["param_groups"] = [
+    result["param_groups"] = [
         {**saved, **{key: own[key] for key in ("param_names",) if key in own}}
         for saved, own in zip(given["param_groups"], groups, strict=False)
     ]
     for saved, member in zip(found, members, strict=True):
         if saved.state is not None:
-            converted["state"][saved.key] = _converted_entry(saved, saved.state, member, settings, what)
+            result["state"][saved.key] = _converted_entry(saved, saved.state, member, settings, what)
         if saved.state is None:
             continue
         if saved.ages is not None:
@@ -278,7 +286,7 @@ def _converted(
             loaded.ages[member.name] = Ages.none(everything).after(
                 everything, member.mask, int(saved.state["step"]), was_whole=True, whole=True
             )
-    return converted
+    return result
 
 
 def _converted_entry(
@@ -298,7 +306,7 @@ def _converted_entry(
         )
     packed = saved.packed and saved.mask is not None
     expected = mask.packed_shape if packed else tuple(p.shape)
-    entry: dict[str, Any] = {"step": _Veiled(torch.tensor(float(state["step"]), dtype=torch.float32))}
+    entry: dict[str, Any] = {"step": Veiled(torch.tensor(float(state["step"]), dtype=torch.float32))}
     for key, value in state.items():
         if key not in PACKED:
             entry.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
@@ -311,7 +319,7 @@ def _converted_entry(
         if not packed or is_sharded(p):
             moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_packing)
         dtype = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, settings.state_dtype)
-        entry[key] = _Veiled(_owned(moment.to(member.shard.device, dtype).contiguous(), value))
+        entry[key] = Veiled(_owned(moment.to(member.shard.device, dtype).contiguous(), value))
     return entry
 
 
@@ -336,6 +344,7 @@ class Saved:
         packed: whether its moments are packed by that mask.
         kept: whether they are there where it freezes, too.
         ages: `Ages.encode` of what was thawed in it; None: nothing was.
+        note: all that its group tells of the plan.
     """
 
     key: Any
@@ -345,10 +354,11 @@ class Saved:
     packed: bool
     kept: bool
     ages: list[str] | None
+    note: Mapping[str, Any]
 
 
-def read_state_dict(given: Any, what: str) -> list[Saved]:
-    """Every parameter of a state dict, checked, in the order of its groups.
+def read_state_dict(given: Any, what: str, *, flat: bool = False) -> list[Saved]:
+    """Every parameter of a state dict, checked, in the order of its groups. ``flat``: they are flat partitions.
 
     Raises:
         ValueError: naming the entry that is missing or is none that an Adam could have saved.
@@ -363,7 +373,7 @@ def read_state_dict(given: Any, what: str) -> list[Saved]:
         _check_group(group, label, what)
         keys = group.get("params")
         _expect(isinstance(keys, list), what, f"{label}['params']", keys, "a list of numbers")
-        note = _read_note(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys))
+        note = read_note(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys), flat=flat)
         for place, number in enumerate(keys):
             number = number if isinstance(number, (int, str)) else repr(number)  # hashable
             state = given["state"].get(number)
@@ -373,7 +383,7 @@ def read_state_dict(given: Any, what: str) -> list[Saved]:
             if ages is not None and not state:
                 raise ValueError(f"{what}: {label}[{FREEZE!r}] has ages of parameter {number!r}, which has no state")
             packed, kept = note.get("packed", False), note.get("kept", False)
-            found.append(Saved(number, state or None, bool(note), mask, packed, kept, ages))
+            found.append(Saved(number, state or None, bool(note), mask, packed, kept, ages, note))
     if len({saved.key for saved in found}) < len(found):
         raise ValueError(f"{what}: param_groups name a parameter twice, expected each number once")
     return found
@@ -433,9 +443,9 @@ def _check_moment(moment: Any, label: str, what: str, *, whole: bool) -> None:
         raise ValueError(f"{what}: {label} has dtype {moment.dtype}, expected {'int16' if whole else 'floating point'}")
 
 
-def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any]:
+def read_note(text: Any, label: str, what: str, n_params: int, *, flat: bool = False) -> dict[str, Any]:
     """What a saved group tells of its plan, as `plan_note` wrote it: "packed", "kept", and by places in the group
-    "masks" and "ages". Empty: it tells of none."""
+    "masks" and "ages". Of ``flat`` partitions "kept", and by names "masks" and "ages". Empty: it tells of none."""
     if text is None:
         return {}
     _expect(isinstance(text, str), what, label, text, "the text that state_dict() wrote")
@@ -445,15 +455,24 @@ def _read_note(text: Any, label: str, what: str, n_params: int) -> dict[str, Any
         raise ValueError(f"{what}: {label} cannot be read ({error}); the state is damaged") from error
     _expect(isinstance(note, dict), what, label, note, "a JSON object")
     version, packed, kept = note.get("version"), note.get("packed"), note.get("kept", False)
-    _expect(isinstance(version, int) and not isinstance(version, bool), what, f"{label}: version", version, "1 or 2")
-    if version not in (1, 2):
-        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1 and 2; upgrade it")
-    _expect(isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
+    right = isinstance(version, int) and not isinstance(version, bool)
+    _expect(right, what, f"{label}: version", version, "1, 2 or 3")
+    if version not in (1, 2, 3):
+        raise ValueError(f"{what}: {label}: state has version {version}, this package reads 1 to 3; upgrade it")
+    if flat != (version == 3):
+        places = "DeepSpeed ZeRO's flat partitions", "parameters, without DeepSpeed ZeRO"
+        got, expected = places if version == 3 else places[::-1]
+        raise ValueError(
+            f"{what}: {label}: state was saved of {got}, expected {expected}; load it as it was saved, or weights alone"
+        )
+    _expect(flat or isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
     _expect(isinstance(kept, bool) and not (kept and packed), what, f"{label}: kept", kept, "false of packed state")
+    right = isinstance(note.get("layouts", []), list)
+    _expect(right, what, f"{label}: layouts", note.get("layouts"), "a list")
     for key in ("masks", "ages"):
         _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
         for place, got in note[key].items():
-            if not (place.isdecimal() and place.isascii() and int(place) < n_params):
+            if not flat and not (place.isdecimal() and place.isascii() and int(place) < n_params):
                 raise ValueError(f"{what}: {label}: {key} names place {place!r:.30}, expected 0 to {n_params - 1}")
             right, expected = isinstance(got, str), "a fingerprint"
             if key == "ages":

@@ -54,9 +54,11 @@ def bind(
     operation: str,
     require_grad: bool = True,
     twins: bool = False,
+    absent: bool = False,
 ) -> list[BoundMask]:
     """Find the parameter of every mask. One entry per tensor, however many names it has. ``twins``: a tied weight may
-    come as two tensors over the same bytes, as in a state dict: who only reads does not mind.
+    come as two tensors over the same bytes, as in a state dict: who only reads does not mind. ``absent``: values may
+    be elsewhere, as those of DeepSpeed's ZeRO-3 are between modules.
 
     Raises:
         ValueError: naming the parameter: missing, one of two of that name, of another shape, tied with two different
@@ -65,10 +67,15 @@ def bind(
     by_name = dict(named)
     twice = {name: param for name, param in named if by_name[name] is not param}
     for name, param in named:
-        if any(hasattr(param, mark) for mark in _FLATTENED):
+        if hasattr(param, "_fsdp_flattened"):
             raise ValueError(
-                f"{operation}: {name!r} is part of a flat buffer (FSDP1, DeepSpeed ZeRO), in which rows and columns "
-                "cannot be found; shard with torch.distributed.fsdp.fully_shard (FSDP2), or train with DDP"
+                f"{operation}: {name!r} is part of a flat buffer (FSDP1), in which rows and columns cannot be found; "
+                "shard with torch.distributed.fsdp.fully_shard (FSDP2) or DeepSpeed ZeRO, or train with DDP"
+            )
+        if not absent and tuple(param.shape) != whole_shape(param):
+            raise ValueError(
+                f"{operation}: the values of {name!r} are spread over ranks by DeepSpeed ZeRO-3; gather them: with "
+                "deepspeed.zero.GatheredParameters(list(model.parameters())): ..."
             )
 
     @functools.cache
@@ -101,9 +108,9 @@ def bind(
 def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str, require_grad: bool) -> None:
     """A mask that does not fit the parameter of this name, or not the mask it has under another name."""
     param = entry.param
-    if tuple(param.shape) != mask.shape:
+    if whole_shape(param) != mask.shape:
         raise ValueError(
-            f"{operation}: {name!r} has shape {tuple(param.shape)}, the plan expects {mask.shape}; build a plan "
+            f"{operation}: {name!r} has shape {whole_shape(param)}, the plan expects {mask.shape}; build a plan "
             "for the shape it has (where it grew, an optimizer takes that by set_freeze and keeps its state)"
         )
     if require_grad and not param.requires_grad:
@@ -123,8 +130,12 @@ def _refuse_misfit(entry: BoundMask, name: str, mask: FreezeMask, operation: str
 _WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The same of PEFT: its model, adapted layers, and layers trained whole; what it adds to them keeps its name.
 _ADAPTED: Final = re.compile(r"^base_model\.model\.|(?:^|(?<=\.))(?:base_layer|token_adapter|modules_to_save\.\w+)\.")
-# What torch's FSDP1 and DeepSpeed's ZeRO mark parameters with that live in a flat buffer.
-_FLATTENED: Final = ("_fsdp_flattened", "ds_id")
+
+
+def whole_shape(param: Any) -> tuple[int, ...]:
+    """The shape of a parameter, wherever its values are: of one that ZeRO-3 took away it is another than that of the
+    tensor."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def bare_name(name: str) -> str:

@@ -245,6 +245,15 @@ class FreezeMask:
         frozen_cols = np.isin(cols, self._cols) if len(shape) > 1 else None
         return FreezeMask(shape, rows=np.isin(rows, self._rows), cols=frozen_cols, elements=elements)
 
+    def matrix(self) -> FreezeMask:
+        """The mask of the matrix that the tensor is seen as; of a matrix, itself."""
+        if len(self.shape) == 2:
+            return self
+        mask = FreezeMask.__new__(FreezeMask)
+        mask._shape(self.matrix_shape)
+        mask._set(self._rows, self._cols, self._bits)
+        return mask
+
     def grown(self, shape: Sequence[int]) -> FreezeMask:
         """The mask of the tensor once it has grown to ``shape``, at the end of its dimensions: what was added is
         frozen, so that packed state stays as it is.

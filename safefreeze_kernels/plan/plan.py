@@ -136,7 +136,7 @@ class FreezePlan(Mapping[str, FreezeMask]):
     def check(self, model: Model) -> None:
         """Raise if this plan does not fit ``model``: a missing name, another shape, tied weights with two masks,
         overlapping storage, or a parameter that does not require gradients (contract 6)."""
-        bind(self, named_tensors(model), operation="FreezePlan.check")
+        bind(self, named_tensors(model), operation="FreezePlan.check", absent=True)
 
     def summary(self) -> str:
         """A table: frozen share of each kind of module, layer by layer, in at most 80 columns."""

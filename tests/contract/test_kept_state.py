@@ -280,10 +280,10 @@ def test_a_copy_goes_on_alike(how: Any) -> None:
 
 def test_only_work_lists_are_made_anew() -> None:
     w, optimizer = trained([{"rows": [0, 3]}])
-    plans, moments = optimizer._launch.plans, optimizer.state[w]["exp_avg"]
+    plans, moments = optimizer._launches.now.plans, optimizer.state[w]["exp_avg"]
     optimizer.set_freeze(plan_of(rows=[1]), keep_state=True)
     learn(w, optimizer, 0)
-    assert optimizer._launch.plans is plans and optimizer.state[w]["exp_avg"] is moments
+    assert optimizer._launches.now.plans is plans and optimizer.state[w]["exp_avg"] is moments
 
 
 @pytest.mark.parametrize("thawed", ["fresh", "kept"])
@@ -296,7 +296,7 @@ def test_a_hundred_changes_leave_no_more_to_do_than_one(thawed: Any) -> None:
     optimizer.step()
 
     def chunks() -> int:
-        (plan,) = optimizer._launch.plans
+        (plan,) = optimizer._launches.now.plans
         assert len(plan._work.parts) == 1
         return len(Runs.of(plan._work).chunks)
 
@@ -307,7 +307,7 @@ def test_a_hundred_changes_leave_no_more_to_do_than_one(thawed: Any) -> None:
         optimizer.step()
         found.append(chunks())
     assert max(found) <= found[0] + 1
-    (plan,) = optimizer._launch.plans
+    (plan,) = optimizer._launches.now.plans
     assert len(plan._work.born) > 10, "the test needs rows of many ages"
 
 

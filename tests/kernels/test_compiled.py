@@ -117,7 +117,7 @@ def test_the_operation_keeps_torchs_rules() -> None:
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=1e-2, freeze=PLAN)
     backward(model, 0)
     optimizer.step()
-    (plan,) = optimizer._launch.plans
+    (plan,) = optimizer._launches.now.plans
     grads = [torch.ones_like(p) for p in plan.owners]
     arguments = ([p.detach() for p in plan.owners], grads, plan.packed_state, [plan.steps], optimizer._handle.number)
     torch.library.opcheck(torch.ops.safefreeze.step_.default, arguments)
