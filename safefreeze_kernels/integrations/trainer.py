@@ -9,6 +9,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -24,6 +25,7 @@ from ..attribution.watch import RefusalWatch
 from ..grads.clip import ClippedNorm, clip_grad_norm_, zero_frozen_grads_
 from ..keeping.keeper import RefusalKeeper, keepers_of
 from ..model.attached import Attached, attach, detach
+from ..model.flat import gathered, in_engine
 from ..optim.adam import MaskedAdam, MaskedAdamW
 from ..optim.guard import guards_of
 from ..plan.adapted import AdaptedPlan
@@ -160,6 +162,8 @@ class _ZeroesFrozen(Attached):
         model, optimizer = self._model(), self._optimizer()
         if model is None or optimizer is None or not optimizer.plan or not GradientState().sync_gradients:
             return
+        if any(map(in_engine, model.parameters())):  # the optimizer did so before the engine took them away
+            return
         if self.watch_norms:
             self.norms = clip_grad_norm_(model, float("inf"), optimizer.plan, return_raw=True)
         zero_frozen_grads_(model, optimizer.plan)
@@ -212,12 +216,18 @@ class FreezeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizers = list(_unwrapped(kwargs.get("optimizer")))
         self._check_frozen(kwargs["model"], optimizers)
-        self.proof = self.proof or snapshot(kwargs["model"], self.plan)
+        with self._whole(kwargs["model"]):
+            self.proof = self.proof or snapshot(kwargs["model"], self.plan)
         made = (_zeroes.get(one) for one in optimizers if isinstance(one, MaskedAdamW))
         self._zeroes = next((zeroes for zeroes in made if zeroes is not None), None)
         if self._raw_norm:
             if self._zeroes is None:
                 raise ValueError("FreezeCallback: raw_norm needs an optimizer made by masked_adamw; leave it out")
+            if any(map(in_engine, kwargs["model"].parameters())):
+                raise ValueError(
+                    "FreezeCallback: raw_norm needs frozen gradients, which are zeroed before DeepSpeed takes them "
+                    "away; leave it out"
+                )
             self._zeroes.watch_norms = True
 
     def _check_frozen(self, model: torch.nn.Module, optimizers: list[Any]) -> None:
@@ -236,7 +246,7 @@ class FreezeCallback(TrainerCallback):
             return
         if plans:
             raise ValueError("FreezeCallback: the optimizer freezes by another plan, expected the same in both")
-        for entry in bind(self.plan, named_tensors(model), operation="FreezeCallback", require_grad=False):
+        for entry in bind(self.plan, named_tensors(model), operation="FreezeCallback", require_grad=False, absent=True):
             if entry.param.requires_grad and entry.mask.frozen_count:
                 kind = type(optimizers[-1] if optimizers else None).__name__
                 raise ValueError(
@@ -246,15 +256,24 @@ class FreezeCallback(TrainerCallback):
                     "guard(optimizer, plan, model)"
                 )
 
+    def _whole(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Within, what the plan names is whole, under DeepSpeed's ZeRO-3 too."""
+        found = bind(self.plan, named_tensors(model), operation="FreezeCallback", require_grad=False, absent=True)
+        return gathered([entry.param for entry in found])
+
+    def _verify(self, model: torch.nn.Module) -> None:
+        if self.proof is not None:
+            with self._whole(model):
+                self.proof.verify(model)
+
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and self.proof is not None:
-            self.proof.verify(kwargs["model"])
+        if control.should_save:
+            self._verify(kwargs["model"])
 
     on_epoch_end = on_step_end  # Trainer saves after either
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.proof is not None:
-            self.proof.verify(kwargs["model"])
+        self._verify(kwargs["model"])
         if self._zeroes is not None:
             self._zeroes.watch_norms = False
 

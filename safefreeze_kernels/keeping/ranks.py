@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attribution.gradients import Take, stream_gradients
 from ..attribution.grains import Grains
+from ..model.flat import in_engine
 from ..model.fsdp import fsdp_mesh, stream_shards
 from ..model.sharding import cuts, gathered, held, is_sharded, local
 
@@ -40,6 +41,11 @@ def ranks_of(model: torch.nn.Module, operation: str) -> Ranks:
     Raises:
         ValueError: it is sharded in another way than by FSDP2.
     """
+    if any(map(in_engine, model.parameters())):
+        raise ValueError(
+            f"{operation}: DeepSpeed ZeRO takes gradients away as soon as they are there, and a look needs them; train "
+            "with torch.distributed.fsdp.fully_shard (FSDP2) or DDP"
+        )
     mesh = fsdp_mesh(model, operation)
     return Whole() if mesh is None else Sharded(model, mesh)
 

@@ -8,14 +8,18 @@ rectangles of the parameters' matrices, which are treated as shards are.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
+
+from ..plan.binding import whole_shape
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,17 @@ _ZERO_3: Final = "_z3_optimizer"  # and stage 3, once its engine is made; before
 def in_engine(param: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO steps ``param`` in flat partitions, and takes its gradient away."""
     return hasattr(param, _ZERO_12) or hasattr(param, _ZERO_3)
+
+
+@contextmanager
+def gathered(params: Iterable[Tensor]) -> Iterator[None]:
+    """Within, those of ``params`` that ZeRO-3 took away are whole; every rank must enter."""
+    apart = [p for p in params if tuple(p.shape) != whole_shape(p)]
+    if not apart:
+        yield
+        return
+    with importlib.import_module("deepspeed").zero.GatheredParameters(apart):
+        yield
 
 
 def partitions(named: Mapping[str, Tensor], groups: Sequence[Mapping[str, Any]], operation: str) -> list[Partition]:

@@ -266,7 +266,7 @@ class MaskedAdam(Optimizer):
         members, what = self._launches.now.members(self._masks) if valid else self._members(), type(self).__name__
         flat = self._partitions()
         if flat and not valid:
-            if (told := look_at(flat, members, self.param_groups, self.state, what)) is not None:
+            if (told := look_at(flat, members, self._masks, self.param_groups, self.state, what)) is not None:
                 self._ages, self._whole, members = told.ages, told.whole, self._members()
             if self._plan and self._zeroed is None:
                 raise RuntimeError(f"{what}: {TOO_EARLY}")
@@ -394,7 +394,8 @@ class MaskedAdam(Optimizer):
         members, counts_on = self._members(plan, whole=keep_state, require_grad=True), thawed == "kept"
         if keep_state:
             refuse_packed_gradients([member.param for member in members], [member.name for member in members], what)
-        state = self._state(self._partitions(), self._members())
+        flat = self._partitions()
+        state = self._state(flat, self._members() if flat else [])
         changes = changes_of(members, state, self._masks, what, was_whole=self._whole)
         ages = ages_after(self._ages, changes, state, counts_on=counts_on)
         apply_changes(state, changes, self._settings, counts_on=counts_on)
@@ -438,7 +439,7 @@ class MaskedAdam(Optimizer):
         if dense:
             whole = functools.partial(full_size, flat) if flat else dense_states
             state_dict["state"] = whole(state_dict["state"], members)
-        noted = flat_note(flat, members, self._ages) if flat else ""
+        noted = flat_note(flat, members, self._ages, self.param_groups) if flat else ""
         for group in state_dict["param_groups"] if self._plan or self._ages else ():
             group[FREEZE] = noted or plan_note([members[i] for i in group["params"]], self._ages, packed=not dense)
         return state_dict

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.flat import Partition
+from ..plan.mask import FreezeMask
 from .checks import Member, all_params
 from .flat import adopt_notes, together
 from .launch import LaunchPlans
@@ -57,13 +58,13 @@ TOO_EARLY: Final = (
 
 
 def look_at(
-    partitions: Sequence[Partition], members: Sequence[Member], groups: Sequence[dict[str, Any]],
-    state: Mapping[Tensor, Mapping[str, Any]], what: str,
+    partitions: Sequence[Partition], members: Sequence[Member], masks: Mapping[str, FreezeMask],
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]], what: str,
 ) -> Loaded | None:  # fmt: skip
     """What is looked at before the partitions are stepped for the first time, or again since state was replaced: what
     an engine that loaded them tells (`adopt_notes`), and that its copies leave frozen bytes as they are."""
     _check_copies(partitions, members, what)
-    return adopt_notes(groups, members, state, what)
+    return adopt_notes(groups, masks, state, what)
 
 
 def _check_copies(partitions: Sequence[Partition], members: Sequence[Member], what: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.ages import Ages
 from ..model.flat import Partition
+from ..plan.mask import FreezeMask
 from .checks import Member, Settings
 from .state import (
     FREEZE,
@@ -187,8 +188,12 @@ def full_size(
     }
 
 
-def flat_note(partitions: Sequence[Partition], members: Sequence[Member], ages: Mapping[str, Ages]) -> str:
-    """What each group of a state dict tells of the plan: an engine may give one group's to another."""
+def flat_note(
+    partitions: Sequence[Partition], members: Sequence[Member], ages: Mapping[str, Ages],
+    groups: Sequence[Mapping[str, Any]],
+) -> str:  # fmt: skip
+    """What each of ``groups`` in a state dict tells of the plan, and of all of them: DeepSpeed's ZeRO-3 gives the first
+    one's entries to all when it loads a universal checkpoint."""
     masks = {it.name: it.mask for it in members}
     note = {
         "version": VERSION,
@@ -196,20 +201,25 @@ def flat_note(partitions: Sequence[Partition], members: Sequence[Member], ages: 
         "masks": {name: mask.fingerprint for name, mask in masks.items() if mask.frozen_count},
         "ages": {name: age.encode() for name, age in ages.items()},
         "layouts": [partition.layout for partition in partitions],
+        "groups": [{key: value for key, value in group.items() if _is_plain(key, value)} for group in groups],
     }
     return json.dumps(note)
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    return key not in ("params", FREEZE) and isinstance(value, (bool, int, float, str, list, tuple, type(None)))
 
 
 # ---------------------------------------------------------------------------------------------------- state dicts in
 
 
-def told(note: Mapping[str, Any], members: Sequence[Member], step: int, what: str) -> Loaded:
-    """What a note tells beside moments, checked against the plan of ``members``.
+def told(note: Mapping[str, Any], masks: Mapping[str, FreezeMask], step: int, what: str) -> Loaded:
+    """What a note tells beside moments, checked against the plan, which is ``masks`` by name of all parameters.
 
     Raises:
         ValueError: it was another plan.
     """
-    masks = {member.name: member.mask for member in members}
+    masks = {name: mask.matrix() for name, mask in masks.items()}
     for name, mask in masks.items():
         if note["masks"].get(name) != (mask.fingerprint if mask.frozen_count else None):
             raise ValueError(
@@ -235,7 +245,7 @@ def converted(
         return result  # torch's loader says what differs
     for saved in found:
         if saved.note and saved.state:
-            some = told(saved.note, members, int(saved.state["step"]), what)
+            some = told(saved.note, {member.name: member.mask for member in members}, int(saved.state["step"]), what)
             loaded.ages, loaded.whole = some.ages, some.whole
     members = [replace(member, whole=loaded.whole) for member in members]
     result["state"] = dict(given["state"])
@@ -265,22 +275,26 @@ def converted(
 
 
 def adopt_notes(
-    groups: Sequence[dict[str, Any]], members: Sequence[Member], state: Mapping[Tensor, Mapping[str, Any]], what: str
-) -> Loaded | None:
+    groups: Sequence[dict[str, Any]], masks: Mapping[str, FreezeMask], state: Mapping[Tensor, Mapping[str, Any]],
+    what: str,
+) -> Loaded | None:  # fmt: skip
     """What the groups tell since an engine wrote state and groups by itself, as when it loads a universal checkpoint;
-    None: they tell of nothing.
+    None: they tell of nothing. ``masks``: by name, of all parameters. Groups that were given another's entries get
+    their own back.
 
     Raises:
         ValueError: of another plan, or state is missing.
     """
-    found = None
+    found, steps = None, [int(entry["step"]) for entry in state.values() if "step" in entry]
     for index, group in enumerate(groups):
         text = group.get(FREEZE)
         if text in (None, IN_FORCE):
             continue
-        note = read_note(text, f"param_groups[{index}][{FREEZE!r}]", what, len(group["params"]), flat=True)
-        steps = [int(entry["step"]) for p in group["params"] if "step" in (entry := state.get(p) or {})]
-        found = told(note, members, max(steps, default=0), what)
+        label = f"param_groups[{index}][{FREEZE!r}]"
+        note = read_note(text, label, what, len(group["params"]), flat=True)
+        found = told(note, masks, max(steps, default=0), what)
+        if len(note["groups"]) == len(groups):
+            group.update(note["groups"][index])
         lost = next((p for p in group["params"] if MOMENTS[0] in (state.get(p) or {}) and group["amsgrad"]), None)
         if lost is not None and MOMENTS[2] not in state[lost]:
             raise ValueError(

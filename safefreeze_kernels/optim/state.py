@@ -467,8 +467,8 @@ def read_note(text: Any, label: str, what: str, n_params: int, *, flat: bool = F
         )
     _expect(flat or isinstance(packed, bool), what, f"{label}: packed", packed, "true or false")
     _expect(isinstance(kept, bool) and not (kept and packed), what, f"{label}: kept", kept, "false of packed state")
-    right = isinstance(note.get("layouts", []), list)
-    _expect(right, what, f"{label}: layouts", note.get("layouts"), "a list")
+    for key in ("layouts", "groups") if flat else ():
+        _expect(isinstance(note.get(key), list), what, f"{label}: {key}", note.get(key), "a list")
     for key in ("masks", "ages"):
         _expect(isinstance(note.get(key), dict), what, f"{label}: {key}", note.get(key), "a JSON object")
         for place, got in note[key].items():

@@ -21,29 +21,31 @@ MOST: Final = 4
 _PATIENCE: Final = 30.0  # seconds that a rank waits for another one
 
 # One process for each rank: torch remembers which rank a process is in a mesh, beyond the life of its process group.
-_processes: list[ProcessPoolExecutor] = []
+_pools: dict[str, list[ProcessPoolExecutor]] = {}
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(rank, *arguments)`` on each of ``world`` ranks; what they return, by rank.
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, pool: str = "") -> list[Any]:
+    """``function(rank, *arguments)`` on each of ``world`` ranks; what they return, by rank. ``pool``: which processes;
+    those that import what others should not see have a name.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, if any did.
         BrokenProcessPool: a rank died.
     """
-    if not _processes:
-        _processes.extend(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(MOST))
-        for process in _processes:
+    processes = _pools.setdefault(pool, [])
+    if not processes:
+        processes.extend(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(MOST))
+        for process in processes:
             atexit.register(process.shutdown, cancel_futures=True)
     with TemporaryDirectory() as folder:
         jobs = [
             process.submit(_rank, rank, world, str(Path(folder) / "store"), function, arguments)
-            for rank, process in enumerate(_processes[:world])
+            for rank, process in enumerate(processes[:world])
         ]
         try:
             found = [job.result(timeout=4 * _PATIENCE) for job in jobs]
         except BrokenProcessPool:
-            _processes.clear()
+            processes.clear()
             raise
     errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(found) if text]
     assert not errors, "\n".join(errors)
