@@ -72,11 +72,6 @@ def bind(
                 f"{operation}: {name!r} is part of a flat buffer (FSDP1), in which rows and columns cannot be found; "
                 "shard with torch.distributed.fsdp.fully_shard (FSDP2) or DeepSpeed ZeRO, or train with DDP"
             )
-        if not absent and tuple(param.shape) != whole_shape(param):
-            raise ValueError(
-                f"{operation}: the values of {name!r} are spread over ranks by DeepSpeed ZeRO-3; gather them: with "
-                "deepspeed.zero.GatheredParameters(list(model.parameters())): ..."
-            )
 
     @functools.cache
     def bare_names() -> dict[str, list[str]]:
@@ -100,6 +95,11 @@ def bind(
             )
         entry = bound.setdefault(id(param), BoundMask(name, param, mask, []))
         _refuse_misfit(entry, name, mask, operation, require_grad)
+        if not absent and tuple(param.shape) != whole_shape(param):
+            raise ValueError(
+                f"{operation}: the values of {name!r} are spread over ranks by DeepSpeed ZeRO-3; gather them, on all "
+                "ranks: with deepspeed.zero.GatheredParameters(list(model.parameters())): ..."
+            )
         entry.plan_names.append(plan_name)
     _refuse_overlap(list(bound.values()), named, operation, twins_allowed=twins)
     return list(bound.values())

@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import assert_same_bits
-from engines import DTYPES, engine_of, gathered, masters, run_engines, values
+from engines import DTYPES, config, engine_of, gathered, masters, run_engines, values
+from model_folders import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import safefreeze_kernels as sf
-from safefreeze_kernels import cli
 
 pytest.importorskip("deepspeed")
 
@@ -344,21 +344,16 @@ def to_float32(rank: int, folder: str) -> None:
 
 @STAGES
 def test_what_zero_to_fp32_writes_is_audited(stage: int, tmp_path: Path) -> None:
-    """The frozen bytes of the plan in force are those of the moment it came into force."""
+    """What two plans froze, one after the other, is proven; what the second one froze had moved before."""
     base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned" / "model.safetensors"
     run_engines(2, save, stage, "float32", str(tmp_path), False, {})
     run_engines(1, to_float32, str(tmp_path))
     save_file(dict(net().state_dict()), base)
-    always = {name: mask for name, mask in plan().items() if name not in thawing()}
-    sf.FreezePlan(always).save(tmp_path / "plan.safetensors")
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["verify", str(base), str(tuned), str(tmp_path / "plan.safetensors")])
-    assert ended.value.code == 0
+    always = sf.FreezePlan({"up.weight": sf.FreezeMask((10, 6), rows=[3])})
+    for freeze, held in ((always, True), (thawing(), False)):
+        freeze.save(tmp_path / "plan.safetensors")
+        assert (run("verify", base, tuned, tmp_path / "plan.safetensors").exit_code == 0) == held
     assert all(not torch.equal(tensor, load_file(base)[name]) for name, tensor in load_file(tuned).items())
-    thawing().save(tmp_path / "plan.safetensors")
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["verify", str(base), str(tuned), str(tmp_path / "plan.safetensors")])
-    assert ended.value.code != 0
 
 
 # ------------------------------------------------------------------------------------------- gradients that are not read
@@ -461,10 +456,21 @@ def test_other_ways_to_run(way: str, stage: int) -> None:
                 assert_same_bits(tensor, start[name], name, where=frozen(name, tensor, plan()))
             continue
         assert_trained_alike(found, start, expected, 5, plan())
-        assert ("up.weight" in summary) == (way == "live")
+        assert ("2 of 4 weights have live gradients" in summary) == (way == "live")
 
 
 # ------------------------------------------------------------------------------------------------------- what is refused
+
+
+class WithWords(Net):
+    """Most of its words are never used. Each rank has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.words(torch.tensor([1])).sum()
 
 
 def refusal(rank: int, way: str, stage: int) -> tuple[str, bool]:
@@ -473,9 +479,10 @@ def refusal(rank: int, way: str, stage: int) -> tuple[str, bool]:
     if way == "another plan" and rank == 1:
         mine = sf.FreezePlan({**mine, "up.bias": sf.FreezeMask((10,), rows=[0])})
     if way == "nan in 16 bits":
-        dtype = "bfloat16"
+        dtype, model = "bfloat16", WithWords().bfloat16()
+        mine = sf.FreezePlan({"words.weight": sf.FreezeMask((64, 4), rows=range(2, 64))})
         with torch.no_grad():
-            model.up.weight.view(torch.int32)[0, 0] = 0x7FA50000  # a payload of its own
+            model.words.weight.view(torch.int16)[2:] = 0x7FA5  # a payload of its own
     if way == "round robin":
         zero = {"round_robin_gradients": True}
     optimizer = optimizer_of(model, freeze=mine)
@@ -518,8 +525,8 @@ def _lose_the_mapping(engine: Any, stage: int) -> None:
     [
         ("another plan", 2, ["MaskedAdamW", "different freeze plans", "rank 0", "rank 1"]),
         ("another plan", 3, ["MaskedAdamW", "different freeze plans", "rank 0", "rank 1"]),
-        ("nan in 16 bits", 2, ["MaskedAdamW", "'up.weight'", "bfloat16"]),
-        ("nan in 16 bits", 3, ["MaskedAdamW", "'up.weight'", "bfloat16"]),
+        ("nan in 16 bits", 2, ["MaskedAdamW", "'words.weight'", "bfloat16"]),
+        ("nan in 16 bits", 3, ["MaskedAdamW", "'words.weight'", "bfloat16"]),
         ("round robin", 2, ["MaskedAdamW", "another order", "round_robin_gradients"]),
         ("no mapping", 1, ["MaskedAdamW", "lp_fragment_address", "DeepSpeed 0.", "fully_shard"]),
         ("no mapping", 3, ["MaskedAdamW", "grad_position", "DeepSpeed 0.", "fully_shard"]),
@@ -536,3 +543,109 @@ def test_refused_before_anything_moved(way: str, stage: int, words: list[str]) -
         assert message and same, "took a step"
         for word in words:
             assert word in message
+
+
+# -------------------------------------------------------------------------------------------------- other people's loops
+
+
+def language_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=35, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+def language_plan() -> sf.FreezePlan:
+    mlp = "model.layers.0.mlp"
+    return sf.FreezePlan(
+        {
+            f"{mlp}.up_proj.weight": sf.FreezeMask((24, 16), rows=range(0, 24, 2)),
+            f"{mlp}.down_proj.weight": sf.FreezeMask((16, 24), cols=range(0, 24, 2)),
+            "lm_head.weight": sf.FreezeMask((35, 16), rows=range(33)),
+        }
+    )
+
+
+def batches(rank: int = 0) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(rank)
+    rows = [torch.randint(0, 35, (8,), generator=draw) for _ in range(16)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def by_trainer(rank: int, stage: int, folder: str) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+    """transformers' Trainer with a DeepSpeed config; then once more, resumed from the checkpoint in the middle."""
+    from transformers import Trainer, TrainingArguments
+
+    from safefreeze_kernels.integrations.transformers import FreezeCallback, masked_adamw
+
+    found = []
+    for resume in (None, f"{folder}/checkpoint-2"):
+        _forget_accelerate()
+        args = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=2, max_steps=4, save_steps=2, logging_steps=1, use_cpu=True,
+            learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.05, report_to=[], disable_tqdm=True,
+            deepspeed={
+                "zero_optimization": {"stage": stage},
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_clipping": "auto",
+            },
+        )  # fmt: skip
+        trainer = Trainer(
+            language_model(), args, train_dataset=batches(),
+            optimizer_cls_and_kwargs=masked_adamw(language_plan(), args), callbacks=[FreezeCallback(language_plan())],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        found.append((values(trainer.model_wrapped), norms))
+    (whole, norms), (resumed, _) = found
+    return whole, norms, resumed
+
+
+def _forget_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_transformers_trainer(stage: int, tmp_path: Path) -> None:
+    start = {name: p.detach() for name, p in language_model().named_parameters()}
+    for whole, norms, resumed in run_engines(2, by_trainer, stage, str(tmp_path)):
+        assert len(norms) == 4
+        for name, tensor in whole.items():
+            mask = frozen(name, tensor, language_plan())
+            assert_same_bits(tensor, start[name], name, where=mask)
+            assert not torch.equal(tensor, start[name])
+            assert_same_bits(resumed[name], tensor, name)
+
+
+def by_accelerate(rank: int, stage: int) -> tuple[dict[str, Tensor], list[float]]:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    _forget_accelerate()
+    plugin = DeepSpeedPlugin(hf_ds_config=config(stage))
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    model = net()
+    engine, optimizer = accelerator.prepare(model, optimizer_of(model))
+    norms = []
+    for step in range(4):
+        accelerator.backward(engine(batch(step)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(engine.get_global_grad_norm()))
+    return masters(engine), norms
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate(stage: int) -> None:
+    expected, norms = train_alone(range(4))
+    start = {name: p.detach() for name, p in net().named_parameters()}
+    for found, found_norms in run_engines(2, by_accelerate, stage):
+        assert_trained_alike(found, start, expected, 4, plan())
+        assert found_norms == pytest.approx(norms, rel=1e-3)
