@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,8 +30,8 @@ class FlatGradients(Sequence[Tensor | None]):
         self._flats, self._pieces, self.tables = flats, pieces, tables
 
     @property
-    def tensors(self) -> list[Tensor]:
-        return list(self)
+    def tensors(self) -> list[Tensor | None]:
+        return [*self]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -74,8 +75,8 @@ class FlatReader:
                 check_gradient(flat, grad, "a flat partition", operation, (flat.dtype,))
         found = [grad for grad in grads if grad is not None and grad.is_contiguous() and grad.dtype in STORAGE]
         if len(found) < len(grads):
-            flat = [None if grad is None else grad.contiguous() for grad in grads]
-            return _Some([None if (g := flat[number]) is None else piece.of(g) for number, piece in self._pieces])
+            whole = [None if grad is None else grad.contiguous() for grad in grads]
+            return _Some([None if (g := whole[number]) is None else piece.of(g) for number, piece in self._pieces])
         begins = np.array([grad.data_ptr() for grad in found], np.int64)
         sizes = np.array([grad.element_size() for grad in found], np.int64)
         self._addresses[:] = begins[self._number] + self._offset * sizes[self._number]
@@ -109,8 +110,8 @@ class ZeroedEarly:
         self.freeze(masks)
         for name, p in named:
             if p.requires_grad:
-                weakly = weakref.WeakMethod(self._zero)
-                p.register_post_accumulate_grad_hook(lambda p, name=name, weakly=weakly: _call(weakly, name, p))
+                hook = functools.partial(_call, weakref.WeakMethod(self._zero), name)
+                p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def freeze(self, masks: Mapping[str, FreezeMask]) -> None:
         """Zero what ``masks``, by name, freeze from now on."""

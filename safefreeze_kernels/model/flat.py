@@ -188,7 +188,7 @@ def _of_stage_3(named: Mapping[str, Tensor], operation: str) -> Iterator[Partiti
             f"{operation}: some parameters are stepped by one DeepSpeed engine and some by none or another, expected "
             "one for all; give each engine an optimizer of its own"
         )
-    (engine,) = engines.values()
+    engine: Any = next(iter(engines.values()))
     name_of = {id(p): name for name, p in named.items()}
     for word, why in (("swap_optimizer", "offload_optimizer to nvme"), ("zenflow", "zenflow")):
         if getattr(engine, word, False):

@@ -151,7 +151,7 @@ class MaskedAdam(Optimizer):
     def _start(self) -> None:
         """What no copy inherits: it is found out again at the next step."""
         self._launches = Launches()
-        self._zeroed: ZeroedEarly | None = None
+        self._zeroed = None
         self._pending = PendingFactor()  # what clipping left for the next step to do
         self._agreement: PlanAgreement | None = None
         self._exchanged = Exchanged(type(self).__name__)
@@ -185,6 +185,7 @@ class MaskedAdam(Optimizer):
             return _observed_step(self, closure)
         return self._step(closure)
 
+    _zeroed: ZeroedEarly | None
     takes_packed_gradients = True  # `packed.refuse_step` looks for it
     step.hooked = True  # type: ignore[attr-defined]  # so torch does not wrap it once more
 

@@ -122,7 +122,7 @@ class _Form:
         if not self._packed:
             return [_piece(member, moment) for member in self.members]
         shapes = [mask.packed_shape for mask in self.packings]
-        parts = moment.view(-1).split([math.prod(shape) for shape in shapes]) if shapes else ()
+        parts = torch.split(moment.view(-1), [math.prod(shape) for shape in shapes]) if shapes else ()
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def taken(self, moment: Tensor, dtype: torch.dtype, what: str) -> Tensor:

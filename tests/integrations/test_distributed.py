@@ -556,13 +556,13 @@ def test_the_norm_of_fsdp1_is_refused() -> None:
     assert all("clip_grad_norm_" in message and "FSDP1" in message for message in run_ranks(2, clip_fsdp1))
 
 
-def test_flat_partitions_of_zero_are_refused() -> None:
-    """DeepSpeed ZeRO puts one flat tensor in place of a group's parameters."""
+def test_flat_tensors_without_a_mapping_are_refused() -> None:
+    """DeepSpeed without ZeRO puts one flat tensor in place of a group's 16-bit parameters, and says no more."""
     optimizer = optimizer_of(net())
     for group in optimizer.param_groups:
         group["params"] = [torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in group["params"]]))]
         group["params"][0].grad = torch.ones_like(group["params"][0])
-    with pytest.raises(ValueError, match=r"flat partitions.*fully_shard"):
+    with pytest.raises(ValueError, match=r"flat tensors.*zero_optimization.*fully_shard"):
         optimizer.step()
 
 
