@@ -19,11 +19,11 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(VENV)/.demo $(VENV)/.built-quick
 	$(VENV)/bin/safefreeze demo
 
-test: $(VENV)/.triton $(VENV)/.built
+test: $(VENV)/.triton $(VENV)/.deepspeed $(VENV)/.built
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The long tests, then the quick ones that matter under sanitizers: an hour and a half on two cores.
-torture: $(VENV)/.triton $(VENV)/.built
+torture: $(VENV)/.triton $(VENV)/.deepspeed $(VENV)/.built
 	$(PY) -m pytest -m slow -rP --durations=0
 	$(MAKE) sanitize races
 
@@ -114,6 +114,11 @@ $(VENV)/.model $(VENV)/.triton: $(VENV)/.%: requirements/%.txt | $(VENV)/.venv
 	touch $@
 
 $(VENV)/.triton: $(VENV)/.test $(VENV)/.base $(wildcard $(addprefix $(VENV)/.,lint docs bench))
+
+# None of its operations are compiled, and its set-up imports torch.
+$(VENV)/.deepspeed: requirements/deepspeed.txt | $(VENV)/.venv $(VENV)/.base $(VENV)/.test
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation -r $<
+	touch $@
 
 $(VENV)/.demo: $(VENV)/.model
 $(VENV)/.test: requirements/docs.txt $(VENV)/.demo

@@ -28,7 +28,6 @@ from .checks import (
     GivenNames,
     Member,
     Settings,
-    all_names,
     all_params,
     check_defaults,
     check_trained,
@@ -37,7 +36,7 @@ from .checks import (
     of_an_earlier_version,
 )
 from .compiled import Handle, traced_step, untraced_step
-from .engine import TOO_EARLY, Launches, look_at
+from .engine import TOO_EARLY, Launches, look_at, refuse_pieces
 from .flat import FlatState, flat_note, full_size
 from .flat import converted as converted_flat
 from .launch import (
@@ -423,7 +422,7 @@ class MaskedAdam(Optimizer):
             if self._plan or self._ages:
                 group[FREEZE] = IN_FORCE
         if self._agreement is None:
-            named = self._names.given() or zip(all_names(self.param_groups), all_params(self.param_groups), strict=True)
+            named = self._names.named(self.param_groups)
             self._agreement = PlanAgreement((bare_name(name), whole_shape(p)) for name, p in named)
         self._agreement.note(self._plan or FreezePlan(), anew=anew)
 
@@ -466,7 +465,9 @@ class MaskedAdam(Optimizer):
 
         What float32 does not hold (float64, complex numbers, quantised weights) is given as it is.
         """
-        return {member.name: master_weight(member, self.state.get(member.param, {})) for member in self._members()}
+        members = self._members()
+        refuse_pieces(members, f"{type(self).__name__}.master_weights")
+        return {member.name: master_weight(member, self.state.get(member.param, {})) for member in members}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load our own state dict, or a stock `torch.optim.AdamW`/`Adam` one, which is packed to this plan.

@@ -282,6 +282,10 @@ class GivenNames:
         """The parameters that were given by name and are still there, wherever an engine keeps their values."""
         return [(name, p) for known, name in self._given.values() if (p := known()) is not None]
 
+    def named(self, groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+        """The parameters that ``groups`` have, or that flat partitions are of."""
+        return self.given() if self.flat else list(zip(all_names(groups), all_params(groups), strict=True))
+
     def partitions(self, groups: Sequence[dict[str, Any]], what: str) -> list[Partition]:
         """The flat partitions in ``groups`` or, if these are empty, all; none: they have the parameters themselves."""
         params = all_params(groups)

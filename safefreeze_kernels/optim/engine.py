@@ -57,6 +57,15 @@ TOO_EARLY: Final = (
 )
 
 
+def refuse_pieces(members: Sequence[Member], operation: str) -> None:
+    """Raise ValueError where this rank holds pieces of parameters, not parameters."""
+    if any(member.piece is not None for member in members):
+        raise ValueError(
+            f"{operation}: DeepSpeed ZeRO keeps the float32 weights, and this rank has pieces of them; use "
+            "deepspeed.utils.safe_get_full_fp32_param"
+        )
+
+
 def look_at(
     partitions: Sequence[Partition], members: Sequence[Member], masks: Mapping[str, FreezeMask],
     groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]], what: str,

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 import safefreeze_kernels as sf
 
-pytest.importorskip("deepspeed")
+# looked for, not imported: the processes of other tests shall not have it
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 STEPS: Final = 20
 OPTIONS: Final[dict[str, Any]] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -128,7 +130,7 @@ def assert_trained_alike(
         assert mask.all() or not torch.equal(tensor, start[name]), f"{name} did not train"
 
 
-# ------------------------------------------------------------------------------------------------------ the training
+# --------------------------------------------------------------------------------------------------------- the training
 
 
 def spread_and_train(rank: int, stage: int, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def test_training_is_that_of_one_process(stage: int, dtype: str, world: int, opt
     assert 2 * live <= held <= 2 * live + 8 * world, "state is what is live, and padding where nothing is frozen"
 
 
-# ------------------------------------------------------------------------------------------------- the plan may change
+# -------------------------------------------------------------------------------------------------- the plan may change
 
 
 def thawing() -> sf.FreezePlan:
@@ -356,14 +358,15 @@ def test_what_zero_to_fp32_writes_is_audited(stage: int, tmp_path: Path) -> None
     assert all(not torch.equal(tensor, load_file(base)[name]) for name, tensor in load_file(tuned).items())
 
 
-# ------------------------------------------------------------------------------------------- gradients that are not read
+# ------------------------------------------------------------------------------------------ gradients that are not read
 
 
 def poison(model: torch.nn.Module) -> None:
     """Has every frozen gradient be NaN."""
     for name, p in model.named_parameters():
         if name in plan():
-            p.register_hook(lambda grad, mask=plan()[name].dense(): grad.masked_fill(mask, float("nan")))
+            mask = plan()[name].dense()
+            p.register_hook(lambda grad, mask=mask: grad.masked_fill(mask, float("nan")))
 
 
 def with_nan(rank: int, stage: int, dtype: str, accumulate: int) -> Any:
@@ -405,7 +408,7 @@ def test_inf_in_a_live_gradient_skips_the_step(stage: int) -> None:
     assert run_engines(2, overflow, stage) == [(1, True)] * 2
 
 
-# ------------------------------------------------------------------------------------------------------ other ways to run
+# ---------------------------------------------------------------------------------------------------- other ways to run
 
 
 class Checkpointed(Net):
@@ -459,7 +462,7 @@ def test_other_ways_to_run(way: str, stage: int) -> None:
         assert ("2 of 4 weights have live gradients" in summary) == (way == "live")
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 class WithWords(Net):
@@ -545,7 +548,7 @@ def test_refused_before_anything_moved(way: str, stage: int, words: list[str]) -
             assert word in message
 
 
-# -------------------------------------------------------------------------------------------------- other people's loops
+# ------------------------------------------------------------------------------------------------- other people's loops
 
 
 def language_model() -> Any:
