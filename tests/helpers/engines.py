@@ -17,7 +17,7 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 def run_engines(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`run_ranks`, in processes that import DeepSpeed before anything else."""
-    return run_ranks(world, _on_rank, function, world, arguments, pool="engines")
+    return run_ranks(world, _on_rank, function, world, arguments, pool="engines", patience=300.0)
 
 
 def _on_rank(rank: int, function: Callable[..., Any], world: int, arguments: tuple[Any, ...]) -> Any:

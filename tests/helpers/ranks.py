@@ -24,9 +24,11 @@ _PATIENCE: Final = 30.0  # seconds that a rank waits for another one
 _pools: dict[str, list[ProcessPoolExecutor]] = {}
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, pool: str = "") -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, pool: str = "", patience: float = 4 * _PATIENCE
+) -> list[Any]:
     """``function(rank, *arguments)`` on each of ``world`` ranks; what they return, by rank. ``pool``: which processes;
-    those that import what others should not see have a name.
+    those that import what others should not see have a name. ``patience``: seconds until all must be done.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, if any did.
@@ -43,7 +45,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, pool: s
             for rank, process in enumerate(processes[:world])
         ]
         try:
-            found = [job.result(timeout=4 * _PATIENCE) for job in jobs]
+            found = [job.result(timeout=patience) for job in jobs]
         except BrokenProcessPool:
             processes.clear()
             raise

@@ -313,8 +313,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a planned parameter that was replaced is only warned of",
-        "optim/adam.py",
-        "        if planned:\n            raise ValueError(what)\n",
+        "optim/checks.py",
+        "        if planned:\n            raise ValueError(text)\n",
         "",
     ),
     Mutant(
