@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 
-from ..grads.live import Storage, suited
+from ..grads.forwards import Storage
+from ..grads.live import suited
 from ..kernels.operands import STORAGE, moment_dtype
 from ..model.sharding import held, local
 from ..plan.binding import bind, named_tensors
