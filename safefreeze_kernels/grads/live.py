@@ -119,7 +119,7 @@ class LiveGradients:
 def live_gradients(
     model: nn.Module, plan: FreezePlan, *, storage: Storage = "dense", most_live: float = MOST_LIVE
 ) -> LiveGradients:
-    """Have linear layers compute their weight gradients only where ``plan`` lets them learn.
+    """Have linear layers and fused experts compute their weight gradients only where ``plan`` lets them learn.
 
     With ``storage="dense"``, ``.grad`` stays an ordinary full gradient, zero where frozen: clipping, accumulation, DDP,
     FSDP2 and any optimizer work as before. With ``"packed"`` it is held only where the weight learns, and takes that
@@ -135,9 +135,11 @@ def live_gradients(
     The model alone has them: copies (``copy.deepcopy``, `torch.optim.swa_utils.AveragedModel`, ``pickle``,
     ``torch.save``) are ordinary models, with ordinary gradients of their own.
 
-    Done for `torch.nn.Linear` and transformers' ``Conv1D`` whose mask has whole rows or columns; other weights are left
-    alone, as `LiveGradients.summary` tells: single elements, weights that several modules share, those of which too
-    much is live to gain anything, and tensor-parallel ones when they run.
+    Done for `torch.nn.Linear` and transformers' ``Conv1D`` whose mask has whole rows or columns; and for experts in one
+    tensor (experts, rows, columns) of which whole rows or columns of each are frozen, whatever way of linear, matmul,
+    bmm or grouped_mm their layer computes them by; under `torch.compile` these run outside the graph. Other weights are
+    left alone, as `LiveGradients.summary` tells: single elements, weights that several modules share, those of which
+    too much is live to gain anything, and tensor-parallel ones when they run.
 
     Args:
         model: its modules get a ``forward`` of their own until `LiveGradients.remove`.
@@ -151,6 +153,7 @@ def live_gradients(
     Raises:
         ValueError: the plan does not fit the model; a weight has live gradients already; packed gradients of a sharded
             model. From the model: a weight has another shape than it had.
+        RuntimeError: from the backward pass: experts were computed in another way, as by kernels of their own.
     """
     return LiveGradients(model, plan, most_live, storage)
 

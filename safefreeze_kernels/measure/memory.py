@@ -127,8 +127,8 @@ def memory_plan(
         dtype: of the weights and gradients, if not those the parameters have.
         state_dtype, amsgrad, master: as `MaskedAdamW` will have them.
         keep_state: as `set_freeze` will have it: frozen weights then have state, too.
-        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where a linear layer's weight
-            learns.
+        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where the weights of linear
+            layers and fused experts learn.
         activation_bytes: to be added on every device.
         capacity: bytes of a device; `MemoryPlan.fits` then tells whether it is enough.
 
