@@ -15,7 +15,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..grads.clip import clip_grad_norm_
-from ..grads.live import check_live_gradients, forwards, refuse_packed_gradients
+from ..grads.forwards import forwards
+from ..grads.live import check_live_gradients, refuse_packed_gradients
 from ..model.sharding import is_sharded
 from ..plan.plan import FreezePlan
 from .adam import MaskedAdam
