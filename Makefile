@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Packages are installed without byte code: it is written at the first import of what is used, not anew at every start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test torture sanitize races bench study sass gpu wheel docs lint format clean
+.PHONY: demo test trainers torture sanitize races bench study sass gpu wheel docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(VENV)/.built-quick
@@ -21,6 +21,19 @@ demo: $(VENV)/.demo $(VENV)/.built-quick
 
 test: $(VENV)/.triton $(VENV)/.deepspeed $(VENV)/.built
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The recipes of docs/how-to/trainers.md, each with the trainer it is for. Trainers pin versions that contradict each other
+# and ours: each has a folder of its own that goes before what the tests have, and nothing of theirs comes into $(VENV).
+TRAINERS := $(patsubst requirements/trainers-%.txt,%,$(wildcard requirements/trainers-*.txt))
+trainers: $(TRAINERS:%=build/trainers/%/.installed) $(VENV)/.triton $(VENV)/.built
+	for name in $(TRAINERS); do \
+	  PYTHONPATH=build/trainers/$$name $(PYTEST) -rs tests/integrations/test_trainers.py -k $$name $(ARGS) || exit 1; \
+	done
+
+build/trainers/%/.installed: requirements/trainers-%.txt | $(VENV)/.venv
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r $<
+	touch $@
 
 # The long tests, then the quick ones that matter under sanitizers: an hour and a half on two cores.
 torture: $(VENV)/.triton $(VENV)/.deepspeed $(VENV)/.built

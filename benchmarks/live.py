@@ -11,6 +11,10 @@ For each width two decoder layers, 512 tokens: forward, backward and optimizer o
 in turns, in an order that changes. Beforehand live gradients are compared with those of plain autograd:
 within float32 rounding where live, zero where frozen. Ratios are medians over rounds. And the crossover: one linear
 layer with more and more of its rows or columns live, against plain autograd. Writes results/live-*.json.
+
+``--mixture``: a mixture of experts instead, two layers of eight experts, two for each token, without LoRA, computed by
+transformers' ways; 80% of the channels of all experts are frozen, or six of eight experts whole. Writes
+results/experts-*.json.
 """
 
 from __future__ import annotations
@@ -35,6 +39,10 @@ from .measure import as_entry, at_least_one, describe_machine, print_entry, rati
 SHAPES: Final = {576: (1536, 9, 3), 1024: (2816, 16, 16), 2048: (5632, 32, 32), 4096: (11008, 32, 32)}
 LAYERS: Final = 2
 TOKENS: Final = (2, 256)
+#: width -> channels of an expert
+EXPERT_CHANNELS: Final = {512: 1024, 1024: 1024}
+EXPERTS: Final = 8
+FROZEN_EXPERTS: Final = 6
 #: contender, beside which, phase
 COMPARED: Final = {
     "backward, live / plain": ("live", "masked", "backward"),
@@ -67,6 +75,27 @@ def build(width: int, share: float, device: str) -> tuple[torch.nn.Module, sf.Fr
     return model, units_from(find_units(model), heads=heads, channels=channels).build(model)
 
 
+def build_mixture(width: int, way: str, whole: bool, device: str) -> tuple[torch.nn.Module, sf.FreezePlan]:
+    """Decoder layers with experts that are computed in ``way``, and a plan that freezes channels of all of them, or
+    ``whole`` experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    d_ff = EXPERT_CHANNELS[width]
+    model: Any = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=width, intermediate_size=d_ff, num_hidden_layers=LAYERS, num_attention_heads=8,
+            num_key_value_heads=8, vocab_size=512, num_local_experts=EXPERTS, num_experts_per_tok=2,
+            tie_word_embeddings=False,
+        )
+    ).to(device)  # fmt: skip
+    model.set_experts_implementation(way)
+    pick = torch.Generator().manual_seed(1)
+    some = range(FROZEN_EXPERTS * d_ff), torch.randperm(EXPERTS * d_ff, generator=pick)[: round(0.8 * EXPERTS * d_ff)]
+    channels = {layer: list(map(int, some[0 if whole else 1])) for layer in range(LAYERS)}
+    return model, units_from(find_units(model), heads={}, channels=channels).build(model)
+
+
 def check(model: torch.nn.Module, plan: sf.FreezePlan, tokens: torch.Tensor) -> None:
     """Raise unless live gradients are plain autograd's where live and zero elsewhere."""
     grads = []
@@ -87,9 +116,10 @@ def check(model: torch.nn.Module, plan: sf.FreezePlan, tokens: torch.Tensor) -> 
         torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
 
-def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any]:
-    """Milliseconds per phase and contender, and ratios."""
-    model, plan = build(width, share, device)
+def measure(
+    model: torch.nn.Module, plan: sf.FreezePlan, adapted: torch.nn.Module | None, rounds: int, device: str
+) -> dict[str, Any]:
+    """Milliseconds per phase and contender, and ratios. ``adapted``: the model with LoRA, or None."""
     tokens = torch.randint(0, 512, TOKENS, generator=torch.Generator().manual_seed(2)).to(device)
     check(model, plan, tokens)
     masked = sf.MaskedAdamW(model.named_parameters(), lr=1e-6, freeze=plan)
@@ -99,7 +129,6 @@ def measure(width: int, share: float, rounds: int, device: str) -> dict[str, Any
         "packed": sf.MaskedAdamW(model.named_parameters(), lr=1e-6, freeze=plan),
         "stock": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
     }
-    adapted = _with_lora(width, share, device)
     if adapted is not None:
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizers["LoRA"] = torch.optim.AdamW(trained, lr=1e-6, fused=True)
@@ -170,15 +199,44 @@ def _with_lora(width: int, share: float, device: str) -> torch.nn.Module | None:
     return adapted
 
 
+def _shown(label: str, case: dict[str, Any]) -> dict[str, Any]:
+    print(label)
+    for name, at in case.items():
+        if "/" in name:
+            print_entry(f"  {name:28}", at)
+    return case
+
+
+def _mixtures(widths: list[int], rounds: int, device: str) -> dict[str, Any]:
+    found = {}
+    for width in widths:
+        for way in ("grouped_mm", "eager"):
+            for whole in (False, True):
+                what = f"{FROZEN_EXPERTS} of {EXPERTS} experts" if whole else "80% of channels"
+                model, plan = build_mixture(width, way, whole, device)
+                label = f"width {width}, {way}, {what} frozen"
+                found[label] = _shown(label, measure(model, plan, None, rounds, device))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 2048])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.075])
     parser.add_argument("--rounds", type=at_least_one, default=15)
+    parser.add_argument("--mixture", action="store_true", help="a mixture of experts instead")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     given = parser.parse_args()
     machine = describe_machine(torch.get_num_threads(), given.device)
+    if given.mixture:
+        found = _mixtures(given.widths, given.rounds, given.device)
+        report = {
+            "device": machine.slug, "threads": machine.threads, "torch": torch.__version__, "layers": LAYERS,
+            "experts": EXPERTS, "tokens": TOKENS, "rounds": given.rounds, "cases": found,
+        }  # fmt: skip
+        save_result("experts", machine, report, given.output)
+        return
     found = {}
     crossovers = {f"width {width}": crossover(width, 3 * given.rounds, given.device) for width in given.widths}
     for label, axes in crossovers.items():
@@ -186,13 +244,10 @@ def main() -> None:
             print(f"{label}, {axis} live:", *(f"{live} {ratio:.2f}" for live, ratio in shares.items()))
     for width in given.widths:
         for share in given.shares:
-            case = found[f"width {width}, {share:.1%} of units frozen"] = measure(
-                width, share, given.rounds, given.device
-            )
-            print(f"width {width}, {share:.1%} of units frozen")
-            for label, at in case.items():
-                if "/" in label:
-                    print_entry(f"  {label:28}", at)
+            label = f"width {width}, {share:.1%} of units frozen"
+            model, plan = build(width, share, given.device)
+            adapted = _with_lora(width, share, given.device)
+            found[label] = _shown(label, measure(model, plan, adapted, given.rounds, given.device))
     report = {
         "device": machine.slug, "threads": machine.threads, "torch": torch.__version__,
         "layers": LAYERS, "tokens": TOKENS, "rounds": given.rounds, "cases": found, "crossover": crossovers,

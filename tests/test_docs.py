@@ -6,42 +6,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from model_folders import run, save_model
+from pages import ROOT, blocks, run_blocks
 
 import safefreeze_kernels as sf
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*$")
 MOST_NOT_RUN = 2
-
-
-class Block(NamedTuple):
-    page: str
-    line: int
-    language: str
-    code: str
-    reason: str  # why it is not run; "": it is
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text()
-    for found in FENCE.finditer(text):
-        before = text[: found.start()]
-        reason = NOT_RUN.search(before)
-        line = before.count("\n") + 2
-        yield Block(str(page.relative_to(ROOT)), line, found[1], found[2], reason[1] if reason else "")
-
-
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"})
 
@@ -99,11 +77,7 @@ def test_code_runs_as_it_is_printed(page: str, namespace: dict[str, Any]) -> Non
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for block in BLOCKS:
-        if (block.page, block.language, block.reason) == (page, "python", ""):
-            # so that a traceback names the page and the line
-            code = compile("\n" * (block.line - 1) + block.code, page, "exec")
-            exec(code, namespace)
+    run_blocks(page, namespace)
 
 
 def test_what_is_not_run_says_why() -> None:

@@ -116,7 +116,7 @@ def plan_memory(
     amsgrad: Annotated[bool, Option("--amsgrad", help="Keep a third moment.")] = False,
     masters: Annotated[bool, Option("--masters", help="Exact float32 masters of bfloat16 weights.")] = False,
     packed: Annotated[
-        bool, Option("--packed", help="Gradients of linear layers only where they learn (live_gradients).")
+        bool, Option("--packed", help="Gradients of linear layers and experts only where they learn (live_gradients).")
     ] = False,
     activations: Annotated[float, Option(help="GB to add for activations.")] = 0.0,
     capacity: Annotated[float | None, Option(help="GB of the device: does it fit? Exit code 1 if not.")] = None,

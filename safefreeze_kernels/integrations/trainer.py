@@ -117,10 +117,19 @@ def _with_defaults(args: TrainingArguments | None, options: dict[str, Any]) -> d
 
 
 class _Factory:
-    """What Trainer takes for an optimizer it must hand the whole model to: a class that is none."""
+    """What Trainer takes for an optimizer it must hand the whole model to: a class that is none. axolotl's trainers
+    hand it their arguments, too; what they say gives way to ``options``."""
 
-    def __call__(self, model: torch.nn.Module, **options: Any) -> MaskedAdamW:
-        return build_masked_adamw(model, **options)
+    def __init__(self, *given: Any, **options: Any) -> None:
+        if given or options:
+            raise TypeError(
+                f"masked_adamw: the trainer makes the optimizer of groups of its own, with {sorted(options)}, as for "
+                "embedding_learning_rate or loraplus_lr_ratio, expected to be handed the model; leave those settings "
+                "out, or set trainer.optimizer = build_masked_adamw(model, plan, args)"
+            )
+
+    def __call__(self, model: torch.nn.Module, args: TrainingArguments | None = None, **options: Any) -> MaskedAdamW:
+        return build_masked_adamw(model, args=args, **options)
 
 
 class _ZeroesFrozen(Attached):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 
-from ..grads.live import Storage, suited
+from ..grads.forwards import Storage
+from ..grads.live import suited
 from ..kernels.operands import STORAGE, moment_dtype
 from ..model.sharding import held, local
 from ..plan.binding import bind, named_tensors
@@ -126,8 +127,8 @@ def memory_plan(
         dtype: of the weights and gradients, if not those the parameters have.
         state_dtype, amsgrad, master: as `MaskedAdamW` will have them.
         keep_state: as `set_freeze` will have it: frozen weights then have state, too.
-        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where a linear layer's weight
-            learns.
+        storage: of gradients, as `live_gradients` will have it: "packed" ones exist only where the weights of linear
+            layers and fused experts learn.
         activation_bytes: to be added on every device.
         capacity: bytes of a device; `MemoryPlan.fits` then tells whether it is enough.
 

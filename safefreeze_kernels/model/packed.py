@@ -14,7 +14,7 @@ from ..plan.mask import FreezeMask
 
 
 class PackedGradient(Tensor):
-    """A gradient that is zero where ``mask`` freezes; held are live rows × live columns alone, as ``packed``.
+    """A gradient that is zero where ``mask`` freezes; what is live is held alone, as ``packed``.
 
     Autograd accumulates it, and whatever only scales it or looks at values that are not zero works: norms, ``zero_``,
     casts, `torch.nn.utils.clip_grad_norm_`, `torch.amp.GradScaler`. Anything else raises RuntimeError, and so does the
@@ -22,7 +22,7 @@ class PackedGradient(Tensor):
 
     Attributes:
         packed: an ordinary tensor.
-        mask: what is frozen; no single elements.
+        mask: what is frozen. Of single elements what is held has one dimension, the live ones in order.
     """
 
     #: Whether there ever was one: else nobody need look for them.

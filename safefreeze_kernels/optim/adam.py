@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..grads.flat import ZeroedEarly
-from ..grads.live import check_live_gradients, forwards, refuse_packed_gradients
+from ..grads.forwards import forwards
+from ..grads.live import check_live_gradients, refuse_packed_gradients
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
 from ..model.flat import Partition

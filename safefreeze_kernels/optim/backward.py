@@ -15,7 +15,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..grads.clip import clip_grad_norm_
-from ..grads.live import check_live_gradients, forwards, refuse_packed_gradients
+from ..grads.forwards import forwards
+from ..grads.live import check_live_gradients, refuse_packed_gradients
+from ..model.flat import in_engine
 from ..model.sharding import is_sharded
 from ..plan.plan import FreezePlan
 from .adam import MaskedAdam
@@ -165,8 +167,11 @@ def _check(model: Any, optimizer: Any, max_norm: Any) -> None:
             "in shards)"
         )
     params = all_params(optimizer.param_groups)
-    if any(is_sharded(p) for p in params):
-        raise RuntimeError(f"{what}: parameters are sharded, expected ordinary ones; call optimizer.step() instead")
+    if any(map(is_sharded, params)) or any(map(in_engine, model.parameters())):
+        raise RuntimeError(
+            f"{what}: parameters are sharded, or DeepSpeed takes their gradients, expected ordinary ones; call the "
+            "step after the backward pass"
+        )
     if {id(p) for p in model.parameters()}.isdisjoint(map(id, params)):
         raise ValueError(f"{what}: optimizer has no parameter of model; pass the model that it trains")
     if (open_ := _of_optimizer.get(optimizer)) is not None and open_.optimizer is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..grads.flat import FlatReader
-from ..grads.live import generation
+from ..grads.forwards import generation
 from ..grads.reader import GradientReader, Gradients, Whereabouts, trace, whereabouts
 from ..kernels.ages import Ages
 from ..kernels.backend import Backend, choose_backend

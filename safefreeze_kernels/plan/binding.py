@@ -161,7 +161,7 @@ def _unwrapped(name: str, by_name: Mapping[str, Tensor], bare: Mapping[str, list
         + (
             origin
             or (f"; nearest: {', '.join(map(repr, near))}" if near else "")
-            + "; is it a plan for another model? (a tied weight: pass "
+            + "; is it a plan for another model, or in the names of another library? (a tied weight: pass "
             "model.named_parameters(remove_duplicate=False), so that either name is known)"
         )
     )

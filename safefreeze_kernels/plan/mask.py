@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -234,6 +234,23 @@ class FreezeMask:
             return (held[0] if held else np.zeros(1, np.int64)), np.zeros(1, np.int64)
         rows = np.ravel_multi_index(np.ix_(*held[:-1]), self.shape[:-1])
         return np.asarray(rows).reshape(-1), held[-1]
+
+    def matrices(self) -> Iterator[FreezeMask]:
+        """The mask of each matrix of a tensor of three dimensions, in order. A column that is frozen in some of them
+        alone is single elements in this mask, and a column in theirs."""
+        n, *shape = self.shape
+        size = math.prod(shape)
+        firsts = np.searchsorted(self._rows, np.arange(n + 1) * shape[0])
+        for i in range(n):
+            rows = self._rows[firsts[i] : firsts[i + 1]] - i * shape[0]
+            if self._bits is None:
+                yield FreezeMask(shape, rows, self._cols)
+                continue
+            begin, end = i * size, (i + 1) * size
+            bits = self._bits[begin // 8 : (end + 7) // 8]
+            if begin % 8:
+                bits = pack_bits(unpack_bits(bits, (bits.size * 8,))[begin % 8 :][:size])
+            yield FreezeMask.from_bits(shape, bits, rows, self._cols)
 
     def shard(self, held: Sequence[np.ndarray] | None) -> FreezeMask:
         """The mask of a shard of the tensor (`sharding.held`); None: all of it."""

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import find_units, units_from
-from safefreeze_kernels.grads import live
-from safefreeze_kernels.grads.live import _LiveLinear
+from safefreeze_kernels.grads import forwards as live
+from safefreeze_kernels.grads.linear import LiveLinear
 from safefreeze_kernels.model.packed import PackedGradient
 
 SHAPE: Final = (12, 8)
@@ -174,7 +174,7 @@ def test_gradcheck(mask: str, transposed: bool) -> None:
 
     def function(x: Tensor, live: Tensor, bias: Tensor) -> Tensor:
         whole = weight.index_put((rows[:, None], cols), live)
-        return _LiveLinear.apply(x, whole, bias, rows, cols, transposed, None)
+        return LiveLinear.apply(x, whole, bias, rows, cols, transposed, None)
 
     assert torch.autograd.gradcheck(function, (x, live, bias))
 

@@ -216,6 +216,14 @@ def clipped(model: Net, optimizer: sf.MaskedAdamW) -> None:
     inside(model, optimizer, 0)
 
 
+def in_an_engine(model: Net, optimizer: sf.MaskedAdamW) -> None:
+    model.first.weight._hp_mapping = None  # as DeepSpeed's ZeRO leaves it
+    try:
+        inside(model, optimizer, 0)
+    finally:
+        del model.first.weight._hp_mapping
+
+
 BAD: dict[str, tuple[Callable[[Net, Any], Any], type[Exception], str]] = {
     "no model": (lambda m, o: inside(None, o, 0), TypeError, "model is a NoneType, expected a torch.nn.Module"),
     "no optimizer of ours": (
@@ -230,6 +238,7 @@ BAD: dict[str, tuple[Callable[[Net, Any], Any], type[Exception], str]] = {
         lambda m, o: inside(m, o, 0, max_norm_of_each=float("nan")), ValueError, "max_norm_of_each is nan, expected",
     ),
     "a factor that waits": (clipped, RuntimeError, r"a clip factor waits .* call zero_grad\(\).* max_norm_of_each"),
+    "DeepSpeed": (in_an_engine, RuntimeError, "parameters are sharded, or DeepSpeed takes their gradients, expected"),
     "nested": (nested, RuntimeError, "a block of this optimizer is open already; leave it first"),
     "two passes": (twice, RuntimeError, "'.*' has a second gradient since the block was entered, expected one"),
 }  # fmt: skip
