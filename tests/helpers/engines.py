@@ -16,8 +16,10 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 def run_engines(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`run_ranks`, in processes that import DeepSpeed before anything else."""
-    return run_ranks(world, _on_rank, function, world, arguments, pool="engines", patience=300.0)
+    """`run_ranks`, in processes that import DeepSpeed before anything else. Those of four ranks are others than those
+    of two: where one process once had a ZeRO-3 engine and another had none, ZeRO-2 on both adds up wrong gradients,
+    torch's own AdamW included (0.19.8)."""
+    return run_ranks(world, _on_rank, function, world, arguments, pool=f"engines {max(world, 2)}", patience=300.0)
 
 
 def _on_rank(rank: int, function: Callable[..., Any], world: int, arguments: tuple[Any, ...]) -> Any:
