@@ -261,6 +261,28 @@ def test_training_leaves_frozen_bytes_and_moves_the_rest(storage: Any) -> None:
 
 
 @STORAGE
+def test_a_step_inside_the_backward_pass(storage: Any) -> None:
+    """A weight steps while the pass goes on: nothing after that may need its values."""
+    expected = FusedExperts("linear")
+    plan = plan_of(expected)
+    found = copy.deepcopy(expected)
+    for net in (expected, found):
+        sf.live_gradients(net, plan, storage=storage)
+        optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
+        for _ in range(3):
+            loss = net(rows(), COUNTS).square().mean()
+            if net is found:
+                with sf.step_in_backward(net, optimizer):
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert_same_bits(p.detach(), q.detach(), name)
+
+
+@STORAGE
 def test_it_is_undone_and_copies_are_ordinary(storage: Any) -> None:
     expected = FusedExperts("linear")
     found, plan, handle = twins(expected, storage=storage)
