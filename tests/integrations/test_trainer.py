@@ -366,6 +366,13 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
         with_optimizer(tmp_path, net, guarded_sgd(net, plan()), raw_norm=True).train()
 
 
+def test_a_trainer_with_groups_of_its_own_is_told() -> None:
+    """As for ``embedding_learning_rate``: it makes the class it was given from groups, not from the model."""
+    factory, options = masked_adamw(plan(), lr=1e-3)
+    with pytest.raises(TypeError, match=r"masked_adamw: the trainer makes the optimizer of groups of its own, with \["):
+        factory(groups_of(model()), **options)
+
+
 def with_optimizer(folder: Path, net: Any, optimizer: torch.optim.Optimizer | None, **options: Any) -> Trainer:
     """A Trainer with a callback whose optimizer is someone else's business."""
     return Trainer(
