@@ -284,8 +284,8 @@ SAFEFREEZE_INLINE Word largest_code_of(Word bits) {
   return bits > 0x7f7fffffu ? (bits > 0x7f800000u ? Word{} + 255u : Word{} + 254u) : code;
 }
 
-// A bijection that spreads every bit (lowbias32, Wellons 2018), and the noise of moments: a key of the step, and of each
-// element its own. It depends on nothing else, so not on how the work was cut.
+// A bijection that spreads every bit (lowbias32, Wellons 2018), for the key of a tensor's step; of elements, which are
+// many, a shorter one. The noise of moments depends on nothing else, so not on how the work was cut.
 template <typename Word>
 SAFEFREEZE_INLINE Word mix(Word x) {
   x = (x ^ x >> 16) * 0x7feb352du;
@@ -299,8 +299,19 @@ SAFEFREEZE_INLINE uint32_t noise_seed(uint64_t seed, uint32_t number) {
 
 SAFEFREEZE_INLINE uint32_t noise_key(uint32_t noise_seed, uint32_t step) { return mix(noise_seed + step); }
 
+// Of the elements whose lower 32 bits are added to `key`.
+template <typename Word>
+SAFEFREEZE_INLINE Word spread_noise(Word x) {
+  x = x * 0x9e3779b1u;
+  return (x ^ x >> 15) * 0x85ebca77u;
+}
+
+SAFEFREEZE_INLINE uint32_t noise_begin(uint32_t key, uint64_t element) {
+  return key + static_cast<uint32_t>(element) + static_cast<uint32_t>(element >> 32) * 0x9e3779b9u;
+}
+
 SAFEFREEZE_INLINE uint32_t moment_noise(uint32_t key, uint64_t element) {
-  return mix(key + static_cast<uint32_t>(element) + static_cast<uint32_t>(element >> 32) * 0x9e3779b9u);
+  return spread_noise(noise_begin(key, element));
 }
 
 }  // namespace safefreeze

@@ -314,101 +314,7 @@ void make_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
   });
 }
 
-// ---------------------------------------------------------------------------------------------- moments as codes
-
-// What a block's codes are read from and written to, where its elements do not lie together; and its noise.
-struct Codes {
-  uint8_t m[block + slack], v[block + slack], x[block + slack];
-  uint32_t noise[block + slack];
-};
-
-uint8_t* codes_of(int64_t address, const Place& place, int64_t n, uint8_t* stage) {
-  uint8_t* const data = at<uint8_t>(address);
-  if (place.together()) return data + place.start;
-  pick(data, place, n, stage);
-  return stage;
-}
-
-// The noise of moments, as `make_noise` that of parameters.
-void make_moment_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number, const Place& place, int64_t n,
-                       uint32_t* __restrict noise) {
-  const uint32_t base = noise_seed(seed, number), key = noise_key(base, step);
-  if (place.together() && !aged) {
-    const uint64_t first = static_cast<uint64_t>(place.start);
-    if (first >> 32 == (first + static_cast<uint64_t>(n)) >> 32) {
-      const uint32_t begin = key + static_cast<uint32_t>(first) + static_cast<uint32_t>(first >> 32) * 0x9e3779b9u;
-      SAFEFREEZE_VECTOR_LOOP
-      for (int64_t i = 0; i < n; ++i) noise[i] = mix(begin + static_cast<uint32_t>(i));
-      return;
-    }
-  }
-  each_element(place, n, [&](int64_t i, uint64_t element) {
-    noise[i] = moment_noise(aged ? noise_key(base, aged->step[i]) : key, element);
-  });
-}
-
-void decode_block(const uint8_t* first, const uint8_t* second, int64_t n, float* __restrict m, float* __restrict v) {
-  int64_t i = 0;
-#if defined(SAFEFREEZE_SIXTEEN)
-  for (; i + 16 <= n; i += 16) {
-    Floats m_16, v_16;
-    decode_moments((Integers)load_16(first + i), (Integers)load_16(second + i), m_16, v_16);
-    store_16(bits_of(m + i), (__m512i)m_16);
-    store_16(bits_of(v + i), (__m512i)v_16);
-  }
-#endif
-  SAFEFREEZE_VECTOR_LOOP
-  for (; i < n; ++i) decode_moments<uint32_t>(first[i], second[i], m[i], v[i]);
-}
-
-void encode_block(const float* m, const float* v, const uint32_t* noise, int64_t n, uint8_t* __restrict first,
-                  uint8_t* __restrict second) {
-  int64_t i = 0;
-#if defined(SAFEFREEZE_SIXTEEN)
-  for (; i + 16 <= n; i += 16) {
-    Integers first_16, second_16;
-    encode_moments((Floats)load_16(bits_of(m + i)), (Floats)load_16(bits_of(v + i)), (Integers)load_16(noise + i),
-                   first_16, second_16);
-    store_16(first + i, (__m512i)first_16);
-    store_16(second + i, (__m512i)second_16);
-  }
-#endif
-  SAFEFREEZE_VECTOR_LOOP
-  for (; i < n; ++i) {
-    uint32_t one, other;
-    encode_moments<uint32_t>(m[i], v[i], noise[i], one, other);
-    first[i] = static_cast<uint8_t>(one);
-    second[i] = static_cast<uint8_t>(other);
-  }
-}
-
-// The moments of a block between codes and float32.
-struct CodedMoments {
-  Codes stage;
-  uint8_t *m, *v, *x = nullptr;
-
-  void load(const AdamWLaunch& launch, const AdamWTensor& tensor, const Block& b, float* to_m, float* to_v, float* to_x) {
-    m = codes_of(tensor.exp_avg, b.packed, b.n, stage.m);
-    v = codes_of(tensor.exp_avg_sq, b.packed, b.n, stage.v);
-    decode_block(m, v, b.n, to_m, to_v);
-    if (!launch.amsgrad) return;
-    x = codes_of(tensor.max_exp_avg_sq, b.packed, b.n, stage.x);
-    for (int64_t i = 0; i < b.n; ++i) to_x[i] = float_of(largest_bits_of<uint32_t>(x[i]));
-  }
-
-  void store(const AdamWLaunch& launch, const AdamWTensor& tensor, const Block& b, uint32_t step, const Aged* aged,
-             const float* new_m, const float* new_v, const float* new_x) {
-    make_moment_noise(launch.seed, step, aged, static_cast<uint32_t>(tensor.number), b.place, b.n, stage.noise);
-    encode_block(new_m, new_v, stage.noise, b.n, m, v);
-    for (int64_t i = 0; launch.amsgrad && i < b.n; ++i) {
-      x[i] = static_cast<uint8_t>(largest_code_of(bits_in(new_x[i])));
-    }
-    if (b.packed.together()) return;
-    put(m, b.n, at<uint8_t>(tensor.exp_avg), b.packed);
-    put(v, b.n, at<uint8_t>(tensor.exp_avg_sq), b.packed);
-    if (launch.amsgrad) put(x, b.n, at<uint8_t>(tensor.max_exp_avg_sq), b.packed);
-  }
-};
+#include "cpu_codes.h"
 
 #if defined(SAFEFREEZE_SIXTEEN)
 // Single elements of float32 or bfloat16, rounded to nearest or with remainders, without a block's preparations. State
@@ -490,7 +396,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
 #endif
   alignas(64) Stage stage[6];
   alignas(64) Aged aged;
-  CodedMoments coded;
+  Codes coded;
   walk(launch.work, chunk, [&](const Block& b) {
     const AdamWTensor& tensor = launch.tensors[b.part.tensor];
     const int64_t grad = launch.grads[b.part.tensor].data;
@@ -508,13 +414,14 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
     const Place& g_place = tensor.packed_grad ? b.packed : b.place;
     const Operand g = operand(dtype, grad, g_place, b.n, stage[1]);
-    if (codes) coded.load(launch, tensor, b, stage[2], stage[3], stage[4]);
-    const auto moment = [&](int64_t address, float* staged) {
-      return codes ? Operand{staged, false, false} : operand(state, address, b.packed, b.n, staged);
+    const auto moment = [&](int64_t address, float* staged, uint8_t* staged_codes) {
+      if (codes) return Operand{codes_of(address, b.packed, b.n, staged_codes), false, false};
+      return operand(state, address, b.packed, b.n, staged);
     };
-    const Operand m = moment(tensor.exp_avg, stage[2]);
-    const Operand v = moment(tensor.exp_avg_sq, stage[3]);
-    const Operand x = launch.amsgrad ? moment(tensor.max_exp_avg_sq, stage[4]) : Operand{nullptr, false, false};
+    const Operand m = moment(tensor.exp_avg, stage[2], coded.m);
+    const Operand v = moment(tensor.exp_avg_sq, stage[3], coded.v);
+    const Operand x =
+        launch.amsgrad ? moment(tensor.max_exp_avg_sq, stage[4], coded.x) : Operand{nullptr, false, false};
     Operand extra{nullptr, true, false};
     Rounding rounding = Rounding::nearest;
     if (tensor.remainder) {
@@ -529,12 +436,20 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
     const int64_t followed = p.staged ? b.n : b.place.followed;
-    choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(
-        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed, b.place.jump, g_place.jump,
-         b.packed.jump},
-        *rows);
+    const Elements elements{p.data, g.data, m.data, v.data,   x.data,       extras,      by_age,
+                            Bits{}, b.n,    followed, b.place.jump, g_place.jump, b.packed.jump};
+    if (codes) {
+      Coding coding{};
+      coding.noise = make_moment_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place,
+                                       b.n, coded.noise, coding.begin);
+      choose_coded(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, coding, *rows);
+      put_codes(m.data, b, tensor.exp_avg);
+      put_codes(v.data, b, tensor.exp_avg_sq);
+      if (launch.amsgrad) put_codes(x.data, b, tensor.max_exp_avg_sq);
+    } else {
+      choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, *rows);
+    }
     put_back(p, dtype, tensor.param, b.place, b.n, rounding == Rounding::stochastic ? extras : nullptr);
-    if (codes) coded.store(launch, tensor, b, rows->step, by_age, stage[2], stage[3], stage[4]);
     put_back(m, state, tensor.exp_avg, b.packed, b.n);
     put_back(v, state, tensor.exp_avg_sq, b.packed, b.n);
     put_back(x, state, tensor.max_exp_avg_sq, b.packed, b.n);

@@ -201,4 +201,5 @@ def moment_noise(seed, step, number, start, here):
     key = tl.load(seed).to(tl.uint64, bitcast=True)
     zero = low & 0
     base = _mix(_mix(_mix(zero + (key & 0xFFFFFFFF).to(tl.uint32)) + (key >> 32).to(tl.uint32)) + number)
-    return _mix(_mix(base + step) + low + high * 0x9E3779B9)
+    x = (_mix(base + step) + low + high * 0x9E3779B9) * 0x9E3779B1
+    return (x ^ (x >> 15)) * 0x85EBCA77
