@@ -208,4 +208,110 @@ SAFEFREEZE_INLINE uint16_t noise_of(const Words& eight, uint64_t element) {
   return static_cast<uint16_t>(eight.word[(element >> 1) & 3u] >> (16u * (element & 1u)));
 }
 
+// Moments in 8 bits each, as codes that stand for themselves: no scale is shared, so no neighbour spoils an element, and
+// what moves keeps its values. The two bytes of an element are one word, from its highest bit on:
+//   9 bits  v: a float without sign of 7 exponent and 2 mantissa bits, from 1.25 * 2^-95 to 1.25 * 2^32. 0 is 0 alone;
+//           the two largest are infinity and NaN. Its upper 8 bits are the byte of v, the last is the top of m's.
+//   1 bit   the sign of m
+//   6 bits  |m| in units of a power of two within a factor of the root of 2 of v's own root: a float of 3 exponent and
+//           3 mantissa bits, evenly spaced by 1/64 below 1/4, to 13; the two largest are infinity and NaN.
+// Integer arithmetic, and sums of floats that are exact or far above the subnormal, so modes of rounding those change
+// nothing. Rounding is up or down by 32 bits of noise, of which v takes the upper 21 and m the lower 20; a v that is not
+// 0 never becomes 0.
+constexpr uint32_t to_nearest = 0x80080000u;  // the noise that rounds both to nearest, ties up
+
+SAFEFREEZE_INLINE float float_of(uint32_t bits) {
+  FloatBits x;
+  x.bits = bits;
+  return x.value;
+}
+SAFEFREEZE_INLINE uint32_t bits_in(float value) {
+  FloatBits x;
+  x.value = value;
+  return x.bits;
+}
+#if defined(__AVX512F__)
+SAFEFREEZE_INLINE Floats float_of(Integers bits) { return (Floats)bits; }
+SAFEFREEZE_INLINE Integers bits_in(Floats value) { return (Integers)value; }
+#endif
+
+template <typename Word, typename Float>
+SAFEFREEZE_INLINE void decode_moments(Word first, Word second, Float& m, Float& v) {
+  const Word code = second << 1 | first >> 7, size = first & 63u;
+  Word bits = code == 0u ? Word{} : (code + 128u) << 21;
+  v = float_of(code > 509u ? 0x7f800000u + ((code - 510u) << 22) : bits);
+  const Word exponent = (code >> 3) + 76u;  // of half of the smallest |m| that is not among the evenly spaced
+  const Word even = size < 8u ? Word{} + 8u : Word{};
+  bits = ((size + even) << 20) + (exponent << 23);
+  bits = bits_in(float_of(bits) - float_of(even == 0u ? Word{} : (exponent + 1u) << 23));
+  bits = size > 61u ? 0x7f800000u + ((size - 62u) << 22) : bits;
+  m = float_of(bits | (first & 64u) << 25);
+}
+
+template <typename Word, typename Float>
+SAFEFREEZE_INLINE void encode_moments(Float m, Float v, Word noise, Word& first, Word& second) {
+  const Word v_bits = bits_in(v), m_bits = bits_in(m), m_size = m_bits & 0x7fffffffu;
+  Word code = (v_bits + (noise >> 11)) >> 21;
+  code = code < 129u ? Word{} + 1u : code - 128u;
+  code = code > 509u ? Word{} + 509u : code;
+  code = v_bits == 0u ? Word{} : code;
+  code = v_bits > 0x7f7fffffu ? (v_bits > 0x7f800000u ? Word{} + 511u : Word{} + 510u) : code;
+  const Float in_units = float_of(m_size) * float_of((174u - (code >> 3)) << 23);
+  const Word even = bits_in(in_units) < 0x3e000000u ? Word{} + 8u : Word{};
+  const Float shifted = in_units + float_of(even == 0u ? Word{} : Word{} + 0x3e000000u);
+  Word size = ((bits_in(shifted) + (noise & 0xfffffu)) >> 20) - 984u - even;
+  size = size > 61u ? Word{} + 61u : size;
+  size = m_size > 0x7f7fffffu ? (m_size > 0x7f800000u ? Word{} + 63u : Word{} + 62u) : size;
+  const Word sign = m_size > 0x7f800000u ? Word{} : m_bits >> 25 & 64u;
+  first = (code & 1u) << 7 | sign | size;
+  second = code >> 1;
+}
+
+// The largest v so far (amsgrad), to nearest: 7 exponent bits and 1 mantissa bit, otherwise as v. It never decays, so
+// what rounding drops does not add up.
+template <typename Word>
+SAFEFREEZE_INLINE Word largest_bits_of(Word code) {
+  const Word bits = code == 0u ? Word{} : (code + 64u) << 22;
+  return code > 253u ? 0x7f800000u + ((code - 254u) << 22) : bits;
+}
+
+template <typename Word>
+SAFEFREEZE_INLINE Word largest_code_of(Word bits) {
+  Word code = (bits + 0x200000u) >> 22;
+  code = code < 65u ? Word{} + 1u : code - 64u;
+  code = code > 253u ? Word{} + 253u : code;
+  code = bits == 0u ? Word{} : code;
+  return bits > 0x7f7fffffu ? (bits > 0x7f800000u ? Word{} + 255u : Word{} + 254u) : code;
+}
+
+// A bijection that spreads every bit (lowbias32, Wellons 2018), for the key of a tensor's step; of elements, which are
+// many, a shorter one. The noise of moments depends on nothing else, so not on how the work was cut.
+template <typename Word>
+SAFEFREEZE_INLINE Word mix(Word x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+SAFEFREEZE_INLINE uint32_t noise_seed(uint64_t seed, uint32_t number) {
+  return mix(mix(mix(static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32)) + number);
+}
+
+SAFEFREEZE_INLINE uint32_t noise_key(uint32_t noise_seed, uint32_t step) { return mix(noise_seed + step); }
+
+// Of the elements whose lower 32 bits are added to `key`.
+template <typename Word>
+SAFEFREEZE_INLINE Word spread_noise(Word x) {
+  x = x * 0x9e3779b1u;
+  return (x ^ x >> 15) * 0x85ebca77u;
+}
+
+SAFEFREEZE_INLINE uint32_t noise_begin(uint32_t key, uint64_t element) {
+  return key + static_cast<uint32_t>(element) + static_cast<uint32_t>(element >> 32) * 0x9e3779b9u;
+}
+
+SAFEFREEZE_INLINE uint32_t moment_noise(uint32_t key, uint64_t element) {
+  return spread_noise(noise_begin(key, element));
+}
+
 }  // namespace safefreeze

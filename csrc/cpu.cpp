@@ -314,6 +314,8 @@ void make_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
   });
 }
 
+#include "cpu_codes.h"
+
 #if defined(SAFEFREEZE_SIXTEEN)
 // Single elements of float32 or bfloat16, rounded to nearest or with remainders, without a block's preparations. State
 // without gaps meets what is picked of p and g, a few hundred at a time: while their divisions are under way the next
@@ -380,7 +382,8 @@ bool done_as_singles(const AdamWLaunch& launch, const Chunk& chunk) {
   const AdamWTensor& tensor = launch.tensors[part.tensor];
   const DType dtype = static_cast<DType>(launch.param_dtype[part.tensor]);
   const bool stochastic = launch.stochastic && dtype == DType::bf16 && !tensor.remainder;
-  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16) return false;
+  const bool codes = launch.state_dtype[part.tensor] == static_cast<int32_t>(DType::codes);
+  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16 || codes) return false;
   const int64_t grad = launch.grads[part.tensor].data;
   if (grad) (dtype == DType::f32 ? adamw_singles<float> : adamw_singles<uint16_t>)(launch, chunk, tensor, grad);
   return true;
@@ -393,6 +396,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
 #endif
   alignas(64) Stage stage[6];
   alignas(64) Aged aged;
+  Codes coded;
   walk(launch.work, chunk, [&](const Block& b) {
     const AdamWTensor& tensor = launch.tensors[b.part.tensor];
     const int64_t grad = launch.grads[b.part.tensor].data;
@@ -402,16 +406,22 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const Scalars* const rows = launch.scalars + launch.scalar_set[b.part_index] + b.age;
     const Aged* const by_age = b.part.ages ? &aged : nullptr;
     const bool stochastic = launch.stochastic && dtype != DType::f32 && !tensor.remainder;
+    const bool codes = state == DType::codes;
     if (by_age) {
-      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, stochastic, aged);
+      (b.part.age_size == 1 ? look_up<uint8_t> : look_up<uint16_t>)(b.part, b.packed, b.n, rows, stochastic || codes,
+                                                                    aged);
     }
     const Operand p = operand(dtype, tensor.param, b.place, b.n, stage[0]);
     const Place& g_place = tensor.packed_grad ? b.packed : b.place;
     const Operand g = operand(dtype, grad, g_place, b.n, stage[1]);
-    const Operand m = operand(state, tensor.exp_avg, b.packed, b.n, stage[2]);
-    const Operand v = operand(state, tensor.exp_avg_sq, b.packed, b.n, stage[3]);
-    const Operand x = launch.amsgrad ? operand(state, tensor.max_exp_avg_sq, b.packed, b.n, stage[4])
-                                     : Operand{nullptr, false, false};
+    const auto moment = [&](int64_t address, float* staged, uint8_t* staged_codes) {
+      if (codes) return Operand{codes_of(address, b.packed, b.n, staged_codes), false, false};
+      return operand(state, address, b.packed, b.n, staged);
+    };
+    const Operand m = moment(tensor.exp_avg, stage[2], coded.m);
+    const Operand v = moment(tensor.exp_avg_sq, stage[3], coded.v);
+    const Operand x =
+        launch.amsgrad ? moment(tensor.max_exp_avg_sq, stage[4], coded.x) : Operand{nullptr, false, false};
     Operand extra{nullptr, true, false};
     Rounding rounding = Rounding::nearest;
     if (tensor.remainder) {
@@ -426,10 +436,19 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
     const int64_t followed = p.staged ? b.n : b.place.followed;
-    choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(
-        {p.data, g.data, m.data, v.data, x.data, extras, by_age, Bits{}, b.n, followed, b.place.jump, g_place.jump,
-         b.packed.jump},
-        *rows);
+    const Elements elements{p.data, g.data, m.data, v.data,   x.data,       extras,      by_age,
+                            Bits{}, b.n,    followed, b.place.jump, g_place.jump, b.packed.jump};
+    if (codes) {
+      Coding coding{};
+      coding.noise = make_moment_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place,
+                                       b.n, coded.noise, coding.begin);
+      choose_coded(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, coding, *rows);
+      put_codes(m.data, b, tensor.exp_avg);
+      put_codes(v.data, b, tensor.exp_avg_sq);
+      if (launch.amsgrad) put_codes(x.data, b, tensor.max_exp_avg_sq);
+    } else {
+      choose(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, *rows);
+    }
     put_back(p, dtype, tensor.param, b.place, b.n, rounding == Rounding::stochastic ? extras : nullptr);
     put_back(m, state, tensor.exp_avg, b.packed, b.n);
     put_back(v, state, tensor.exp_avg_sq, b.packed, b.n);

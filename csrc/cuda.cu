@@ -288,7 +288,7 @@ void adamw(const Queue& queue, const AdamWTiles& launch, DType param, DType stat
                                          : launch_adamw<BF16, S, Rounding::nearest>)(queue, launch, amsgrad);
     }
   };
-  state == DType::f32 ? by_state(F32{}) : by_state(BF16{});
+  state == DType::f32 ? by_state(F32{}) : state == DType::bf16 ? by_state(BF16{}) : by_state(Codes{});
 }
 
 int64_t norm_blocks(int64_t n_tiles) { return n_tiles < 4096 ? n_tiles : 4096; }

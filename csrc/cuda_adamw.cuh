@@ -22,11 +22,12 @@ struct AdamWKind {
   static constexpr bool amsgrad = amsgrad_;
   static constexpr bool remainder = rounding == Rounding::remainder, stochastic = rounding == Rounding::stochastic;
   static constexpr bool nearest = !remainder && !stochastic;
+  static constexpr bool coded = std::is_same_v<S, Codes>;
   // Of the widest operand 16 bytes: those of a warp's threads lie side by side, and of others too.
   static constexpr int whole = access / (sizeof(Param) > sizeof(State) ? sizeof(Param) : sizeof(State));
   // As many as there are registers for.
   static constexpr bool many = amsgrad && remainder;  // operands
-  static constexpr int apart = stochastic || many ? 1 : 2;
+  static constexpr int apart = stochastic || many || coded ? 1 : 2;
 };
 
 // What the threads of a block share: in shared memory it takes up no registers.
@@ -38,7 +39,7 @@ struct AdamWTask {
   AdamWTensor tensor;  // from the tile's first element on, as ages
   int64_t grad;
   const Scalars* rows;  // the part's
-  uint32_t number;
+  uint32_t number, noise_base;
   bool whole, gapless;
   Scalars scalars;
 
@@ -70,6 +71,7 @@ struct AdamWTask {
     tensor = from;
     grad = g;
     number = static_cast<uint32_t>(from.number);
+    if (Kind::coded) noise_base = noise_seed(launch.seed, number);
     rows = first_row;
     scalars = *first_row;
     if (launch.multiplier) scalars.grad_multiplier = scalars.grad_multiplier * *launch.multiplier;
@@ -119,13 +121,38 @@ struct AdamWValues {
     }
   }
 
-  // The new values of elements i to i + count - 1. `noise(k)`: 16 bits for element i + k, of stochastic rounding.
-  template <int count, typename Noise>
+  // The moments of element i.
+  __device__ __forceinline__ void read_moments(int i, float& m_i, float& v_i, float& v_max_i) const {
+    if constexpr (Kind::coded) {
+      decode_moments<uint32_t>(m.of[i], v.of[i], m_i, v_i);
+      if constexpr (Kind::amsgrad) v_max_i = float_of(largest_bits_of<uint32_t>(v_max.of[i]));
+    } else {
+      m_i = widen<S>(m, i);
+      v_i = widen<S>(v, i);
+      if constexpr (Kind::amsgrad) v_max_i = widen<S>(v_max, i);
+    }
+  }
+
+  // The new values of elements i to i + count - 1. `noise(k)`: 16 bits for element i + k, of stochastic rounding;
+  // `coding(k)`: 32 for its moments, if they are codes.
+  template <int count, typename Noise, typename Coding>
   __device__ __forceinline__ void keep(int i, const float (&new_p)[count], const float (&new_m)[count],
-                                       const float (&new_v)[count], const float (&new_v_max)[count], Noise noise) {
-    put<S>(m, i, new_m);
-    put<S>(v, i, new_v);
-    if constexpr (Kind::amsgrad) put<S>(v_max, i, new_v_max);
+                                       const float (&new_v)[count], const float (&new_v_max)[count], Noise noise,
+                                       Coding coding) {
+    if constexpr (Kind::coded) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        uint32_t first, second;
+        encode_moments<uint32_t>(new_m[k], new_v[k], coding(k), first, second);
+        m.of[i + k] = static_cast<uint8_t>(first);
+        v.of[i + k] = static_cast<uint8_t>(second);
+        if constexpr (Kind::amsgrad) v_max.of[i + k] = static_cast<uint8_t>(largest_code_of(bits_in(new_v_max[k])));
+      }
+    } else {
+      put<S>(m, i, new_m);
+      put<S>(v, i, new_v);
+      if constexpr (Kind::amsgrad) put<S>(v_max, i, new_v_max);
+    }
     if constexpr (Kind::nearest) put<P>(p, i, new_p);
 #pragma unroll
     for (int k = 0; k < count; ++k) {
@@ -223,19 +250,26 @@ __global__ void __launch_bounds__(threads, 4) adamw_kernel(const __grid_constant
               own.bias2_sqrt = row.bias2_sqrt;
             }
           }
-          m[k] = widen<S>(values.m, i + k);
-          v[k] = widen<S>(values.v, i + k);
-          if constexpr (amsgrad) v_max[k] = widen<S>(values.v_max, i + k);
+          values.read_moments(i + k, m[k], v[k], v_max[k]);
           p[k] = values.param(i + k);
           const float g = widen<P>(values.g, i + k);
           safefreeze::adamw<decltype(l2)::value, amsgrad>(p[k], g, m[k], v[k], v_max[k], own);
         }
       };
       launch.l2 ? update(std::true_type{}) : update(std::false_type{});
-      values.template keep<count>(i, p, m, v, v_max, [&](int k) {
+      const auto noise = [&](int k) {
         const uint32_t element = static_cast<uint32_t>(task.tile.start) + places.in_tensor(i + k);
         return size >= 4 ? noise_of(eight, i + k) : noise_at(eight, element);
-      });
+      };
+      const auto coding = [&](int k) {
+        uint32_t step = s.step;
+        if constexpr (Places::apart) {
+          if (task.part.ages) step = task.rows[values.age.of[i + k]].step;
+        }
+        const uint64_t element = static_cast<uint64_t>(task.tile.start) + places.in_tensor(i + k);
+        return moment_noise(noise_key(task.noise_base, step), element);
+      };
+      values.template keep<count>(i, p, m, v, v_max, noise, coding);
     }
     values.finish();
     values.store(task, places);

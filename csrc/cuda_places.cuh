@@ -96,6 +96,11 @@ struct F16 {
   static __device__ __forceinline__ uint16_t narrow(float value, uint16_t noise) { return to_f16(value, noise); }
 };
 
+// Moments of 8 bits: read and written both at once, by `decode_moments` and `encode_moments`.
+struct Codes {
+  using Stored = uint8_t;
+};
+
 // ------------------------------------------------------------------------------------- which elements, by whom
 
 // Elements a thread holds at once.

@@ -8,7 +8,8 @@
 
 namespace safefreeze {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+// `codes`: moments in 8 bits, which are no numbers by themselves (`decode_moments`).
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, codes = 3 };
 
 // Elements that lie together in memory: `count` of them from element `start` of the tensor, held from element
 // `packed` of its packed twin. Where the part has a column list, `start` is the first element of a row and

@@ -17,6 +17,7 @@ OPTIONS: Final[list[dict[str, Any]]] = [
     {},
     {"amsgrad": True},
     {"state_dtype": torch.bfloat16},
+    {"state_dtype": torch.int8, "amsgrad": True, "dtype": torch.bfloat16},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64, "state_dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},

@@ -112,7 +112,7 @@ def plan_memory(
     model: Annotated[str, Option(help="A model's config file, its folder, or smollm2; weights are not needed.")],
     plan: Annotated[Path | None, Option(help="Plan file. Default: nothing frozen.")] = None,
     dtype: Dtype = "float32",
-    state_dtype: Annotated[str, Option(help="Of the moments: float32 or bfloat16.")] = "float32",
+    state_dtype: Annotated[str, Option(help="Of the moments: float32, bfloat16 or int8.")] = "float32",
     amsgrad: Annotated[bool, Option("--amsgrad", help="Keep a third moment.")] = False,
     masters: Annotated[bool, Option("--masters", help="Exact float32 masters of bfloat16 weights.")] = False,
     packed: Annotated[

@@ -16,7 +16,8 @@ WIDE: Final = (torch.float64, torch.complex64, torch.complex128)  # of which the
 NormKind = Literal["sum_of_squares", "sum_of_absolutes", "largest_absolute"]
 
 # Mirrors of enum DType and enum NormKind in csrc/work.h.
-DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate(STORAGE)}
+CODES: Final = torch.uint8  # what moments of 8 bits are kept as: codes, as `reference.decode_moments` reads them
+DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*STORAGE, CODES))}
 NORM_CODES: Final = {kind: code for code, kind in enumerate(get_args(NormKind))}
 
 # Mirror of struct Scalars in csrc/arithmetic.h.
@@ -117,6 +118,6 @@ def host_scalars(scalars: np.ndarray | Tensor, multiplier: Tensor | None = None)
 
 
 def moment_dtype(param: torch.dtype, state_dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the moments of a parameter: ``state_dtype`` speaks of `STORAGE`; `WIDE` ones have moments like
-    themselves, as in torch."""
-    return param if param in WIDE else state_dtype
+    """Dtype of the moments of a parameter: ``state_dtype`` speaks of `STORAGE`, int8 meaning `CODES`; `WIDE` ones have
+    moments like themselves, as in torch."""
+    return param if param in WIDE else CODES if state_dtype == torch.int8 else state_dtype

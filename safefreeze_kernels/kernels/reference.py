@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operands import AdamWOperands, NormKind, host_scalars
+from .operands import CODES, AdamWOperands, NormKind, host_scalars
 from .parts import Part, WorkList
 
 
@@ -94,6 +94,74 @@ def noise_of(elements: Tensor, *, seed: int, step: int | Tensor, number: int) ->
     return (word >> 16 * (elements & 1) & 0xFFFF).int()
 
 
+# Moments in 8 bits each: csrc/arithmetic.h says what the bits are. Words are int64 here.
+
+TO_NEAREST: Final = 0x80080000
+
+
+def decode_moments(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 ``m, v`` from the two bytes (uint8) of each element."""
+    one = first.long()
+    code, size = second.long() << 1 | one >> 7, one & 63
+    bits = ((code + 128) << 21).where(code != 0, 0)
+    v = _floats(torch.where(code > 509, 0x7F800000 + ((code - 510) << 22), bits))
+    exponent, even = (code >> 3) + 76, torch.where(size < 8, 8, 0)
+    value = _floats((size + even << 20) + (exponent << 23)) - _floats((exponent + 1 << 23).where(even != 0, 0))
+    bits = torch.where(size > 61, 0x7F800000 + ((size - 62) << 22), _words(value))
+    return _floats(bits | (one & 64) << 25), v
+
+
+def encode_moments(m: Tensor, v: Tensor, noise: Tensor | int = TO_NEAREST) -> tuple[Tensor, Tensor]:
+    """The two bytes (uint8) of float32 moments. ``noise``: int64 holding 32 random bits; default: to nearest."""
+    v_bits, m_bits = _words(v), _words(m)
+    m_size = m_bits & 0x7FFFFFFF
+    code = ((v_bits + (noise >> 11) >> 21) - 128).clamp(1, 509).where(v_bits != 0, 0)
+    code = torch.where(v_bits > 0x7F7FFFFF, 510 + (v_bits > 0x7F800000).long(), code)
+    in_units = _floats(m_size) * _floats(174 - (code >> 3) << 23)
+    even = torch.where(in_units < 0.125, 8, 0)
+    size = ((_words(in_units + _floats(torch.where(even != 0, 0x3E000000, 0))) + (noise & 0xFFFFF)) >> 20) - 984 - even
+    size = torch.where(m_size > 0x7F7FFFFF, 62 + (m_size > 0x7F800000).long(), size.clamp(max=61))
+    sign = (m_bits >> 25 & 64).where(m_size <= 0x7F800000, 0)
+    return ((code & 1) << 7 | sign | size).to(torch.uint8), (code >> 1).to(torch.uint8)
+
+
+def decode_largest(code: Tensor) -> Tensor:
+    """Float32 from the code (uint8) of the largest second moment so far."""
+    word = code.long()
+    bits = ((word + 64) << 22).where(word != 0, 0)
+    return _floats(torch.where(word > 253, 0x7F800000 + ((word - 254) << 22), bits))
+
+
+def encode_largest(value: Tensor) -> Tensor:
+    """The code (uint8) of the largest second moment so far, to nearest."""
+    bits = _words(value)
+    code = ((bits + 0x200000 >> 22) - 64).clamp(1, 253).where(bits != 0, 0)
+    return torch.where(bits > 0x7F7FFFFF, 254 + (bits > 0x7F800000).long(), code).to(torch.uint8)
+
+
+def moment_noise(elements: Tensor, *, seed: int, step: int | Tensor, number: int) -> Tensor:
+    """32 random bits (int64) for each element index of a tensor. ``step``: of all elements, or of each."""
+    key = torch.tensor(seed & _WORD, device=elements.device)
+    for more in (seed >> 32, number, step):
+        key = _mix(key) + more & _WORD
+    x = (_mix(key) + (elements & _WORD) + (elements >> 32) * 0x9E3779B9 & _WORD) * 0x9E3779B1 & _WORD
+    return (x ^ x >> 15) * 0x85EBCA77 & _WORD
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD  # int64 wraps, and keeps the right 32 bits
+    return x ^ x >> 16
+
+
+def _words(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.int32).long() & _WORD
+
+
+def _floats(words: Tensor) -> Tensor:
+    return words.to(torch.int32).view(torch.float32)  # narrowing keeps the lower bits
+
+
 def _square_root(x: Tensor) -> Tensor:
     # torch's vectorised CPU sqrt is up to one unit off; a double's root rounded to float32 is the correctly rounded one
     if x.dtype == torch.float32:
@@ -131,7 +199,11 @@ class ReferenceBackend:
             old_g = visit.packed(grad) if operands.grad_is_packed(part.tensor) else _matrix(grad, part)[here]
             old_state = [visit.packed(tensor) for tensor in state]
             exact = torch.float64 if param.dtype == torch.float64 else torch.float32
-            m, v, *v_max = (tensor.to(exact) for tensor in old_state)
+            coded = old_state[0].dtype == CODES
+            if coded:
+                m, v, *v_max = (*decode_moments(*old_state[:2]), *map(decode_largest, old_state[2:]))
+            else:
+                m, v, *v_max = (tensor.to(exact) for tensor in old_state)
             remainder = operands.remainders[part.tensor] if operands.remainders is not None else None
             master = old_p.to(exact)
             if remainder is not None:
@@ -139,13 +211,18 @@ class ReferenceBackend:
                 old_state.append(visit.packed(remainder))
                 master = from_remainder(old_p, old_state[-1])
             p, m, v, new_v_max = adamw(master, old_g.to(exact), m, v, v_max[0] if amsgrad else None, own, l2=l2)
-            new_state = [t.to(old.dtype) for t, old in zip((m, v, new_v_max), old_state, strict=False) if t is not None]
+            elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
+            number = operands.numbers[part.tensor] if operands.numbers else part.tensor
+            if coded:
+                noise = moment_noise(elements, seed=seed, step=own.step, number=number)
+                new_state = [*encode_moments(m, v, noise), *([] if new_v_max is None else [encode_largest(new_v_max)])]
+            else:
+                moved = zip((m, v, new_v_max), old_state, strict=False)
+                new_state = [t.to(old.dtype) for t, old in moved if t is not None]
             if remainder is not None:
                 new_p, new_remainder = to_remainder(p)
                 new_state.append(new_remainder)
             elif stochastic and param.dtype != exact:
-                elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
-                number = operands.numbers[part.tensor] if operands.numbers else part.tensor
                 noise = noise_of(elements, seed=seed, step=own.step, number=number)
                 new_p = round_stochastically(p, param.dtype, noise)
             else:

@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from .gpu import GpuBackend, Launch
-from .operands import SCALARS, NormKind
+from .operands import CODES, SCALARS, NormKind
 from .triton_places import (
     chosen_of,
     flags_of,
@@ -43,7 +43,18 @@ from .triton_places import (
     tile_age,
     tile_row,
 )
-from .triton_storage import from_remainder, noise, to_float, to_remainder, to_storage
+from .triton_storage import (
+    decode_largest,
+    decode_moments,
+    encode_largest,
+    encode_moments,
+    from_remainder,
+    moment_noise,
+    noise,
+    to_float,
+    to_remainder,
+    to_storage,
+)
 
 __all__ = ["INTERPRETED", "TritonBackend"]
 
@@ -126,8 +137,9 @@ def adamw_kernel(
         obstacles = obstacles | shared | gapless | (start & 7)
     taken = count * 0
     step = tl.load(row_of_scalars + _STEP).to(tl.uint32, bitcast=True)
-    if ROUNDING == "stochastic":
+    if ROUNDING == "stochastic" or STATE == tl.uint8:
         number = (tl.load(row + 5) & 0xFFFFFFFF).to(tl.uint32)
+    if ROUNDING == "stochastic":
         obstacles = obstacles | (start & 7)  # eight neighbours share noise
     for WIDE in tl.static_range(2):
         share = share_of(obstacles == 0, count, WIDE)
@@ -157,22 +169,27 @@ def adamw_kernel(
                 p = from_remainder(old_p, old_remainder)
             else:
                 p = to_float(old_p, PARAM)
-            m, v, v_max, second_moment = moments(
-                p, to_float(g, PARAM), to_float(old_m, STATE), to_float(old_v, STATE), to_float(old_v_max, STATE),
-                own, L2, AMSGRAD,
-            )  # fmt: skip
+            if STATE == tl.uint8:
+                m, v = decode_moments(old_m, old_v)
+                v_max = decode_largest(old_v_max)
+            else:
+                m, v, v_max = to_float(old_m, STATE), to_float(old_v, STATE), to_float(old_v_max, STATE)
+            m, v, v_max, second_moment = moments(p, to_float(g, PARAM), m, v, v_max, own, L2, AMSGRAD)
             if BITS and WIDE:
                 frozen = flags_of(bits, start, here, first, share, WIDE, BLOCKS[WIDE])
             # Stored now, they leave registers for the divisions.
-            new_m = to_storage(m, here, STATE, False)
-            new_v = to_storage(v, here, STATE, False)
+            if STATE == tl.uint8:
+                new_m, new_v = encode_moments(m, v, moment_noise(seed, own_step, number, start, here))
+            else:
+                new_m = to_storage(m, here, STATE, False)
+                new_v = to_storage(v, here, STATE, False)
             if BITS and WIDE:
                 new_m = tl.where(frozen, old_m, new_m)
                 new_v = tl.where(frozen, old_v, new_v)
             tl.store(m_ptr, new_m, mask=inside)
             tl.store(v_ptr, new_v, mask=inside)
             if AMSGRAD:
-                new_v_max = to_storage(v_max, here, STATE, False)
+                new_v_max = encode_largest(v_max) if STATE == tl.uint8 else to_storage(v_max, here, STATE, False)
                 if BITS and WIDE:
                     new_v_max = tl.where(frozen, old_v_max, new_v_max)
                 tl.store(v_max_ptr, new_v_max, mask=inside)
@@ -377,7 +394,9 @@ INTERPRETED: Final = not isinstance(adamw_kernel, triton.JITFunction)
 # enough of that at 64 registers. Of operands 2 bytes wide it takes eight to fill an access. What does not fit into 64
 # registers takes fewer.
 
-DTYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES: Final = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, CODES: tl.uint8
+}  # fmt: skip
 
 
 def adamw_settings(
@@ -388,7 +407,7 @@ def adamw_settings(
     busy = bits or ages or rounding != "nearest"
     busiest = rounding == "stochastic" and param == torch.float16
     narrow = 1 if busiest or (amsgrad and rounding != "stochastic") else 2 if busy or lists == 2 else 4
-    few = amsgrad or busiest or (busy and state.itemsize == 2) or (bits and rounding == "remainder")
+    few = amsgrad or busiest or (busy and state.itemsize <= 2) or (bits and rounding == "remainder")
     wide = 8 if param.itemsize == 2 and not few else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,

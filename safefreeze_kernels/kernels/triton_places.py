@@ -115,8 +115,13 @@ def held_places(there, gapless, chosen, taken):
 
 @triton.jit
 def pointer_to(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """A pointer to words of the dtype's width: float32, or the bits of a 16-bit type."""
-    pointer = address.to(tl.pointer_type(tl.float32 if DTYPE == tl.float32 else tl.uint16))
+    """A pointer to words of the dtype's width: float32, codes of 8 bits, or the bits of a 16-bit type."""
+    if DTYPE == tl.float32:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif DTYPE == tl.uint8:
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    else:
+        pointer = address.to(tl.pointer_type(tl.uint16))
     return tl.multiple_of(pointer, 16) if WIDE else pointer
 
 

@@ -132,3 +132,74 @@ def noise(seed, step, number, start, here, first, WIDE: tl.constexpr, BLOCK: tl.
         word = tl.where(which < 4, tl.where(which < 2, word0, word1), tl.where(which < 6, word2, word3))
         noise = tl.where((which & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
     return noise
+
+
+@triton.jit
+def decode_moments(first, second):
+    """Float32 ``m, v`` from the two bytes of each element."""
+    one, other = first.to(tl.uint32), second.to(tl.uint32)
+    code = (other << 1) | (one >> 7)
+    size = one & 63
+    bits = tl.where(code == 0, 0, (code + 128) << 21)
+    v = tl.where(code > 509, 0x7F800000 + ((code - 510) << 22), bits).to(tl.float32, bitcast=True)
+    exponent = (code >> 3) + 76
+    even = tl.where(size < 8, 8, 0).to(tl.uint32)
+    value = (((size + even) << 20) + (exponent << 23)).to(tl.float32, bitcast=True)
+    value = value - tl.where(even == 0, 0, (exponent + 1) << 23).to(tl.float32, bitcast=True)
+    bits = tl.where(size > 61, 0x7F800000 + ((size - 62) << 22), value.to(tl.uint32, bitcast=True))
+    return (bits | ((one & 64) << 25)).to(tl.float32, bitcast=True), v
+
+
+@triton.jit
+def encode_moments(m, v, noise):
+    """The two bytes of each element. ``noise``: uint32, uniform."""
+    v_bits, m_bits = v.to(tl.uint32, bitcast=True), m.to(tl.uint32, bitcast=True)
+    m_size = m_bits & 0x7FFFFFFF
+    code = (v_bits + (noise >> 11)) >> 21
+    code = tl.minimum(tl.where(code < 129, 1, code - 128), 509)
+    code = tl.where(v_bits == 0, 0, code)
+    code = tl.where(v_bits > 0x7F7FFFFF, 510 + (v_bits > 0x7F800000).to(tl.uint32), code)
+    in_units = m_size.to(tl.float32, bitcast=True) * ((174 - (code >> 3)) << 23).to(tl.float32, bitcast=True)
+    even = tl.where(in_units.to(tl.uint32, bitcast=True) < 0x3E000000, 8, 0).to(tl.uint32)
+    shifted = in_units + tl.where(even == 0, 0, 0x3E000000).to(tl.uint32).to(tl.float32, bitcast=True)
+    size = ((shifted.to(tl.uint32, bitcast=True) + (noise & 0xFFFFF)) >> 20) - 984 - even
+    size = tl.minimum(size, 61)
+    size = tl.where(m_size > 0x7F7FFFFF, 62 + (m_size > 0x7F800000).to(tl.uint32), size)
+    sign = tl.where(m_size > 0x7F800000, 0, (m_bits >> 25) & 64)
+    return (((code & 1) << 7) | sign | size).to(tl.uint8), (code >> 1).to(tl.uint8)
+
+
+@triton.jit
+def decode_largest(stored):
+    """Float32 from the code of the largest second moment so far."""
+    code = stored.to(tl.uint32)
+    bits = tl.where(code == 0, 0, (code + 64) << 22)
+    return tl.where(code > 253, 0x7F800000 + ((code - 254) << 22), bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode_largest(value):
+    bits = value.to(tl.uint32, bitcast=True)
+    code = (bits + 0x200000) >> 22
+    code = tl.minimum(tl.where(code < 65, 1, code - 64), 253)
+    code = tl.where(bits == 0, 0, code)
+    return tl.where(bits > 0x7F7FFFFF, 254 + (bits > 0x7F800000).to(tl.uint32), code).to(tl.uint8)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def moment_noise(seed, step, number, start, here):
+    """uint32: the noise of moments of each element of a block."""
+    element = start + here
+    low, high = (element & 0xFFFFFFFF).to(tl.uint32), (element >> 32).to(tl.uint32)
+    key = tl.load(seed).to(tl.uint64, bitcast=True)
+    zero = low & 0
+    base = _mix(_mix(_mix(zero + (key & 0xFFFFFFFF).to(tl.uint32)) + (key >> 32).to(tl.uint32)) + number)
+    x = (_mix(base + step) + low + high * 0x9E3779B9) * 0x9E3779B1
+    return (x ^ (x >> 15)) * 0x85EBCA77

@@ -144,7 +144,12 @@ def memory_plan(
     dtypes, storages = (*STORAGE, torch.float64), get_args(Storage)
     for word, value, right, expected in (
         ("dtype", dtype, dtype is None or dtype in dtypes, "float32, bfloat16, float16 or float64"),
-        ("state_dtype", state_dtype, state_dtype in dtypes[:2], "torch.float32 or torch.bfloat16"),
+        (
+            "state_dtype",
+            state_dtype,
+            state_dtype in (*dtypes[:2], torch.int8),
+            "torch.float32, torch.bfloat16 or torch.int8",
+        ),
         ("master", master, master in (None, "remainder"), "None or 'remainder'"),
         ("activation_bytes", activation_bytes, activation_bytes >= 0, "a number of bytes >= 0"),
         ("capacity", capacity, capacity is None or capacity >= 0, "a number of bytes >= 0"),

@@ -80,7 +80,8 @@ class MaskedAdam(Optimizer):
         freeze: what is frozen, by parameter name; see `set_freeze`.
         backend: "auto", or one of the names `safefreeze info` lists. A named one never falls back.
         state_dtype: dtype of the moments, float32 (default) or bfloat16, whatever the parameters' dtype; float64 and
-            complex parameters have moments like themselves.
+            complex parameters have moments like themselves. int8: 8 bits each, codes (uint8) that `dense_state_dict`
+            gives as float32; see docs/how-to/low-precision.md for what that costs.
         master: "remainder" keeps, for each live element of a bfloat16 parameter, the 16 bits it lacks of a float32
             master (state ``master_remainder``): the masters train exactly as float32 parameters given the same
             gradients; see `master_weights`. Float32 parameters need none, float16 ones are refused.
@@ -88,7 +89,7 @@ class MaskedAdam(Optimizer):
             down at random, so that small updates are right on average.
         dense_checkpoints: `state_dict` has full-size moments, zero where frozen, that distributed checkpoint can save
             under DDP and load under another layout or into stock AdamW. Sharded parameters always have such.
-        seed: of stochastic rounding. Its noise depends on seed, step, the parameter's place in this optimizer and the
+        seed: of stochastic rounding, that of 8-bit moments too. Its noise depends on seed, step, the parameter's place in this optimizer and the
             element alone: the same on every backend, and after a resume. A sharded parameter's depends on the shard.
         fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first; on
             a GPU step counts then live there, and nobody waits to hear whether the scale was too large.

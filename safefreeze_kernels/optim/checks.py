@@ -44,8 +44,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         what, seed = self.optimizer, self.seed
-        if self.state_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{what}: state_dtype is {self.state_dtype}, expected torch.float32 or torch.bfloat16")
+        if self.state_dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(
+                f"{what}: state_dtype is {self.state_dtype}, expected torch.float32, torch.bfloat16 or torch.int8"
+            )
         valid = {"master": (None, "remainder"), "rounding": ("nearest", "stochastic")}
         for word, values in valid.items():
             if (got := getattr(self, word)) not in values:

@@ -13,7 +13,7 @@ from ..kernels.ages import Ages
 from ..model.sharding import held, local
 from ..plan.mask import FreezeMask
 from .adam import MaskedAdam
-from .state import unpack
+from .state import decoded, unpack
 
 _CHUNK: Final = 1 << 17  # weights whose own steps are looked at together
 
@@ -29,7 +29,7 @@ def direction(optimizer: MaskedAdam, param: Tensor, name: str) -> Tensor | None:
     Args:
         name: of the parameter, in the optimizer.
     """
-    state = optimizer.state.get(param)
+    state = decoded(optimizer.state.get(param) or {})
     if not state:
         return None
     group = next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))

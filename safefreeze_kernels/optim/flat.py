@@ -46,13 +46,18 @@ class FlatState(dict[Tensor, dict[str, Any]]):
         state: the optimizer's. Moments in full size, as an engine leaves them after loading, are packed there.
 
     Raises:
-        ValueError: a moment has another shape.
+        ValueError: a moment has another shape; state is in 8 bits.
     """
 
     def __init__(
         self, partitions: Sequence[Partition], members: Sequence[Member], state: dict[Tensor, dict[str, Any]],
         settings: Settings,
     ) -> None:  # fmt: skip
+        if settings.state_dtype == torch.int8:
+            raise ValueError(
+                f"{settings.optimizer}: state_dtype is torch.int8, whose codes DeepSpeed would take for moments, "
+                "expected torch.float32 or torch.bfloat16 under its ZeRO"
+            )
         super().__init__({member.param: {} for member in members})
         self._state, self._settings = state, settings
         self._forms = [_Form(partition, some) for partition, some in together(partitions, members)]

@@ -23,9 +23,9 @@ from ..grads.checks import settled
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
 from ..kernels.bits import repack as repack_bits
-from ..kernels.operands import STORAGE, moment_dtype
+from ..kernels.operands import CODES, STORAGE, moment_dtype
 from ..kernels.parts import compile_live
-from ..kernels.reference import from_remainder
+from ..kernels.reference import decode_largest, decode_moments, encode_largest, encode_moments, from_remainder
 from ..model.sharding import is_sharded, local, spread, take
 from ..plan.mask import FreezeMask
 from .checks import Member, Settings, hyper_parameters
@@ -101,7 +101,8 @@ def repack(moment: Tensor, old: FreezeMask, new: FreezeMask) -> Tensor:
 def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: FreezeMask) -> None:
     """`repack` between masks of single elements: in one pass on the CPU, else by way of full size, without waiting for
     the device."""
-    if moment.dtype not in (*STORAGE, torch.int16):
+    on_cpu = moment.device.type == "cpu"
+    if moment.dtype not in (*STORAGE, torch.int16) and not (moment.dtype == CODES and on_cpu):
         was, now = (torch.from_numpy(np.flatnonzero(~mask.frozen_flags())).to(moment.device) for mask in (old, new))
         whole = torch.zeros(old.numel, dtype=moment.dtype, device=moment.device)
         whole[was] = moment.view(-1)
@@ -109,8 +110,8 @@ def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: Freez
         return
     word = torch.bfloat16 if moment.dtype == torch.int16 else moment.dtype  # bytes are moved: their width matters
     source, target = moment.view(word).view(-1), packed.view(word).view(-1)
-    if moment.device.type == "cpu":
-        plain = torch.int32 if word == torch.float32 else torch.int16
+    if on_cpu:
+        plain = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[word.itemsize]
         held, into = (tensor.detach().view(plain).numpy() for tensor in (source, target))
         repack_bits(held, old.frozen_bits, into, new.frozen_bits, old.numel)
         return
@@ -139,6 +140,29 @@ def pack(moment: Tensor, mask: FreezeMask) -> Tensor:
     return repack(moment, FreezeMask(mask.shape), mask) if mask.frozen_count else moment
 
 
+# ------------------------------------------------------------------------------------------------- moments in codes
+
+
+def decoded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state`` of a parameter, moments that are codes as float32."""
+    if (first := state.get("exp_avg")) is None or first.dtype != CODES:
+        return state
+    found = dict(state)
+    found["exp_avg"], found["exp_avg_sq"] = decode_moments(first, state["exp_avg_sq"])
+    if "max_exp_avg_sq" in state:
+        found["max_exp_avg_sq"] = decode_largest(state["max_exp_avg_sq"])
+    return found
+
+
+def encoded(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The codes of float32 ``moments``, each rounded to nearest; of what `decoded` gave they are those it had."""
+    first, second = encode_moments(moments["exp_avg"], moments["exp_avg_sq"])
+    found = {"exp_avg": first, "exp_avg_sq": second}
+    if "max_exp_avg_sq" in moments:
+        found["max_exp_avg_sq"] = encode_largest(moments["max_exp_avg_sq"])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ state dicts out
 
 
@@ -146,8 +170,8 @@ def pack(moment: Tensor, mask: FreezeMask) -> Tensor:
 def dense_states(
     states: Mapping[int, dict[str, Any]], members: Sequence[Member], *, live_alone: bool = False
 ) -> dict[int, dict[str, Any]]:
-    """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is. ``live_alone``:
-    zero where frozen, whatever is kept there."""
+    """``states``, index of a parameter -> its state, with full-size moments placed as the parameter is, codes as
+    float32. ``live_alone``: zero where frozen, whatever is kept there."""
 
     def dense(moment: Tensor, member: Member) -> Tensor:
         moment = unpack(moment, member.shard_packing)
@@ -156,7 +180,7 @@ def dense_states(
         return spread(moment, member.param)
 
     return {
-        index: {key: dense(value, members[index]) if key in PACKED else value for key, value in entry.items()}
+        index: {key: dense(value, members[index]) if key in PACKED else value for key, value in decoded(entry).items()}
         for index, entry in states.items()
     }
 
@@ -304,9 +328,12 @@ def _converted_entry(
             f"{what}: state of {name!r} holds a float32 master ({REMAINDER}), which this optimizer would lose; build "
             "it with master='remainder' and bfloat16 parameters"
         )
+    kept = moment_dtype(p.dtype, settings.state_dtype)
+    state = state if kept == CODES else decoded(state)
     packed = saved.packed and saved.mask is not None
     expected = mask.packed_shape if packed else tuple(p.shape)
     entry: dict[str, Any] = {"step": Veiled(torch.tensor(float(state["step"]), dtype=torch.float32))}
+    moments: dict[str, Tensor] = {}
     for key, value in state.items():
         if key not in PACKED:
             entry.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
@@ -318,9 +345,13 @@ def _converted_entry(
             raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if not packed or is_sharded(p):
             moment = pack(take(unpack(moment, mask) if packed else moment, p), member.shard_packing)
-        dtype = torch.int16 if key == REMAINDER else moment_dtype(p.dtype, settings.state_dtype)
-        entry[key] = Veiled(_owned(moment.to(member.shard.device, dtype).contiguous(), value))
-    return entry
+        dtype = torch.int16 if key == REMAINDER else torch.float32 if kept == CODES != value.dtype else kept
+        moment = moment.to(member.shard.device, dtype).contiguous()
+        if dtype == torch.float32 != kept:
+            moments[key] = moment
+        else:
+            entry[key] = Veiled(_owned(moment, value))
+    return entry | {key: Veiled(code) for key, code in encoded(moments).items()} if moments else entry
 
 
 def _owned(tensor: Tensor, given: Tensor) -> Tensor:
@@ -419,6 +450,9 @@ def _check_state(state: Any, label: str, what: str) -> None:
     for key in PACKED:
         if key in state:
             _check_moment(state[key], f"{label}[{key!r}]", what, whole=key == REMAINDER)
+    kinds = {key: str(state[key].dtype) for key in MOMENTS if key in state}
+    if len({kind == str(CODES) for kind in kinds.values()}) > 1:
+        raise ValueError(f"{what}: {label} has moments of dtypes {kinds}, expected codes (uint8) for all or for none")
     if "step" in state:
         step = state["step"]
         one = isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex() and step.device.type != "meta"
@@ -438,7 +472,8 @@ def _check_moment(moment: Any, label: str, what: str, *, whole: bool) -> None:
         raise ValueError(
             f"{what}: {label} has layout {moment.layout} on {moment.device}, expected a dense tensor of values"
         )
-    right = moment.dtype == torch.int16 if whole else moment.is_floating_point() or moment.is_complex()
+    right = moment.is_floating_point() or moment.is_complex() or moment.dtype == CODES
+    right = moment.dtype == torch.int16 if whole else right
     if not right:
         raise ValueError(f"{what}: {label} has dtype {moment.dtype}, expected {'int16' if whole else 'floating point'}")
 

@@ -19,6 +19,14 @@ import torch
 from conftest import assert_within
 from torch import Tensor, nn
 
+from safefreeze_kernels.kernels.reference import (
+    decode_largest,
+    decode_moments,
+    encode_largest,
+    encode_moments,
+    moment_noise,
+)
+
 
 def rounded_master(master: Tensor) -> Tensor:
     """A float32 master as its bfloat16 parameter: to nearest, ties away from zero."""
@@ -28,7 +36,8 @@ def rounded_master(master: Tensor) -> Tensor:
 
 @dataclass
 class Weight:
-    """One parameter: its values, and what an optimizer knows of it."""
+    """One parameter: its values, and what an optimizer knows of it. ``state_dtype`` int8: moments are kept as float32 of
+    what codes hold; tests/kernels/test_codes.py says what these are."""
 
     value: Tensor
     frozen: Tensor  # bool
@@ -42,12 +51,21 @@ class Weight:
         """What is computed in."""
         return torch.float64 if self.value.dtype == torch.float64 else torch.float32
 
-    def step(self, grad: Tensor, options: dict[str, float], multiplier: Tensor | None, kind: dict[str, bool]) -> None:
-        """One update. ``options``: lr, weight_decay; ``kind``: decoupled, amsgrad, capturable (torch's powers)."""
+    @property
+    def coded(self) -> bool:
+        """Whether its moments are codes."""
+        return self.state_dtype == torch.int8 and self.exact == torch.float32
+
+    def step(
+        self, grad: Tensor, options: dict[str, float], multiplier: Tensor | None, kind: dict[str, bool],
+        number: int = 0,
+    ) -> None:  # fmt: skip
+        """One update. ``options``: lr, weight_decay; ``kind``: decoupled, amsgrad, capturable (torch's powers);
+        ``number``: the parameter's place in the optimizer."""
         dtype, shape = self.exact, self.value.shape
         if self.age is None:
             self.age = torch.zeros(shape, dtype=torch.int64)
-            kept = dtype if dtype == torch.float64 else self.state_dtype
+            kept = dtype if dtype == torch.float64 or self.coded else self.state_dtype
             self.moments = [torch.zeros(shape, dtype=kept) for _ in range(3)]
         age = self.age + 1
         lr, decay, beta1, beta2 = options["lr"], options["weight_decay"], 0.9, options.get("beta2", 0.999)
@@ -75,6 +93,10 @@ class Weight:
             square_root = torch.from_numpy(np.sqrt(second.double().numpy())).to(dtype)
         kept = rounded(1.0 - lr * decay if kind["decoupled"] else 1.0)
         p = kept * p - step_size * m / (square_root / root + rounded(1e-8))
+        if self.coded:
+            noise = moment_noise(torch.arange(m.numel()).view(shape), seed=0, step=age, number=number)
+            m, v = decode_moments(*encode_moments(m, v, noise))
+            largest = decode_largest(encode_largest(largest))
         live = ~self.frozen
         if self.master is not None:
             self.master = torch.where(live, p, self.master)

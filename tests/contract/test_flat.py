@@ -214,6 +214,14 @@ def test_an_optimizer_built_before_its_engine_was_imported_is_refused(monkeypatc
     assert_same_bits(one.flat.detach(), before, "moved")
 
 
+def test_state_in_8_bits_is_refused() -> None:
+    one = Rank(0, state_dtype=torch.int8)
+    before = one.flat.detach().clone()
+    with pytest.raises(ValueError, match=r"state_dtype is torch.int8, whose codes DeepSpeed .* expected torch.float32"):
+        one.step(0)
+    assert_same_bits(one.flat.detach(), before, "moved")
+
+
 def test_frozen_gradients_are_zeroed_in_the_backward_pass() -> None:
     """And only there, whatever they are; an engine sees the rest."""
     one = Rank(0)

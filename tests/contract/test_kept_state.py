@@ -95,7 +95,10 @@ def test_each_element_trains_as_if_alone(plans: list[dict[str, Any]], thawed: st
 @pytest.mark.parametrize("frozen", [plans[0] for plans in PLANS.values()], ids=PLANS)
 @pytest.mark.parametrize(
     ("dtype", "settings"),
-    [(torch.float32, {"amsgrad": True}), (torch.bfloat16, {"master": "remainder"}), (torch.complex64, {})],
+    [
+        (torch.float32, {"amsgrad": True}), (torch.bfloat16, {"master": "remainder"}), (torch.complex64, {}),
+        (torch.float32, {"state_dtype": torch.int8, "amsgrad": True}),
+    ],
 )
 def test_what_stands_still_is_neither_read_nor_written(
     dtype: torch.dtype, settings: dict[str, Any], frozen: dict[str, Any], backend: str
@@ -107,7 +110,7 @@ def test_what_stands_still_is_neither_read_nor_written(
     still = optimizer.plan["w"].dense()
     for value in moments_of(optimizer, w):
         poison = optimizer.state[w][value]
-        poison[still] = 7 if value == "master_remainder" else math.nan
+        poison[still] = 7 if value == "master_remainder" else 255 if poison.dtype == torch.uint8 else math.nan
     before = moments_of(optimizer, w)
     for step in range(3):
         learn(w, optimizer, step)
@@ -120,7 +123,11 @@ def test_what_stands_still_is_neither_read_nor_written(
 
 @pytest.mark.parametrize("plans", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize(
-    "settings", [{}, {"dtype": torch.bfloat16, "master": "remainder"}, {"amsgrad": True, "state_dtype": torch.bfloat16}]
+    "settings",
+    [
+        {}, {"dtype": torch.bfloat16, "master": "remainder"}, {"amsgrad": True, "state_dtype": torch.bfloat16},
+        {"amsgrad": True, "state_dtype": torch.int8},
+    ],
 )
 def test_converting_is_exact(settings: dict[str, Any], plans: list[dict[str, Any]]) -> None:
     """From kept to packed what is frozen is dropped, from packed to kept zeros come there; what is live stays."""

@@ -45,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-4, "weight_decay": 0.1},
     "amsgrad, maximize": {"lr": 1e-4, "amsgrad": True, "maximize": True},
     "bf16 state": {"lr": 1e-4, "state_dtype": torch.bfloat16},
+    "8-bit state": {"lr": 1e-4, "state_dtype": torch.int8},
+    "8-bit state, amsgrad": {"lr": 1e-4, "state_dtype": torch.int8, "amsgrad": True},
 }
 
 
@@ -94,7 +96,10 @@ def test_float32_parameters_need_no_master() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"master": "remainder"}, {"rounding": "stochastic", "seed": 7}], ids=["master", "sr"]
+    "setting",
+    [{"master": "remainder"}, {"rounding": "stochastic", "seed": 7}]
+    + [{**more, "state_dtype": torch.int8} for more in ({}, {"master": "remainder", "amsgrad": True}, {"seed": 2**40})],
+    ids=["master", "sr", "8 bits", "8 bits, master", "8 bits, seed"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(setting: dict[str, Any]) -> None:
     def build(params: dict[str, Tensor]) -> sf.MaskedAdamW:

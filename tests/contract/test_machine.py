@@ -55,6 +55,7 @@ KINDS: Final = (
     (torch.float32, {}), (torch.float32, {"amsgrad": True}), (torch.float32, {"capturable": True}),
     (torch.float32, {"state_dtype": torch.bfloat16}), (torch.float16, {}), (torch.bfloat16, {}),
     (torch.bfloat16, {"master": "remainder"}), (torch.bfloat16, {"rounding": "stochastic"}),
+    (torch.float32, {"state_dtype": torch.int8}), (torch.bfloat16, {"master": "remainder", "state_dtype": torch.int8}),
 )  # fmt: skip
 
 
@@ -415,7 +416,8 @@ class Training(RuleBasedStateMachine):
                     options = next(
                         g for g, ns in zip(self.optimizers[FIRST].param_groups, self.names, strict=True) if name in ns
                     )
-                    weight.step(dense(p.grad), options, multiplier, self.kind)
+                    number = [n for names in self.names for n in names].index(name)
+                    weight.step(dense(p.grad), options, multiplier, self.kind, number)
                     if "rounding" in self.options and p.dtype in (torch.bfloat16, torch.float16):
                         weight.value = torch.where(weight.frozen, weight.value, p.detach())
         self.pending = None

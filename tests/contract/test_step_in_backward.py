@@ -88,6 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "amsgrad, maximize, capturable": {"amsgrad": True, "maximize": True, "capturable": True},
     "masters": {"dtype": torch.bfloat16, "master": "remainder"},
     "stochastic rounding": {"dtype": torch.bfloat16, "rounding": "stochastic", "state_dtype": torch.bfloat16},
+    "8 bits": {"state_dtype": torch.int8},
     "computed again": {"again": True},
 }  # fmt: skip
 

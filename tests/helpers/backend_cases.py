@@ -28,6 +28,7 @@ from safefreeze_kernels.plan.mask import FreezeMask
 from safefreeze_kernels.plan.plan import FreezePlan
 
 FP32, BF16, FP16 = DTYPES
+INT8 = torch.int8  # of state: codes
 CPU = torch.device("cpu")
 GUARD = 64  # bytes on either side of every tensor that nobody may touch
 GUARD_BYTE = 0xA5
@@ -155,6 +156,8 @@ def _cases() -> Iterator[Case]:
         yield Case("adamw_", layout, FP32, options={"amsgrad": True, "state": BF16})
         yield Case("adamw_", layout, FP32, options={"whole_state": True})
         yield Case("adamw_", layout, BF16, options={"whole_state": True, "state": BF16, **remainder})
+        for dtype, options in ((FP32, {}), (BF16, stochastic), (BF16, {"whole_state": True, **remainder})):
+            yield Case("adamw_", layout, dtype, options={**options, "state": INT8})
         yield Case("norm", layout, BF16, frozen=True, options={"kind": "sum_of_squares"})
         yield Case("norm", layout, FP32, options={"kind": "sum_of_absolutes"})
         yield Case("norm", layout, FP16, frozen=True, options={"kind": "largest_absolute"})
@@ -190,8 +193,14 @@ def _cases() -> Iterator[Case]:
         yield Case("adamw_", "everything", dtype, options={"maximize": True, "special": True})
         for factor in (1.0, 1.5, math.inf, math.nan, 0.0):
             yield Case("scale_", "everything", dtype, options={"factor": factor, "special": True})
+    for dtype in DTYPES:
+        coded = {"state": INT8, "amsgrad": True}
+        yield Case("adamw_", "everything", dtype, options={**coded, "l2": True, "special": True})
+        yield Case("adamw_", "everything", dtype, missing=True, options={**coded, "seed": 2**63 + 5})
+        yield Case("adamw_", "everything", dtype, offset=(1, 3, 5), options={**coded, "packed_grads": True})
+        yield Case("adamw_", "everything", dtype, offset=(0, 0, 4), options={**coded, "on_device": True, "skip": 0.0})
     for dtype, rounding in ((BF16, remainder), (BF16, stochastic), (FP16, stochastic)):
-        for state, amsgrad in itertools.product((FP32, BF16), (False, True)):
+        for state, amsgrad in itertools.product((FP32, BF16, INT8), (False, True)):
             yield Case("adamw_", "everything", dtype, options={**rounding, "state": state, "amsgrad": amsgrad})
     for options in (
         {"l2": True}, {"skip": 0.0}, {"skip": 1.0}, {"skip": math.nan}, {"multiplier": 0.37}, {"multiplier": math.nan},
@@ -210,6 +219,8 @@ def _cases() -> Iterator[Case]:
         for thawed in ("fresh", "kept"):
             yield Case("MaskedAdamW", "", BF16, options={**options, "thawed": thawed})
     yield Case("MaskedAdamW", "", FP32, options={"state_dtype": BF16})
+    for options in ({}, {"amsgrad": True}, {"capturable": True}):
+        yield Case("MaskedAdamW", "", FP32, options={**options, "state_dtype": INT8, "thawed": "fresh"})
     for dtype in DTYPES:
         yield Case("guard", "", dtype)
         yield Case("zero_frozen_grads_", "", dtype)
@@ -326,7 +337,7 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
 
     if case.op == "adamw_":
         options["packed_grads"] = packings
-        _adamw(backend, work, masks, shapes, given, grads(), case, options, rng)
+        _adamw(backend, work, masks, shapes, given, grads(), case, options, rng, memory)
     elif case.op == "norm":
         norm = backend.norm(work, grads(), **options)
     elif case.op == "scale_":
@@ -348,7 +359,7 @@ def _on_list(backend: Backend, device: torch.device, case: Case) -> Outcome:
 def _adamw(
     backend: Backend, work: WorkList, masks: Sequence[FreezeMask], shapes: Sequence[tuple[int, ...]],
     given: Callable[..., Tensor], grads: list[Tensor | None], case: Case, options: dict[str, Any],
-    rng: np.random.Generator,
+    rng: np.random.Generator, memory: Memory,
 ) -> None:  # fmt: skip
     at_tensor, _, at_packed = case.offset
     state, rounding = options.get("state", FP32), options.get("rounding", "nearest")
@@ -358,11 +369,16 @@ def _adamw(
     device = params[0].device
 
     def moments(kind: str, dtype: torch.dtype) -> list[Tensor]:
-        return [given(kind, shape, i, at_packed, dtype) for i, shape in enumerate(shapes)]
+        if dtype != INT8:
+            return [given(kind, shape, i, at_packed, dtype) for i, shape in enumerate(shapes)]
+        codes = [np.asarray(rng.integers(0, 256, shape, np.uint8)) for shape in shapes]  # every one, NaN and inf too
+        return [
+            memory.holding(f"{kind} {i}", torch.from_numpy(drawn), at_packed) for i, drawn in enumerate(codes)
+        ]
 
     first, second = moments("exp_avg", state), moments("exp_avg_sq", state)
     largest = moments("max_exp_avg_sq", state) if amsgrad else None
-    for tensor in [*second, *(largest or [])]:
+    for tensor in [*second, *(largest or [])] if state != INT8 else ():
         tensor.abs_()
     remainders: list[Tensor | None] | None = None
     if rounding == "remainder":
