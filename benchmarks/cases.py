@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-Storage = Literal["fp32", "bf16"]
+Storage = Literal["fp32", "bf16", "int8"]  # the last of state alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Contender:
     state: Storage = "fp32"
 
     def __str__(self) -> str:
-        storage = "" if self.weights == "fp32" else f", {self.weights}/{self.state}"
+        storage = "" if self.weights == self.state == "fp32" else f", {self.weights}/{self.state}"
         return f"{self.method}{storage}" if self.freeze == NOTHING else f"{self.method}, {self.freeze}{storage}"
 
 
@@ -86,6 +86,7 @@ TINY: Final = TensorSet(300, (4, 4))  # a step whose arithmetic is nothing
 
 FUSED: Final = Contender("torch fused")
 FUSED_BF16: Final = Contender("torch fused", weights="bf16", state="bf16")
+BITS_8: Final = Contender("bitsandbytes AdamW8bit", weights="bf16", state="int8")
 
 
 ZERO: Final = Contender("zero_frozen_grads_", rows(0.075))
@@ -118,6 +119,9 @@ CASES: Final[tuple[Case, ...]] = (
     Case("300 tiny tensors, warm: the host", TINY, masked(rows(0.25)), FUSED, 0.25, warm=True),
     Case("bf16 weights, fp32 state", LARGE, masked(weights="bf16"), FUSED, 0.85),
     Case("all bf16 / torch bf16", LARGE, masked(weights="bf16", state="bf16"), FUSED_BF16, 0.75),
+    Case("8-bit state", LARGE, masked(state="int8"), FUSED, 0.75),
+    Case("8-bit state, 80% of rows frozen", LARGE, masked(rows(0.8), state="int8"), FUSED, 0.20),
+    Case("bf16 weights, 8-bit state / bitsandbytes", LARGE, masked(weights="bf16", state="int8"), BITS_8, 0.80, 10),
     Case("7.5% rows / today's practice", LARGE, masked(rows(0.075)), practice(0.075), 0.55),
     Case("zero_frozen_grads_ / mul_", LARGE, ZERO, MULTIPLY, 0.08),
     Case("zero_frozen_grads_ / mul_, warm", LARGE, ZERO, MULTIPLY, 0.08, warm=True),

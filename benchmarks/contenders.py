@@ -22,7 +22,7 @@ from safefreeze_kernels.measure.practice import mask_gradients, mask_step_restor
 
 from .cases import NOTHING, Contender, Freeze, Storage, TensorSet
 
-DTYPES: Final[dict[Storage, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final[dict[Storage, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 HYPER: Final[dict[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 CHECKED_STEPS: Final = 3  # also the warm-up; more than one, so that a wrong state shows in the weights
 LINE: Final = 64  # bytes that move together between memory and cache
@@ -112,7 +112,7 @@ class Inputs:
             optimizer.step()
             for p in params:
                 p.data.copy_(p.data.to(DTYPES[weights]))
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in ("exp_avg", "exp_avg_sq") if state != "int8" else ():
                     moment = optimizer.state[p][key]
                     moment.copy_(moment.to(DTYPES[state]))
         return [p.detach() for p in params]
@@ -235,10 +235,10 @@ def _tolerance(want: Tensor, contender: Contender) -> Tensor:
     update, which is about ``lr``, some thirty times on its way through moments, root and quotient. Low-precision
     storage can then round two neighbouring results apart: a weight by one place, which is ``2 u`` of that type, the
     update by a place in either moment. Compiled by torch, bias corrections are float32 too, and 1 - beta2^step loses a
-    factor of 1 / (1 - beta2) there.
+    factor of 1 / (1 - beta2) there. Of 8-bit state a place is a quarter.
     """
     u = torch.finfo(torch.float32).eps / 2
-    place: dict[Storage, float] = {"fp32": 0.0, "bf16": torch.finfo(torch.bfloat16).eps}
+    place: dict[Storage, float] = {"fp32": 0.0, "bf16": torch.finfo(torch.bfloat16).eps, "int8": 0.25}
     reach = want.abs() + 2 * CHECKED_STEPS * HYPER["lr"]
     update = 32 * u + 2 * place[contender.state]
     if contender.method == "torch.compile":
@@ -350,6 +350,7 @@ BUILDERS: Final[dict[str, Callable[[Runner], Callable[[], Any]]]] = {
     "optimi": lambda runner: _peer(runner, "optimi", "AdamW"),
     "apex": lambda runner: _peer(runner, "apex.optimizers", "FusedAdam", adam_w_mode=True),
     "bitsandbytes": lambda runner: _peer(runner, "bitsandbytes.optim", "AdamW", optim_bits=32),
+    "bitsandbytes AdamW8bit": lambda runner: _peer(runner, "bitsandbytes.optim", "AdamW8bit"),
     "mask + step + restore": lambda runner: mask_step_restore(
         _torch(runner, fused=True), runner.named, runner.plan, dense=True
     )[0],

@@ -41,7 +41,7 @@ ARCHS: Final = (80, 90, 100)
 CEILING: Final = 64  # registers per thread: a multiprocessor then holds 1024 threads
 OLDER: Final = Path(__file__).parents[1] / "requirements" / "triton-older.txt"
 _SOURCE: Final = Path(__file__).parents[1] / "csrc" / "cuda.cu"
-_SIZES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "32 bits": 4, "16 bits": 2}
+_SIZES: Final = {"fp32": 4, "bf16": 2, "fp16": 2, "32 bits": 4, "16 bits": 2, "codes": 1}
 
 
 class UnavailableError(RuntimeError):
@@ -169,7 +169,10 @@ def count_fused(ptx: str, *, assembler_fuses: bool = True) -> int:
 
 _ROUNDINGS: Final = ("nearest", "stochastic", "remainder")
 _NORMS: Final = ("sum_of_squares", "sum_of_absolutes", "largest_absolute")
-_DTYPES: Final = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "unsigned int": "32 bits", "unsigned short": "16 bits"}
+_DTYPES: Final = {
+    "F32": "fp32", "BF16": "bf16", "F16": "fp16", "Codes": "codes", "unsigned int": "32 bits",
+    "unsigned short": "16 bits",
+}  # fmt: skip
 
 
 def cuda_codes(archs: Sequence[int] | None = None) -> Iterator[Code]:
@@ -289,6 +292,7 @@ _LISTS: Final = {
     "ages": (0, True, True), "all": (2, True, True),
 }  # fmt: skip
 _SHORT: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_STATES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "codes"}
 
 
 def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
@@ -304,7 +308,7 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
 
     dtypes = (torch.float32, torch.bfloat16) if quick else tuple(_SHORT)
     roundings = {torch.float32: _ROUNDINGS[:1], torch.float16: _ROUNDINGS[:2], torch.bfloat16: _ROUNDINGS}
-    for param, state in product(dtypes, (torch.float32, torch.bfloat16)):
+    for param, state in product(dtypes, _STATES):
         for rounding, amsgrad, name in product(roundings[param], (False, True), _LISTS):
             if quick and (amsgrad or state != torch.float32 or name not in ("", "elements")):
                 continue
@@ -314,7 +318,7 @@ def triton_kernels(*, quick: bool = False) -> Iterator[Kernel]:
             )  # fmt: skip
             packed = [state.itemsize] * (3 if amsgrad else 2) + [2] * (rounding == "remainder")
             variant = [rounding] * (rounding != "nearest") + ["amsgrad, l2"] * amsgrad + [name] * bool(name)
-            shorts, n = (_SHORT[param], _SHORT[state]), _per_thread(settings)
+            shorts, n = (_SHORT[param], _STATES[state]), _per_thread(settings)
             yield _adamw("triton", shorts, variant, n, param.itemsize, packed, settings=by_name(settings))
     for dtype in dtypes:
         for name, (lists, bits, ages) in _LISTS.items():

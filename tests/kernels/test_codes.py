@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend_cases import CASES, CPU, INT8, Case, check
 from conftest import LOCAL, assert_same_bits
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.kernels.backend import choose_backend
 from safefreeze_kernels.kernels.reference import (
     decode_largest,
     decode_moments,
@@ -160,6 +162,11 @@ def test_nan_and_inf_stay_visible(backend: str) -> None:
     assert entry["exp_avg"][3].isnan() and entry["exp_avg_sq"][3].isnan() and p[3].isnan()
     assert entry["exp_avg"][5].isinf() and entry["exp_avg_sq"][5].isinf() and p[5].isnan()
     assert p.isnan().sum() == 2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("state") == INT8][::3], ids=str)
+def test_the_reference_has_the_bits_of_the_others(case: Case) -> None:
+    check(choose_backend("reference", CPU, "test"), CPU, case)
 
 
 def trained(steps: int = 3, **options: Any) -> tuple[nn.Parameter, Any]:

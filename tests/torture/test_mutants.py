@@ -438,6 +438,26 @@ MUTANTS: Final = (
         ("kernels/test_cuda.py",),
     ),
     Mutant(
+        "8 bits: v is rounded to nearest, and stands still",
+        "kernels/reference.py",
+        "code = ((v_bits + (noise >> 11) >> 21)",
+        "code = ((v_bits + 0x100000 >> 21)",
+        ("kernels/test_codes.py",),
+    ),
+    Mutant(
+        "8 bits: the smallest v become 0",
+        "kernels/reference.py",
+        ".clamp(1, 509).where(v_bits != 0, 0)",
+        ".clamp(0, 509)",
+        ("kernels/test_codes.py",),
+    ),
+    Mutant(
+        "8 bits: the noise of every run of elements is that of the first",
+        "csrc/cpu_codes.h",
+        "begin = noise_begin(key, first);",
+        "begin = noise_begin(key, 0);",
+    ),
+    Mutant(
         "compiled: eps is added before the root is taken",
         "csrc/arithmetic.h",
         "(square_root(second_moment) / s.bias2_sqrt + s.eps)",
