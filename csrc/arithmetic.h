@@ -208,16 +208,16 @@ SAFEFREEZE_INLINE uint16_t noise_of(const Words& eight, uint64_t element) {
   return static_cast<uint16_t>(eight.word[(element >> 1) & 3u] >> (16u * (element & 1u)));
 }
 
-// Moments in 8 bits each, as codes that stand for themselves: no scale is shared, so no neighbour spoils an element, and
-// what moves keeps its values. The two bytes of an element are one word, from its highest bit on:
+// Moments in 8 bits each, as codes that stand for themselves: no scale is shared, so no neighbour spoils an element,
+// and what moves keeps its values. The two bytes of an element are one word, from its highest bit on:
 //   9 bits  v: a float without sign of 7 exponent and 2 mantissa bits, from 1.25 * 2^-95 to 1.25 * 2^32. 0 is 0 alone;
 //           the two largest are infinity and NaN. Its upper 8 bits are the byte of v, the last is the top of m's.
 //   1 bit   the sign of m
 //   6 bits  |m| in units of a power of two within a factor of the root of 2 of v's own root: a float of 3 exponent and
 //           3 mantissa bits, evenly spaced by 1/64 below 1/4, to 13; the two largest are infinity and NaN.
 // Integer arithmetic, and sums of floats that are exact or far above the subnormal, so modes of rounding those change
-// nothing. Rounding is up or down by 32 bits of noise, of which v takes the upper 21 and m the lower 20; a v that is not
-// 0 never becomes 0.
+// nothing. Rounding is up or down by 32 bits of noise, of which v takes the upper 21 and m the lower 20; a v that is
+// not 0 never becomes 0.
 constexpr uint32_t to_nearest = 0x80080000u;  // the noise that rounds both to nearest, ties up
 
 SAFEFREEZE_INLINE float float_of(uint32_t bits) {

@@ -383,7 +383,8 @@ bool done_as_singles(const AdamWLaunch& launch, const Chunk& chunk) {
   const DType dtype = static_cast<DType>(launch.param_dtype[part.tensor]);
   const bool stochastic = launch.stochastic && dtype == DType::bf16 && !tensor.remainder;
   const bool codes = launch.state_dtype[part.tensor] == static_cast<int32_t>(DType::codes);
-  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16 || codes) return false;
+  if (!part.frozen_bits || part.shared || tensor.packed_grad || stochastic || dtype == DType::f16 || codes)
+    return false;
   const int64_t grad = launch.grads[part.tensor].data;
   if (grad) (dtype == DType::f32 ? adamw_singles<float> : adamw_singles<uint16_t>)(launch, chunk, tensor, grad);
   return true;
@@ -436,7 +437,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
     const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
     const int64_t followed = p.staged ? b.n : b.place.followed;
-    const Elements elements{p.data, g.data, m.data, v.data,   x.data,       extras,      by_age,
+    const Elements elements{p.data, g.data, m.data,   v.data,       x.data,       extras,       by_age,
                             Bits{}, b.n,    followed, b.place.jump, g_place.jump, b.packed.jump};
     if (codes) {
       Coding coding{};

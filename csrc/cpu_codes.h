@@ -18,8 +18,8 @@ inline void put_codes(const void* codes, const Block& b, int64_t address) {
   if (!b.packed.together()) put(static_cast<const uint8_t*>(codes), b.n, at<uint8_t>(address), b.packed);
 }
 
-// What the noise of moments is spread from, as `make_noise` has that of parameters. Null: elements follow each other, and
-// so do the numbers from `begin` on that it is spread from.
+// What the noise of moments is spread from, as `make_noise` has that of parameters. Null: elements follow each other,
+// and so do the numbers from `begin` on that it is spread from.
 inline const uint32_t* make_moment_noise(uint64_t seed, uint32_t step, const Aged* aged, uint32_t number,
                                          const Place& place, int64_t n, uint32_t* noise, uint32_t& begin) {
   const uint32_t base = noise_seed(seed, number), key = noise_key(base, step);
@@ -57,7 +57,8 @@ constexpr Sizes sizes_of_m{};
 // Constants that the compiler keeps in memory, if it has no register for them: it would otherwise put them together
 // anew each time, where vectors are worked on.
 struct Constants {
-  Integers largest_code, bias, units, sign, noise_1, noise_2, low_bits, finite, one, exponent, back, eight, most, sign_bit;
+  Integers largest_code, bias, units, sign, noise_1, noise_2, low_bits, finite, one, exponent, back, eight, most,
+      sign_bit;
   Floats eighth;
 
   Constants() {
@@ -92,7 +93,8 @@ inline void decode_16(Integers first, Integers second, const Constants& c, Float
   const __m512i at = (__m512i)first, bits = (__m512i)((code + c.bias) << 21);
   v = (Floats)_mm512_maskz_mov_epi32(_mm512_test_epi32_mask((__m512i)code, (__m512i)code), bits);
   const auto size = [](int from) { return _mm512_load_ps(sizes_of_m.of + from); };
-  const __m512 few = _mm512_permutex2var_ps(size(0), at, size(16)), many = _mm512_permutex2var_ps(size(32), at, size(48));
+  const __m512 few = _mm512_permutex2var_ps(size(0), at, size(16)),
+               many = _mm512_permutex2var_ps(size(32), at, size(48));
   const __mmask16 is_many = _mm512_movepi32_mask((__m512i)(first << 26));
   const Floats magnitude = (Floats)_mm512_mask_blend_ps(is_many, few, many);
   const Floats scaled = magnitude * (Floats)((Integers)bits >> 1 & c.units);
@@ -114,8 +116,8 @@ inline void encode_16(Floats m, Floats v, Integers noise, const Constants& c, In
   const __mmask16 even = _mm512_cmp_ps_mask(in_units, (__m512)c.eighth, _CMP_LT_OQ);
   const Integers shifted = (Integers)_mm512_mask_add_ps(in_units, even, in_units, (__m512)c.eighth);
   const __m512i size = (__m512i)(((shifted + (noise & c.low_bits)) >> 20) - c.back);
-  const __m512i size_of_m = _mm512_maskz_min_epi32(0xffff, _mm512_mask_sub_epi32(size, even, size, (__m512i)c.eight),
-                                                   (__m512i)c.most);
+  const __m512i size_of_m =
+      _mm512_maskz_min_epi32(0xffff, _mm512_mask_sub_epi32(size, even, size, (__m512i)c.eight), (__m512i)c.most);
   first = (Integers)size_of_m | ((Integers)m >> 25 & c.sign_bit) | code << 7;
   second = code >> 1;
 }

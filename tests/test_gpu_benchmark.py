@@ -151,7 +151,7 @@ def test_verdicts(ratio: float | None, target: float | None, share: float | None
     ("command", "limit", "at_least", "status", "outcome"),
     [
         ("raise SystemExit(3)", 20, 0, 3, "exit status 3"),
-        ("import time; print('begun', flush=True); time.sleep(30)", 3, 0, 124, "took too long"),
+        ("import time; print('begun', flush=True); time.sleep(30)", 5, 0, 124, "took too long"),
         ("", 20, 0, 127, "no-such-tool-anywhere was not found"),
         ("import os; raise SystemExit(os.environ['A'] != 'b')", 20, 0, 0, "ok"),
         ("print('7 passed, 2 skipped in 1s')", 20, 7, 0, "ok"),
@@ -161,7 +161,7 @@ def test_verdicts(ratio: float | None, target: float | None, share: float | None
 def test_what_a_step_says(
     tmp_path: Path, command: str, limit: float, at_least: int, status: int, outcome: str
 ) -> None:  # fmt: skip
-    called = [sys.executable, "-c", command] if command else ["no-such-tool-anywhere"]
+    called = [sys.executable, "-S", "-c", command] if command else ["no-such-tool-anywhere"]
     done = gpu.Step("build", "a step", called, limit, {"A": "b"}, at_least).run(gpu.Log(tmp_path / "deep" / "log"))
     assert (done["status"], done["outcome"]) == (status, outcome)
     kept = (tmp_path / "deep" / "log").read_text()

@@ -89,8 +89,9 @@ class MaskedAdam(Optimizer):
             down at random, so that small updates are right on average.
         dense_checkpoints: `state_dict` has full-size moments, zero where frozen, that distributed checkpoint can save
             under DDP and load under another layout or into stock AdamW. Sharded parameters always have such.
-        seed: of stochastic rounding, that of 8-bit moments too. Its noise depends on seed, step, the parameter's place in this optimizer and the
-            element alone: the same on every backend, and after a resume. A sharded parameter's depends on the shard.
+        seed: of stochastic rounding, that of 8-bit moments too. Its noise depends on seed, step, the parameter's place
+            in this optimizer and the element alone: the same on every backend, and after a resume. A sharded
+            parameter's depends on the shard.
         fused: as in torch, True lets `torch.amp.GradScaler` pass its scale into the step instead of unscaling first; on
             a GPU step counts then live there, and nobody waits to hear whether the scale was too large.
         foreach: accepted and ignored: there is one implementation, and it takes all tensors at once.

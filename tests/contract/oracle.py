@@ -36,8 +36,8 @@ def rounded_master(master: Tensor) -> Tensor:
 
 @dataclass
 class Weight:
-    """One parameter: its values, and what an optimizer knows of it. ``state_dtype`` int8: moments are kept as float32 of
-    what codes hold; tests/kernels/test_codes.py says what these are."""
+    """One parameter: its values, and what an optimizer knows of it. ``state_dtype`` int8: moments are kept as float32
+    of what codes hold; tests/kernels/test_codes.py says what these are."""
 
     value: Tensor
     frozen: Tensor  # bool

@@ -771,8 +771,8 @@ def test_state_of_a_later_version() -> None:
     opt = MaskedAdamW(parameters().items(), freeze=PLAN)
     state_dict = opt.state_dict()
     group = state_dict["param_groups"][0]
-    group["freeze"] = group["freeze"].replace('"version": 1', '"version": 3')
-    with refused(ValueError, "MaskedAdamW.load_state_dict", "version 3", "reads 1 and 2", "upgrade", of=opt):
+    group["freeze"] = group["freeze"].replace('"version": 1', '"version": 4')
+    with refused(ValueError, "MaskedAdamW.load_state_dict", "version 4", "reads 1 to 3", "upgrade", of=opt):
         opt.load_state_dict(state_dict)
     for damaged in ("", "{}", '{"version": 1}', 7):
         group["freeze"] = damaged

@@ -96,7 +96,9 @@ def test_each_element_trains_as_if_alone(plans: list[dict[str, Any]], thawed: st
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [
-        (torch.float32, {"amsgrad": True}), (torch.bfloat16, {"master": "remainder"}), (torch.complex64, {}),
+        (torch.float32, {"amsgrad": True}),
+        (torch.bfloat16, {"master": "remainder"}),
+        (torch.complex64, {}),
         (torch.float32, {"state_dtype": torch.int8, "amsgrad": True}),
     ],
 )
@@ -125,7 +127,9 @@ def test_what_stands_still_is_neither_read_nor_written(
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"dtype": torch.bfloat16, "master": "remainder"}, {"amsgrad": True, "state_dtype": torch.bfloat16},
+        {},
+        {"dtype": torch.bfloat16, "master": "remainder"},
+        {"amsgrad": True, "state_dtype": torch.bfloat16},
         {"amsgrad": True, "state_dtype": torch.int8},
     ],
 )

@@ -372,9 +372,7 @@ def _adamw(
         if dtype != INT8:
             return [given(kind, shape, i, at_packed, dtype) for i, shape in enumerate(shapes)]
         codes = [np.asarray(rng.integers(0, 256, shape, np.uint8)) for shape in shapes]  # every one, NaN and inf too
-        return [
-            memory.holding(f"{kind} {i}", torch.from_numpy(drawn), at_packed) for i, drawn in enumerate(codes)
-        ]
+        return [memory.holding(f"{kind} {i}", torch.from_numpy(drawn), at_packed) for i, drawn in enumerate(codes)]
 
     first, second = moments("exp_avg", state), moments("exp_avg_sq", state)
     largest = moments("max_exp_avg_sq", state) if amsgrad else None

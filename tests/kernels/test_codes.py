@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_codes_mean_what_they_say() -> None:
     normal = (v > 0) & v.isfinite()
     units = torch.tensor([2.0 ** (code // 8 - 47) for code in (SECOND.long() * 2 + FIRST.long() // 128).tolist()])
     ratio = units[normal] / v[normal].sqrt()
-    assert 0.5**0.5 <= ratio.min() and ratio.max() <= 2**0.5, "a unit is about the root of v"
+    assert ratio.min() >= 0.5**0.5 and ratio.max() <= 2**0.5, "a unit is about the root of v"
 
 
 @pytest.mark.parametrize("noise", ["to nearest", "noisy"])
@@ -87,7 +88,9 @@ def test_stochastic_rounding_is_right_on_average_and_never_makes_zero_of_v() -> 
     for got, true, bound in zip(mean, (m, v), (v.sqrt() + m.abs(), v), strict=True):
         assert ((got - true).abs() <= 0.003 * bound).all(), "four standard deviations"
     tiny = torch.tensor([1e-38, 1e-45, 1e-30]).expand(100, 3)
-    _, kept = decode_moments(*encode_moments(tiny, tiny, moment_noise(ALL[:300].view(100, 3), seed=0, step=1, number=0)))
+    _, kept = decode_moments(
+        *encode_moments(tiny, tiny, moment_noise(ALL[:300].view(100, 3), seed=0, step=1, number=0))
+    )
     assert (kept > 0).all()
 
 
@@ -217,7 +220,7 @@ def test_a_change_of_plan_moves_bytes_alone() -> None:
         {"rows": [0, 4]}, {"rows": [4, 5], "cols": [3]}, {"elements": elements}, {"cols": [2, 3]}, {"rows": [1]},
     )]  # fmt: skip
     p, optimizer = trained(freeze=plans[0], state_dtype=torch.int8)
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in pairwise(plans):
         codes = {}
         for key in ("exp_avg", "exp_avg_sq"):
             codes[key] = torch.zeros(12, 10, dtype=torch.uint8)
