@@ -151,5 +151,5 @@ def test_command(tmp_path: Path) -> None:
         assert word in done.output
     short = run("plan-memory", "--model", folder, "--capacity", 0.0001)
     assert short.exit_code == 1 and "does not fit" in short.output
-    fails(run("plan-memory", "--model", folder, "--state-dtype", "int8"), "state_dtype", "int8")
+    fails(run("plan-memory", "--model", folder, "--state-dtype", "int16"), "state_dtype", "int16")
     fails(run("plan-memory", "--model", tmp_path / "nowhere"), "config.json")
