@@ -100,8 +100,9 @@ class _Log:
     def race(self, group: int) -> str:
         """Two accesses of the same memory, one of them writing, by different groups of threads; empty: none. Global
         memory may be read while it is written (``group`` 1): kernels read what they do not use."""
-        stores = self._units([entry for entry in self._entries if entry[3]])
-        loads = self._units([entry for entry in self._entries if not entry[3] and group > 1])
+        unit = 1 if any(entry[2] == 1 and entry[3] for entry in self._entries) else 2
+        stores = self._units([entry for entry in self._entries if entry[3]], unit)
+        loads = self._units([entry for entry in self._entries if not entry[3] and group > 1], unit)
         units, who, lines = stores[0], stores[1] // group, stores[2]
         again = np.flatnonzero((units[1:] == units[:-1]) & (who[1:] != who[:-1])) if units.size else units
         if group > 1:  # in shared memory Triton has threads that hold the same value write it together
@@ -120,10 +121,10 @@ class _Log:
         return ""
 
     @staticmethod
-    def _units(entries: Sequence[tuple[np.ndarray, np.ndarray, int, bool, int]]) -> tuple[np.ndarray, ...]:
-        """Pairs of bytes in order, with the thread and the line of each access."""
+    def _units(entries: Sequence[tuple[np.ndarray, np.ndarray, int, bool, int]], unit: int) -> tuple[np.ndarray, ...]:
+        """Bytes, or pairs of them (``unit`` 2), in order, with the thread and the line of each access."""
         found = [
-            ((places // np.uint64(2))[:, None] + np.arange(max(width // 2, 1), dtype=np.uint64), threads, line)
+            ((places // np.uint64(unit))[:, None] + np.arange(max(width // unit, 1), dtype=np.uint64), threads, line)
             for places, threads, width, _, line in entries
         ]
         if not found:
