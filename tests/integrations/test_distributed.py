@@ -346,6 +346,8 @@ DENSE: Final = {"dense_checkpoints": True}
         ("DDP on 2", "DDP on 2", {}),
         ("DDP on 2", "FSDP2 on 4", DENSE),
         ("FSDP2 on 4", "DDP on 2", DENSE),
+        ("FSDP2 on 2", "FSDP2 on 2", {"state_dtype": torch.int8}),
+        ("FSDP2 on 2", "DDP on 2", {**DENSE, "state_dtype": torch.int8}),
     ],
 )
 def test_checkpoints_move_between_layouts(
@@ -355,7 +357,10 @@ def test_checkpoints_move_between_layouts(
     for got, got_later in run_ranks(WAYS[loader][1], load, loader, str(tmp_path), flat, options):
         for expected, found in zip(then, got, strict=True):
             assert_same(found, expected)
-        assert_trained_alike(got_later[0], then[0], later[0])
+        if saver == loader:
+            assert_same(got_later[1], later[1])
+        if "state_dtype" not in options or saver == loader:  # the noise of codes depends on the shard
+            assert_trained_alike(got_later[0], then[0], later[0])
     if options or saver != "DDP on 2":
         for found in run_ranks(2, load_into_stock, "FSDP2 on 2", str(tmp_path), flat):
             assert_same(found, then[1])
