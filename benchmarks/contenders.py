@@ -242,7 +242,7 @@ def _tolerance(want: Tensor, contender: Contender) -> Tensor:
     reach = want.abs() + 2 * CHECKED_STEPS * HYPER["lr"]
     update = 32 * u + 2 * place[contender.state]
     if contender.method == "bitsandbytes AdamW8bit":
-        update = 8.0  # a v far below its block's largest is stored as 0; so far goes no step of an Adam
+        update = 8.0  # its blocks are coarse for small v; further goes no step of an Adam
     if contender.method == "torch.compile":
         update += 2 * u / (1 - HYPER["betas"][1])
     tolerance: Tensor = CHECKED_STEPS * ((4 * u + place[contender.weights]) * reach + update * HYPER["lr"])
