@@ -91,7 +91,7 @@ endef
 # AddressSanitizer and UndefinedBehaviorSanitizer; and the CUDA kernels run on the host, where a misaligned access, for
 # which a GPU stops, ends the process.
 sanitize: $(VENV)/.triton $(VENV)/.built
-	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
+	$(call sanitized,1,libasan.so libubsan.so,ASAN_OPTIONS=detect_leaks=0,-m "not slow",kernels codes tensors contract machine gradients guard proof audit low_precision capturable fused_clipping)
 	SAFEFREEZE_SANITIZE=1 $(PY) -m pytest -m "not slow" -k on_the_host tests/kernels/test_cuda.py
 
 # ThreadSanitizer, on threads that share memory; a race ends the run with an error. Addresses are not randomised

@@ -191,25 +191,35 @@ void adamw_block(const Elements& e, Scalars s) {
 #endif
 }
 
-using AdamWBlock = void (*)(const Elements&, Scalars);
+// Steps whose moments are kept as S: float32, or the bits of bfloat16.
+template <typename S>
+struct Stored {
+  using Block = void (*)(const Elements&, Scalars);
+  template <typename P, Rounding rounding, bool l2, bool amsgrad, bool by_age>
+  static constexpr Block block = adamw_block<P, S, rounding, l2, amsgrad, by_age>;
+};
 
-template <typename P, typename S, Rounding rounding>
-AdamWBlock choose_flags(bool l2, bool amsgrad, bool by_age) {
-  static constexpr AdamWBlock blocks[2][2][2] = {
-      {{adamw_block<P, S, rounding, false, false, false>, adamw_block<P, S, rounding, false, false, true>},
-       {adamw_block<P, S, rounding, false, true, false>, adamw_block<P, S, rounding, false, true, true>}},
-      {{adamw_block<P, S, rounding, true, false, false>, adamw_block<P, S, rounding, true, false, true>},
-       {adamw_block<P, S, rounding, true, true, false>, adamw_block<P, S, rounding, true, true, true>}},
+template <typename Moments, typename P, Rounding rounding>
+typename Moments::Block choose_flags(bool l2, bool amsgrad, bool by_age) {
+  static constexpr typename Moments::Block blocks[2][2][2] = {
+      {{Moments::template block<P, rounding, false, false, false>,
+        Moments::template block<P, rounding, false, false, true>},
+       {Moments::template block<P, rounding, false, true, false>,
+        Moments::template block<P, rounding, false, true, true>}},
+      {{Moments::template block<P, rounding, true, false, false>,
+        Moments::template block<P, rounding, true, false, true>},
+       {Moments::template block<P, rounding, true, true, false>,
+        Moments::template block<P, rounding, true, true, true>}},
   };
   return blocks[l2][amsgrad][by_age];
 }
 
-template <typename S>
-AdamWBlock choose_block(bool bf16, Rounding rounding, bool l2, bool amsgrad, bool by_age) {
-  const auto choose = !bf16                              ? choose_flags<float, S, Rounding::nearest>
-                      : rounding == Rounding::remainder  ? choose_flags<uint16_t, S, Rounding::remainder>
-                      : rounding == Rounding::stochastic ? choose_flags<uint16_t, S, Rounding::stochastic>
-                                                         : choose_flags<uint16_t, S, Rounding::nearest>;
+template <typename Moments>
+typename Moments::Block choose_block(bool bf16, Rounding rounding, bool l2, bool amsgrad, bool by_age) {
+  const auto choose = !bf16                              ? choose_flags<Moments, float, Rounding::nearest>
+                      : rounding == Rounding::remainder  ? choose_flags<Moments, uint16_t, Rounding::remainder>
+                      : rounding == Rounding::stochastic ? choose_flags<Moments, uint16_t, Rounding::stochastic>
+                                                         : choose_flags<Moments, uint16_t, Rounding::nearest>;
   return choose(l2, amsgrad, by_age);
 }
 
@@ -328,10 +338,10 @@ void adamw_singles(const AdamWLaunch& launch, const Chunk& chunk, const AdamWTen
   const RunPart& part = launch.work.parts[chunk.part];
   const Scalars* const rows = launch.scalars + launch.scalar_set[chunk.part];
   const bool bf16 = launch.state_dtype[part.tensor] == static_cast<int32_t>(DType::bf16), gapless = part.gapless != 0;
-  const AdamWBlock step =
-      (bf16 ? choose_block<uint16_t> : choose_block<float>)(sizeof(P) == 2,
-                                                            tensor.remainder ? Rounding::remainder : Rounding::nearest,
-                                                            launch.l2, launch.amsgrad, part.ages != 0);
+  const auto step =
+      (bf16 ? choose_block<Stored<uint16_t>>
+            : choose_block<Stored<float>>)(sizeof(P) == 2, tensor.remainder ? Rounding::remainder : Rounding::nearest,
+                                           launch.l2, launch.amsgrad, part.ages != 0);
   for (int64_t r = chunk.begin; r < chunk.end; ++r) {
     const Run& run = launch.work.runs[r];
     P* p = at<P>(tensor.param) + run.start;
@@ -434,7 +444,7 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
       make_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place, b.n,
                  static_cast<uint16_t*>(extra.data));
     }
-    const auto choose = m.bf16 ? choose_block<uint16_t> : choose_block<float>;
+    const auto choose = m.bf16 ? choose_block<Stored<uint16_t>> : choose_block<Stored<float>>;
     uint16_t* const extras = static_cast<uint16_t*>(extra.data);
     const int64_t followed = p.staged ? b.n : b.place.followed;
     const Elements elements{p.data, g.data, m.data,   v.data,       x.data,       extras,       by_age,
@@ -443,7 +453,8 @@ void adamw_chunk(const AdamWLaunch& launch, int64_t chunk) {
       Coding coding{};
       coding.noise = make_moment_noise(launch.seed, rows->step, by_age, static_cast<uint32_t>(tensor.number), b.place,
                                        b.n, coded.noise, coding.begin);
-      choose_coded(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, coding, *rows);
+      choose_block<CodedMoments>(p.bf16, rounding, launch.l2, launch.amsgrad, by_age != nullptr)(elements, coding,
+                                                                                                 *rows);
       put_codes(m.data, b, tensor.exp_avg);
       put_codes(v.data, b, tensor.exp_avg_sq);
       if (launch.amsgrad) put_codes(x.data, b, tensor.max_exp_avg_sq);

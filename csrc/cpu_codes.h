@@ -125,32 +125,34 @@ inline void encode_16(Floats m, Floats v, Integers noise, const Constants& c, In
 // Sixteen neighbours from the i-th on.
 template <Rounding rounding, bool l2, bool amsgrad, bool by_age, typename P>
 SAFEFREEZE_INLINE void adamw_coded_16(P* p, const P* g, uint8_t* m, uint8_t* v, uint8_t* x, uint16_t* extras,
-                                      const float* step_size, const float* bias2_sqrt, Integers noise,
+                                      const float* step_size, const float* bias2_sqrt, int64_t i, Integers noise,
                                       const Constants& c, const Scalars& s) {
   Floats first, second, largest{};
-  decode_16((Integers)load_16(m), (Integers)load_16(v), c, first, second);
-  if (amsgrad) largest = (Floats)largest_bits_of((Integers)load_16(x));
-  auto stored = read_16(p);
-  Integers extra = rounding == Rounding::nearest ? Integers{} : read_16(extras);
+  decode_16((Integers)load_16(m + i), (Integers)load_16(v + i), c, first, second);
+  if (amsgrad) largest = (Floats)largest_bits_of((Integers)load_16(x + i));
+  auto stored = read_16(p + i);
+  Integers extra = rounding == Rounding::nearest ? Integers{} : read_16(extras + i);
   auto param = param_of<rounding>(stored, extra);
   if (by_age) {
     struct Own : Scalars {
       Floats step_size, bias2_sqrt;
-    } own{s, read_16(step_size), read_16(bias2_sqrt)};
-    adamw<l2, amsgrad>(param, value_of(read_16(g)), first, second, largest, own);
+    } own{s, read_16(step_size + i), read_16(bias2_sqrt + i)};
+    adamw<l2, amsgrad>(param, value_of(read_16(g + i)), first, second, largest, own);
   } else {
-    adamw<l2, amsgrad>(param, value_of(read_16(g)), first, second, largest, s);
+    adamw<l2, amsgrad>(param, value_of(read_16(g + i)), first, second, largest, s);
   }
   keep_param<rounding>(param, stored, extra);
-  store_16(bits_of(p), (__m512i)stored);
-  if (rounding == Rounding::remainder) store_16(extras, (__m512i)extra);
+  store_16(bits_of(p + i), (__m512i)stored);
+  if (rounding == Rounding::remainder) store_16(extras + i, (__m512i)extra);
   Integers one, other;
   noise = noise * c.noise_1;
   encode_16(first, second, (noise ^ noise >> 15) * c.noise_2, c, one, other);
-  store_16(m, (__m512i)one);
-  store_16(v, (__m512i)other);
-  if (amsgrad) store_16(x, (__m512i)largest_code_of((Integers)largest));
+  store_16(m + i, (__m512i)one);
+  store_16(v + i, (__m512i)other);
+  if (amsgrad) store_16(x + i, (__m512i)largest_code_of((Integers)largest));
 }
+
+#endif
 
 template <typename P, Rounding rounding, bool l2, bool amsgrad, bool by_age>
 void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
@@ -160,7 +162,9 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   uint8_t* __restrict v = static_cast<uint8_t*>(e.v);
   uint8_t* __restrict x = static_cast<uint8_t*>(e.x);
   uint16_t* __restrict extras = e.extras;
-  const float *step_size = by_age ? e.aged->step_size : nullptr, *bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
+  const float* __restrict step_size = by_age ? e.aged->step_size : nullptr;
+  const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
+#if defined(SAFEFREEZE_SIXTEEN)
   const Constants constants;
   Integers begin;
   for (uint32_t lane = 0; lane < 16; ++lane) begin[lane] = coding.begin + lane;
@@ -174,8 +178,7 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
       prefetch(v + later(e.state_jump));
     }
     const Integers noise = coding.noise ? (Integers)load_16(coding.noise + i) : begin + static_cast<uint32_t>(i);
-    adamw_coded_16<rounding, l2, amsgrad, by_age>(p + i, g + i, m + i, v + i, x + i, extras + i, step_size + i,
-                                                  bias2_sqrt + i, noise, constants, s);
+    adamw_coded_16<rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, step_size, bias2_sqrt, i, noise, constants, s);
   }
   const size_t rest = static_cast<size_t>(e.n - i);
   if (rest == 0) return;
@@ -196,26 +199,15 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
     copy(bias2_sqrt_16, bias2_sqrt + i);
   }
   const Integers noise = coding.noise ? (Integers)load_16(coding.noise + i) : begin + static_cast<uint32_t>(i);
-  adamw_coded_16<rounding, l2, amsgrad, by_age>(p_16, g_16, m_16, v_16, x_16, extras_16, step_size_16, bias2_sqrt_16,
+  adamw_coded_16<rounding, l2, amsgrad, by_age>(p_16, g_16, m_16, v_16, x_16, extras_16, step_size_16, bias2_sqrt_16, 0,
                                                 noise, constants, s);
   copy(p + i, p_16);
   copy(m + i, m_16);
   copy(v + i, v_16);
   if (amsgrad) copy(x + i, x_16);
   if (rounding == Rounding::remainder) copy(extras + i, extras_16);
-}
 #else
-template <typename P, Rounding rounding, bool l2, bool amsgrad, bool by_age>
-void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
-  P* __restrict p = static_cast<P*>(e.p);
-  const P* __restrict g = static_cast<const P*>(e.g);
-  uint8_t* __restrict m = static_cast<uint8_t*>(e.m);
-  uint8_t* __restrict v = static_cast<uint8_t*>(e.v);
-  uint8_t* __restrict x = static_cast<uint8_t*>(e.x);
-  uint16_t* __restrict extras = e.extras;
   const uint32_t* __restrict noise = coding.noise;
-  const float* __restrict step_size = by_age ? e.aged->step_size : nullptr;
-  const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
   const int64_t n = e.n;
   SAFEFREEZE_VECTOR_LOOP
   for (int64_t i = 0; i < n; ++i) {
@@ -239,26 +231,11 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
     if (amsgrad) x[i] = static_cast<uint8_t>(largest_code_of(bits_in(largest)));
     if (rounding == Rounding::remainder) extras[i] = extra;
   }
-}
 #endif
-
-using CodedBlock = void (*)(const Elements&, const Coding&, Scalars);
-
-template <typename P, Rounding rounding>
-CodedBlock choose_coded_flags(bool l2, bool amsgrad, bool by_age) {
-  static constexpr CodedBlock blocks[2][2][2] = {
-      {{adamw_coded<P, rounding, false, false, false>, adamw_coded<P, rounding, false, false, true>},
-       {adamw_coded<P, rounding, false, true, false>, adamw_coded<P, rounding, false, true, true>}},
-      {{adamw_coded<P, rounding, true, false, false>, adamw_coded<P, rounding, true, false, true>},
-       {adamw_coded<P, rounding, true, true, false>, adamw_coded<P, rounding, true, true, true>}},
-  };
-  return blocks[l2][amsgrad][by_age];
 }
 
-inline CodedBlock choose_coded(bool bf16, Rounding rounding, bool l2, bool amsgrad, bool by_age) {
-  const auto choose = !bf16                              ? choose_coded_flags<float, Rounding::nearest>
-                      : rounding == Rounding::remainder  ? choose_coded_flags<uint16_t, Rounding::remainder>
-                      : rounding == Rounding::stochastic ? choose_coded_flags<uint16_t, Rounding::stochastic>
-                                                         : choose_coded_flags<uint16_t, Rounding::nearest>;
-  return choose(l2, amsgrad, by_age);
-}
+struct CodedMoments {
+  using Block = void (*)(const Elements&, const Coding&, Scalars);
+  template <typename P, Rounding rounding, bool l2, bool amsgrad, bool by_age>
+  static constexpr Block block = adamw_coded<P, rounding, l2, amsgrad, by_age>;
+};
