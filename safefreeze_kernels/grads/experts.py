@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from ..model.packed import PackedGradient
 from ..model.sharding import is_sharded
 from ..plan.mask import FreezeMask
-from .forwards import LiveForward, LiveWeight
-from .linear import as_matrix, live_product, place
+from .forwards import LiveForward, LiveWeight, outside_the_graph
+from .linear import as_autocast_would, as_matrix, live_product, place
 
 #: A slice, or indices, of the rows of activations that an expert is given.
 Span = Any
@@ -99,8 +99,9 @@ class ExpertsForward(LiveForward):
         live = {name: one for name, one in self.weights.items() if one.applies(getattr(layer, name))}
         if self.removed or not live or any(map(is_sharded, (*given, *named.values()))):
             return forward(layer, *given, **named)
-        run = _outside_the_graph if torch.compiler.is_compiling() else _run
-        return run(forward, layer, live, given, named)
+        if torch.compiler.is_compiling():  # compilers would have to follow stand-ins through whatever the layer does
+            return outside_the_graph(_run, forward, layer, live, given, named)
+        return _run(forward, layer, live, given, named)
 
 
 def _run(
@@ -117,14 +118,6 @@ def _run(
     finally:
         for name in live:
             attributes.pop(name, None)
-
-
-def _outside_the_graph(*arguments: Any) -> Any:
-    """Compilers would have to follow stand-ins through whatever the layer does."""
-    return torch.compiler.disable(_run)(*arguments)  # type: ignore[no-untyped-call]
-
-
-_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------------ stand-ins
@@ -320,9 +313,8 @@ def _product(
         cast: whether autocast would cast ``x`` and the weight.
     """
     used: Any = weight.detach().as_subclass(Tensor)
-    if cast and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, used, bias = x.to(dtype), used.to(dtype), None if bias is None else bias.to(dtype)
+    if cast:
+        x, used, bias = as_autocast_would(x.device, x, used, bias)
     use = weight.use
     call = _Call(use.live, compute, spans, transposed, isinstance(weight.picked, Tensor))
     targets = use.targets()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..plan.mask import FreezeMask
 from .reader import writes
 
 Storage = Literal["dense", "packed"]
+T = TypeVar("T")
 
 
 class LiveWeight:
@@ -79,6 +80,16 @@ class LiveForward(Attached):
 _forwards: weakref.WeakKeyDictionary[nn.Module, LiveForward] = weakref.WeakKeyDictionary()
 #: Gradient -> what it lacked when live gradients were removed, and how often it had been written to.
 _incomplete: Final = WeakIdKeyDictionary()
+
+
+def outside_the_graph(function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)``, which a compiler does not follow."""
+    # looked up here: at import this would load the compiler
+    found: T = torch.compiler.disable(function)(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def generation() -> int:

@@ -6,6 +6,7 @@ of one with frozen columns ``dY.T @ X[:, live]``, and only the live columns of `
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..model.packed import PackedGradient
 from ..model.sharding import is_sharded
 from ..plan.mask import FreezeMask
-from .forwards import LiveForward, LiveWeight
+from .forwards import LiveForward, LiveWeight, outside_the_graph
 
 
 class LinearForward(LiveForward):
@@ -45,11 +46,11 @@ class LinearForward(LiveForward):
         if x.device not in self._on_device:
             self._on_device[x.device] = [None if i is None else i.to(x.device) for i in self._places]
         live_rows, live_cols = self._on_device[x.device]
-        bias, packing, apart = layer.bias, self._live.packing, self._bias_apart
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        apply = LiveLinear.apply if packing is None or not torch.compiler.is_compiling() else _outside_the_graph
+        packing, apart = self._live.packing, self._bias_apart
+        x, weight, bias = as_autocast_would(x.device, x, weight, layer.bias)
+        apply: Any = LiveLinear.apply
+        if packing is not None and torch.compiler.is_compiling():  # compilers do not know packed gradients
+            apply = functools.partial(outside_the_graph, apply)
         found: Tensor = apply(x, weight, None if apart else bias, live_rows, live_cols, self._transposed, packing)
         return found + bias if apart and bias is not None else found
 
@@ -90,12 +91,12 @@ class LiveLinear(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None, None
 
 
-def _outside_the_graph(*arguments: Any) -> Any:
-    """Compilers do not know packed gradients."""
-    return torch.compiler.disable(LiveLinear.apply)(*arguments)  # type: ignore[no-untyped-call]
-
-
-_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
+def as_autocast_would(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors in autocast's dtype, where it is on."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

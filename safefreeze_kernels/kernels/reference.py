@@ -211,8 +211,10 @@ class ReferenceBackend:
                 old_state.append(visit.packed(remainder))
                 master = from_remainder(old_p, old_state[-1])
             p, m, v, new_v_max = adamw(master, old_g.to(exact), m, v, v_max[0] if amsgrad else None, own, l2=l2)
-            elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
-            number = operands.numbers[part.tensor] if operands.numbers else part.tensor
+            rounds = remainder is None and stochastic and param.dtype != exact
+            if coded or rounds:
+                elements = torch.arange(param.numel(), device=param.device).view(part.shape)[here]
+                number = operands.numbers[part.tensor] if operands.numbers else part.tensor
             if coded:
                 noise = moment_noise(elements, seed=seed, step=own.step, number=number)
                 new_state = [*encode_moments(m, v, noise), *([] if new_v_max is None else [encode_largest(new_v_max)])]
@@ -222,7 +224,7 @@ class ReferenceBackend:
             if remainder is not None:
                 new_p, new_remainder = to_remainder(p)
                 new_state.append(new_remainder)
-            elif stochastic and param.dtype != exact:
+            elif rounds:
                 noise = noise_of(elements, seed=seed, step=own.step, number=number)
                 new_p = round_stochastically(p, param.dtype, noise)
             else:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..grads.flat import ZeroedEarly
-from ..grads.forwards import forwards
+from ..grads.forwards import forwards, outside_the_graph
 from ..grads.live import check_live_gradients, refuse_packed_gradients
 from ..kernels.ages import Ages
 from ..kernels.backend import choose_backend
@@ -36,7 +36,7 @@ from .checks import (
     hyper_parameters,
     of_an_earlier_version,
 )
-from .compiled import Handle, traced_step, untraced_step
+from .compiled import Handle, traced_step
 from .engine import TOO_EARLY, Launches, look_at, refuse_pieces
 from .flat import FlatState, flat_note, full_size
 from .flat import converted as converted_flat
@@ -172,10 +172,10 @@ class MaskedAdam(Optimizer):
         """
         if torch.compiler.is_compiling():
             if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
-                return untraced_step(_observed_step, self, closure)
+                return outside_the_graph(_observed_step, self, closure)
             if self._launches.now.traceable:
                 return traced_step(self._launches.now.plans, self._handle.number, closure)
-            return untraced_step(MaskedAdam._step, self, closure)
+            return outside_the_graph(MaskedAdam._step, self, closure)
         # torch's wrapper opens a named range for profilers and calls hooks: 0.1 ms when caches are cold
         if (
             self._optimizer_step_pre_hooks

@@ -101,9 +101,8 @@ class _Stepping:
         as_before = masks is optimizer._masks and ages is optimizer._ages
         if not (as_before and self._plans.valid(optimizer.param_groups, optimizer.state)):
             self.members = {it.param: it for it in optimizer._members() if it.param.requires_grad}
-            self._of_param = {}
+            self._of_param, self._forwards = {}, forwards()
         self.optimizer, self._max_norm, self._done = optimizer, max_norm, set()
-        self._forwards = forwards()
 
     @torch.no_grad()
     def step(self, param: Tensor) -> None:

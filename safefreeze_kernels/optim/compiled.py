@@ -33,15 +33,6 @@ class Handle:
         _handles[self.number] = self
 
 
-def untraced_step(step: Callable[[Any, Callable[[], Any] | None], Any], optimizer: Any, closure: Any) -> Any:
-    """``step``, outside the graph: the first one, which makes the state, and those of plans that are not traceable."""
-    # looked up here: at import this would load the compiler
-    return torch.compiler.disable(step)(optimizer, closure)  # type: ignore[no-untyped-call]
-
-
-untraced_step._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
 def traced_step(plans: list[LaunchPlan], number: str, closure: Callable[[], Any] | None) -> Any:
     """A step as `torch.compile` sees it: one operation that writes to parameters and state."""
     loss = None
