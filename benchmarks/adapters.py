@@ -8,12 +8,9 @@ they are timed. Writes results/adapters-*.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +22,7 @@ import safefreeze_kernels as sf
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
 from safefreeze_kernels.measure.timing import in_turns, milliseconds
 
-from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
+from .measure import as_entry, case_options, print_case, ratio_entry, save_cases
 
 LAYERS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 LLAMA_2_7B: Final = {
@@ -122,22 +119,18 @@ def measure(base: nn.Module, share: float, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
-    parser.add_argument("--rounds", type=at_least_one, default=40)
-    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
-    given = parser.parse_args()
+    given = case_options("adapters", __doc__, 40).parse_args()
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # PEFT's, of adapters on the meta device
     cases = {"Llama-2-7B": {"adapt, s": as_entry(seconds_of_adapt(5))}}
+    print_case(*next(iter(cases.items())))
     for word, make in {"SmolLM2": lambda: load_model(PACKAGED)[1], "2 layers of 7B": two_layers}.items():
         base = make()
-        cases |= {f"{word}, {share:.0%} frozen": measure(base, share, given.rounds) for share in SHARES}
-    for name, found in cases.items():
-        for what, entry in found.items():
-            print_entry(f"{name:24} {what:26}", entry)
-    report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
-    save_result("adapters", describe_machine(given.threads), report, given.output)
+        for share in SHARES:
+            name = f"{word}, {share:.0%} frozen"
+            cases[name] = measure(base, share, given.rounds)
+            print_case(name, cases[name])
+    save_cases("adapters", cases, given)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ with packed gradients. Gradients are counted when each one is complete. Writes r
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +22,7 @@ from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
 from safefreeze_kernels.measure.timing import in_turns, milliseconds
 
-from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
+from .measure import as_entry, case_options, print_case, ratio_entry, save_cases
 
 ROWS: Final = 8
 
@@ -91,20 +88,16 @@ def measure(model: nn.Module, batch: dict[str, Tensor], share: float, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.backward", description=__doc__)
-    parser.add_argument("--rounds", type=at_least_one, default=7)
-    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
-    given = parser.parse_args()
+    given = case_options("backward", __doc__, 7).parse_args()
     torch.set_num_threads(given.threads)
     _, model, tokenizer = load_model(PACKAGED)
     (batch,) = encode_pairs(tokenizer, load_pairs("instructions")[:ROWS], max_length=256, batch_size=ROWS)
-    cases = {f"{share:.0%} of rows frozen": measure(model, batch, share, given.rounds) for share in (0.0, 0.8)}
-    for name, found in cases.items():
-        for what, entry in found.items():
-            print_entry(f"{name:24} {what:26}", entry)
-    report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
-    save_result("backward", describe_machine(given.threads), report, given.output)
+    cases = {}
+    for share in (0.0, 0.8):
+        name = f"{share:.0%} of rows frozen"
+        cases[name] = measure(model, batch, share, given.rounds)
+        print_case(name, cases[name])
+    save_cases("backward", cases, given)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ step is timed beside the step of an optimizer that was built under the same plan
 
 from __future__ import annotations
 
-import argparse
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, get_args
 
 import numpy as np
@@ -27,7 +24,7 @@ from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
 from safefreeze_kernels.measure.timing import in_turns, milliseconds
 
-from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
+from .measure import as_entry, case_options, print_case, ratio_entry, save_cases
 
 SHARE: Final = 0.2
 EVERY, ROWS = 4, 32  # steps of a window; rows of a batch, and prompts of a look
@@ -123,10 +120,7 @@ def measure_keeper(grain: Grain, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.changing", description=__doc__)
-    parser.add_argument("--rounds", type=at_least_one, default=7)
-    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
-    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    parser = case_options("changing", __doc__, 7)
     parser.add_argument(
         "--keeper", choices=get_args(Grain), nargs="+", default=[], help="measure a keeper of this grain"
     )
@@ -136,11 +130,9 @@ def main() -> None:
     for grain in given.keeper:
         name = f"keeper, {grain}"
         cases[name] = measure_keeper(grain, given.rounds)
-        for what, entry in cases[name].items():
-            print_entry(f"{name:24} {what:34}", entry)
+        print_case(name, cases[name])
     if given.keeper:
-        report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
-        save_result("keeper", describe_machine(given.threads), report, given.output)
+        save_cases("keeper", cases, given)
         return
     _, model, _ = load_model(PACKAGED)
     params = dict(model.named_parameters())
@@ -151,10 +143,8 @@ def main() -> None:
         for mode in ("packed", "kept"):
             name = f"{kind}, state {mode}"
             cases[name] = measure(params, kind, mode == "kept", given.rounds)
-            for what, entry in cases[name].items():
-                print_entry(f"{name:24} {what:34}", entry)
-    report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
-    save_result("changing", describe_machine(given.threads), report, given.output)
+            print_case(name, cases[name])
+    save_cases("changing", cases, given)
 
 
 if __name__ == "__main__":

@@ -456,6 +456,27 @@ def print_entry(label: str, entry: dict[str, float]) -> None:
     print(f"{label} {entry['median']:8.3f}  ({entry['quartile_1']:.3f} to {entry['quartile_3']:.3f})")
 
 
+def case_options(kind: str, what: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The command line of ``python -m benchmarks.KIND``: rounds (by default so many), threads and folder."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{kind}", description=what)
+    parser.add_argument("--rounds", type=at_least_one, default=rounds)
+    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads (default 2)")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    return parser
+
+
+def print_case(name: str, found: dict[str, dict[str, float]]) -> None:
+    """A line for each entry."""
+    for what, entry in found.items():
+        print_entry(f"{name:24} {what:34}", entry)
+
+
+def save_cases(kind: str, cases: dict[str, Any], given: argparse.Namespace) -> None:
+    """`save_result` of cases, measured as `case_options` said."""
+    report = {"date": time.strftime("%Y-%m-%d"), "threads": given.threads, "rounds": given.rounds, "cases": cases}
+    save_result(kind, describe_machine(given.threads), report, given.output)
+
+
 def results_folder() -> Path:
     """Where results go unless told otherwise: the folder that OUT names, or results/."""
     return Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
