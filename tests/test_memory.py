@@ -1,7 +1,8 @@
-"""`memory_plan` predicts, to the byte, what tensors training then holds."""
+"""`memory_plan` and `fit` predict, to the byte, what tensors training then holds."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from torch import nn
 from trainer_run import VOCABULARY, model, plan
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.measure.fit import STATES, Held, Setting, fit
 
 OPTIONS: Final[list[dict[str, Any]]] = [
     {},
@@ -153,3 +155,102 @@ def test_command(tmp_path: Path) -> None:
     assert short.exit_code == 1 and "does not fit" in short.output
     fails(run("plan-memory", "--model", folder, "--state-dtype", "int16"), "state_dtype", "int16")
     fails(run("plan-memory", "--model", tmp_path / "nowhere"), "config.json")
+
+
+TOKENS: Final = {name: torch.zeros(2, 16, dtype=torch.int64) for name in ("input_ids", "labels")}
+
+
+def skeleton() -> nn.Module:
+    with torch.device("meta"):  # moved there later, tied weights would be two
+        return model()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("freeze", [None, plan()], ids=["nothing", "plan"])
+def test_a_dry_run_holds_what_a_step_holds(freeze: sf.FreezePlan | None, dtype: torch.dtype) -> None:
+    found = fit(skeleton(), TOKENS, freeze, capacity=10**9, dtype=dtype)
+    assert not found.unknown
+    settings = [Setting(c, b, s, storage) for c in (False, True) for b in (False, True) for s in STATES
+                for storage in (("packed", "dense") if freeze is not None else ("dense",))]  # fmt: skip
+    assert list(found.holdings) == settings
+    for setting in (setting for setting in settings if setting.state_dtype == torch.int8):
+        net = model().to(dtype).train()
+        if setting.checkpointing:
+            net.gradient_checkpointing_enable()
+        if setting.storage == "packed":
+            sf.live_gradients(net, freeze, storage="packed")
+        optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, state_dtype=torch.int8)
+
+        def step(net: nn.Module = net, optimizer: Any = optimizer, inside: bool = setting.in_backward) -> None:
+            loss = net(**TOKENS).loss
+            if inside:
+                with sf.step_in_backward(net, optimizer):
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        step()  # from now on there is state
+        with Held([*net.parameters(), *net.buffers()]) as held:
+            step()
+        one = found.holdings[setting]
+        assert one.state == sf.memory_plan(net, freeze, state_dtype=torch.int8).masked["cpu"].state, setting
+        predicted = one.gradients + one.activations
+        assert held.most <= predicted <= (1.1 * held.most if setting.checkpointing else held.most), setting
+
+
+def test_what_fits_first() -> None:
+    every = fit(skeleton(), TOKENS, plan(), capacity=10**9)
+    assert every.best == Setting(storage="packed") and "First: packed, float32 state" in every.verdict()
+    totals = {setting: held.total for setting, held in every.holdings.items()}
+    for capacity in (max(totals.values()), sorted(totals.values())[3], min(totals.values())):
+        found = replace(every, capacity=capacity)
+        assert found.best == next(setting for setting, total in totals.items() if total <= capacity)
+        assert str(found.verdict()).startswith("* fits 0.00 GB")
+    short = replace(every, capacity=min(totals.values()) - 1)
+    assert short.best is None and "nothing fits" in short.verdict()
+    assert totals[Setting(True, True, torch.int8, "packed")] < totals[Setting(storage="packed")] < totals[Setting()]
+
+
+@pytest.mark.parametrize("setting", [Setting(storage="packed"), Setting(True, True, torch.int8, "dense")], ids=str)
+def test_the_lines_it_tells_run(setting: Setting) -> None:
+    before, net = model(), model()
+    exec(setting.lines(), {"sf": sf, "torch": torch, "model": net, "plan": plan(), "batch": TOKENS, "lr": 1e-3})
+    sf.snapshot(before, plan()).verify(net)
+    assert not torch.equal(before.model.norm.weight, net.model.norm.weight)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_model_that_does_not_run_without_memory() -> None:
+    class Looks(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x * float(x.sum()))
+
+    found = fit(Looks(4, 4), {"x": torch.ones(2, 4)}, capacity=10**9)
+    assert "DataDependentOutputException" in found.unknown
+    assert found.holdings[Setting()].gradients == 40 and found.holdings[Setting()].activations == 0
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5])
+def test_fit_refuses_a_capacity_that_is_none(capacity: Any) -> None:
+    with pytest.raises(ValueError, match=r"fit: capacity is .*, expected a number of bytes > 0"):
+        fit(nn.Linear(2, 2), {}, capacity=capacity)
+
+
+def test_fit_command(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    done = run("fit", "--model", folder, "--gb", 1, "--tokens", 16)
+    assert done.exit_code == 0, done.output
+    for words in ("batch 1 x 16 tokens; frozen: nothing", "ordinary", "in backward", "with checkpointing", "* fits"):
+        assert words in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "optimizer = sf.MaskedAdamW(model.named_parameters(), lr=lr)" in done.output
+    short = run("fit", "--model", folder, "--gb", 0.00001, "--tokens", 16)
+    assert short.exit_code == 1 and "nothing fits 0.00 GB" in short.output
+    for model_, gb, tokens, words in (
+        (folder, 0, 16, "capacity is 0"), (folder, 1, 1, "fit: --tokens is 1"), (tmp_path / "no", 1, 16, "config.json"),
+    ):  # fmt: skip
+        bad = run("fit", "--model", model_, "--gb", gb, "--tokens", tokens)
+        fails(bad, words)
+        assert bad.exit_code == 2

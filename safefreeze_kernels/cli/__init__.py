@@ -21,7 +21,8 @@ app = typer.Typer(
 for command, kind in (
     (measuring.info, None), (plans.score, WordsCommand), (plans.build, WordsCommand), (plans.inspect, None),
     (audits.verify, None), (audits.attest, None), (measuring.bench, WordsCommand),
-    (measuring.plan_memory, WordsCommand), (measuring.doctor, VerdictCommand), (measuring.demo, None),
+    (measuring.plan_memory, WordsCommand), (measuring.fit, VerdictCommand), (measuring.doctor, VerdictCommand),
+    (measuring.demo, None),
 ):  # fmt: skip
     app.command(cls=kind)(command)
 app.command("plan")(plans.write_plan)

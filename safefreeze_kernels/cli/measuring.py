@@ -55,7 +55,7 @@ def bench(
             raise ValueError("bench: --plan and --freeze are both given, expected one of them")
         chosen, share = read_plan(plan, "bench"), 0.075 if freeze is None else freeze
         name, network, _ = load_on_device(model, dtype, device, "bench")
-        batch = _random_tokens(network, batch_size, length, seed)
+        batch = _random_tokens(network, batch_size, length, seed, "bench", "--length")
         if chosen is None:
             chosen = _random_rows(network, share, seed)
         try:
@@ -74,16 +74,18 @@ def bench(
             say(f"Drawn to {picture}")
 
 
-def _random_tokens(network: Any, batch_size: int, length: int, seed: int) -> dict[str, torch.Tensor]:
+def _random_tokens(
+    network: Any, batch_size: int, length: int, seed: int, operation: str, length_flag: str
+) -> dict[str, torch.Tensor]:
     """A batch to train on, on the model's device."""
     import torch
 
-    for flag, got, least in (("--batch-size", batch_size, 1), ("--length", length, 2)):
+    for flag, got, least in (("--batch-size", batch_size, 1), (length_flag, length, 2)):
         if got < least:
-            raise ValueError(f"bench: {flag} is {got}, expected at least {least}")
+            raise ValueError(f"{operation}: {flag} is {got}, expected at least {least}")
     most = getattr(network.config, "max_position_embeddings", None)
     if most is not None and length > most:
-        raise ValueError(f"bench: --length is {length}, expected at most {most}, which this model can take")
+        raise ValueError(f"{operation}: {length_flag} is {length}, expected at most {most}, which this model can take")
     words = network.get_input_embeddings().num_embeddings
     tokens = torch.randint(words, (batch_size, length), generator=torch.Generator().manual_seed(seed))
     return {key: tokens.to(network.device) for key in ("input_ids", "labels")}
@@ -141,6 +143,45 @@ def plan_memory(
         if predicted.fits is not None:
             say(predicted.verdict().removeprefix("meta: "))
     if predicted.fits is False:
+        raise typer.Exit(1)
+
+
+def fit(
+    model: Annotated[str, Option(help="A model's config file, its folder, or smollm2; weights are not needed.")],
+    gb: Annotated[float, Option("--gb", help="GB (10^9 bytes) of the device.")],
+    plan: Annotated[Path | None, Option(help="Plan file. Default: nothing frozen.")] = None,
+    tokens: Annotated[int, Option(help="Per sequence.")] = 512,
+    batch_size: Annotated[int, Option(help="Sequences per batch.")] = 1,
+    dtype: Dtype = "bfloat16",
+    masters: Annotated[bool, Option("--masters", help="Exact float32 masters of bfloat16 weights.")] = False,
+) -> None:
+    """Find the settings with which a model trains in so much memory: the dtype of the state, packed gradients, a step
+    in the backward pass, checkpointing. Exit code 1 if none does.
+
+    Activations are counted in a step of the model on tensors without memory.
+    """
+    with foreseen(2):
+        import torch
+
+        from ..integrations.transformers import load_skeleton
+        from ..measure.fit import fit as find
+
+        frozen, network = read_plan(plan, "fit"), load_skeleton(model)
+        batch = {**_random_tokens(network, batch_size, tokens, 0, "fit", "--tokens"), "use_cache": False}
+        master = "remainder" if masters else None
+        found = find(network, batch, frozen, capacity=round(gb * 1e9), dtype=getattr(torch, dtype), master=master)
+        held = next(iter(found.holdings.values()))
+        say(
+            f"{Path(model).name}: {dtype} weights of {held.parameters / 1e9:.2f} GB, batch {batch_size} x {tokens} "
+            f"tokens; frozen: {'nothing' if plan is None else plan.name}\n",
+            found.table(),
+            f"\n{found.verdict()}",
+        )
+        if found.unknown:
+            say(f"activations are not counted, since the model does not run without memory: {found.unknown}")
+        if found.best is not None:
+            typer.echo(f"\n{found.best.lines(frozen is not None, masters)}")  # unwrapped, to be copied
+    if found.best is None:
         raise typer.Exit(1)
 
 

@@ -21,7 +21,7 @@ from ..plan.plan import FreezePlan
 if TYPE_CHECKING:
     from rich.table import Table
 
-_GB: Final = 10**9
+GB: Final = 10**9
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MemoryPlan:
         for name in [*(f.name for f in fields(Holding)), "total"]:
             values = [getattr(holding, name) for holding in holdings]
             if any(values):
-                table.add_row(name, *(f"{value / _GB:.3f}" for value in values), end_section=name == "activations")
+                table.add_row(name, *(f"{value / GB:.3f}" for value in values), end_section=name == "activations")
         return table
 
     def verdict(self) -> str:
@@ -83,8 +83,8 @@ class MemoryPlan:
         lines = []
         for device, holding in self.masked.items() if self.capacity is not None else ():
             left = (self.capacity or 0) - holding.total
-            word = f"fits, {left / _GB:.2f} GB left" if left >= 0 else f"does not fit, {-left / _GB:.2f} GB too much"
-            lines.append(f"{device}: {word} of {(self.capacity or 0) / _GB:.2f}")
+            word = f"fits, {left / GB:.2f} GB left" if left >= 0 else f"does not fit, {-left / GB:.2f} GB too much"
+            lines.append(f"{device}: {word} of {(self.capacity or 0) / GB:.2f}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
