@@ -32,6 +32,11 @@ WIDE = (torch.float64, torch.complex64, torch.complex128)  # the optimizers take
 _AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from threads, and on busy cores wait for them."""

@@ -154,7 +154,6 @@ def _cases() -> Iterator[Case]:
         yield Case("adamw_", layout, BF16, options={"packed_grads": True, "state": FP32})
         yield Case("adamw_", layout, BF16, options={**stochastic, "whole_state": True})
         yield Case("adamw_", layout, FP32, options={"amsgrad": True, "state": BF16})
-        yield Case("adamw_", layout, FP32, options={"whole_state": True})
         yield Case("adamw_", layout, BF16, options={"whole_state": True, "state": BF16, **remainder})
         for dtype, options in ((FP32, {}), (BF16, stochastic), (BF16, {"whole_state": True, **remainder})):
             yield Case("adamw_", layout, dtype, options={**options, "state": INT8})
@@ -168,8 +167,6 @@ def _cases() -> Iterator[Case]:
             for frozen in (True, False):
                 yield Case("gather", layout, dtype, frozen=frozen)
                 yield Case("scatter_", layout, dtype, frozen=frozen)
-            yield Case("gather", layout, dtype, options={"whole_state": True})
-            yield Case("scatter_", layout, dtype, options={"whole_state": True})
     for dtype in DTYPES:
         for state in (FP32, BF16):
             yield Case("adamw_", "everything", dtype, options={"state": state, "amsgrad": True, "l2": True})

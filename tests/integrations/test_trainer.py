@@ -315,6 +315,7 @@ def finished(run: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = start(whole, "new")

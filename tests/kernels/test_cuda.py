@@ -84,10 +84,12 @@ def test_far_addresses_on_a_gpu() -> None:
     check_far(GPU_STATE, GPU)
 
 
+@pytest.mark.long
 def test_the_suite_holds_on_the_host(native: Any) -> None:
     run_suite(*SUITE, CONTRACT, least=601, SAFEFREEZE_TEST_BACKEND="cuda-on-host")
 
 
+@pytest.mark.long
 def test_random_programs_on_the_host(native: Any) -> None:
     """Beside the other backends, in the same programs."""
     run_suite(MACHINE, least=2, SAFEFREEZE_TEST_BACKEND="cuda-on-host")

@@ -34,6 +34,9 @@ interprets = pytest.mark.skipif(
     triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="Triton 3.6 cannot interpret with NumPy 2.4",
 )
+#: Interpreted, cases are shared out among processes, each of which a test of the parent starts.
+SHARES = 4
+OWN = CASES[int(os.environ["SAFEFREEZE_SHARE"]) :: SHARES] if "SAFEFREEZE_SHARE" in os.environ else CASES
 not_in_child = pytest.mark.skipif(INTERPRETED, reason="not in the process that interprets")
 
 
@@ -44,7 +47,7 @@ def backend() -> Backend:
 
 
 @runs
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", OWN, ids=str)
 def test_case(backend: Backend, case: Case) -> None:
     check(backend, DEVICE, case)
 
@@ -54,10 +57,12 @@ def test_far_addresses(backend: Backend) -> None:
     check_far(backend, DEVICE)
 
 
+@pytest.mark.long
 @not_in_child
 @interprets
-def test_interpreted() -> None:
-    run_suite(__file__, least=len(CASES) + 1, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("share", range(SHARES))
+def test_interpreted(share: int) -> None:
+    run_suite(__file__, least=len(CASES[share::SHARES]) + 1, TRITON_INTERPRET="1", SAFEFREEZE_SHARE=str(share))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -32,16 +33,19 @@ def build() -> Any:
     key = hashlib.sha256(b"".join([repr(flags).encode(), *(path.read_bytes() for path in inputs)])).hexdigest()[:16]
     folder = ROOT / "build" / "cuda_on_host" / key
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")  # another process may be at it
-        include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-        subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden",
-             "-shared", *flags, "-o", partial, *(f"-I{path}" for path in include), "-x", "c++", *SOURCES],
-            check=True,
-        )  # fmt: skip
-        partial.rename(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
+        if not library.exists():
+            partial = library.with_suffix(".partial")
+            include = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+            subprocess.run(
+                [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC",
+                 "-fvisibility=hidden", "-shared", *flags, "-o", partial, *(f"-I{path}" for path in include),
+                 "-x", "c++", *SOURCES],
+                check=True,
+            )  # fmt: skip
+            partial.rename(library)
     spec = importlib.util.spec_from_file_location("cuda_on_host", library)
     assert spec is not None
     assert spec.loader is not None
