@@ -61,7 +61,8 @@ from .state import (
     master_weight,
     only_makes_state,
     plan_note,
-)
+    told_apart,
+)  # fmt: skip
 
 # What a copy of an optimizer has of it, beside groups and state.
 _COPIED: Final = ("_settings", "_plan", "_names", "_ages", "_masks", "_whole")
@@ -442,6 +443,7 @@ class MaskedAdam(Optimizer):
         if dense:
             whole = functools.partial(full_size, flat) if flat else dense_states
             state_dict["state"] = whole(state_dict["state"], members)
+        state_dict["state"] = {index: told_apart(entry) for index, entry in state_dict["state"].items()}
         noted = flat_note(flat, members, self._ages, self.param_groups) if flat else ""
         for group in state_dict["param_groups"] if self._plan or self._ages else ():
             group[FREEZE] = noted or plan_note([members[i] for i in group["params"]], self._ages, packed=not dense)

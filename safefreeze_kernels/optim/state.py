@@ -36,6 +36,8 @@ PACKED: Final = (*MOMENTS, REMAINDER)  # the entries of a parameter's state that
 FREEZE: Final = "freeze"  # our own entry of a parameter group, which distributed checkpoint carries along
 IN_FORCE: Final = "a plan is in force"  # what it says until a state dict says which: fingerprints take their time
 
+_CODED: Final = "_codes"  # what is appended to the names of moments that are codes, in state dicts
+_OF_CODES: Final = {f"{key}{_CODED}": key for key in MOMENTS}
 _NEEDED: Final = ("step", "exp_avg", "exp_avg_sq")
 _MOST_STEPS: Final = 1 << 24  # float32, in which torch counts, cannot count further
 _FLAGS: Final = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
@@ -160,6 +162,27 @@ def encoded(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {"exp_avg": first, "exp_avg_sq": second}
     if "max_exp_avg_sq" in moments:
         found["max_exp_avg_sq"] = encode_largest(moments["max_exp_avg_sq"])
+    return found
+
+
+def told_apart(state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` of a parameter for a state dict: moments that are codes have names of their own, so that no other
+    optimizer takes them for numbers."""
+    if (first := state.get("exp_avg")) is None or first.dtype != CODES:
+        return state
+    return {f"{key}{_CODED}" if key in MOMENTS else key: value for key, value in state.items()}
+
+
+def _told(state: Any, label: str, what: str) -> Any:
+    """What `told_apart` was given."""
+    if not isinstance(state, Mapping) or _OF_CODES.keys().isdisjoint(state):
+        return state
+    found = {key: value for key, value in state.items() if key not in _OF_CODES}
+    for key, own in _OF_CODES.items():
+        if key in state and own in state:
+            raise ValueError(f"{what}: {label} has both {own!r} and {key!r}, expected one of them")
+        if key in state:
+            found[own] = state[key]
     return found
 
 
@@ -407,7 +430,7 @@ def read_state_dict(given: Any, what: str, *, flat: bool = False) -> list[Saved]
         note = read_note(group.get(FREEZE), f"{label}[{FREEZE!r}]", what, len(keys), flat=flat)
         for place, number in enumerate(keys):
             number = number if isinstance(number, (int, str)) else repr(number)  # hashable
-            state = given["state"].get(number)
+            state = _told(given["state"].get(number), f"state[{number!r}]", what)
             if state is not None:
                 _check_state(state, f"state[{number!r}]", what)
             mask, ages = (note.get(entry, {}).get(str(place)) for entry in ("masks", "ages"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -205,11 +206,33 @@ def test_stock_state_comes_in_to_nearest_and_goes_out_exactly() -> None:
         assert_same_bits(entry[key].view(-1), dense["state"][0][key][live], f"{key} in float32")
 
 
-def test_codes_beside_float_moments_are_damage() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_stock_adamw_does_not_take_codes_for_numbers(fused: bool) -> None:
+    p, optimizer = trained(state_dtype=torch.int8)
+    stock = torch.optim.AdamW([p], fused=fused)
+    stock.load_state_dict(optimizer.state_dict())
+    before, p.grad = p.detach().clone(), torch.ones_like(p)
+    with pytest.raises(KeyError, match="exp_avg"):
+        stock.step()
+    assert_same_bits(p, before, "p")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda state: state.update(exp_avg_sq_codes=state["exp_avg_sq_codes"].float()),
+            "has moments of dtypes .* codes",
+        ),
+        (lambda state: state.update(exp_avg=state["exp_avg_codes"].float()), "has both 'exp_avg' and 'exp_avg_codes'"),
+        (lambda state: state.pop("exp_avg_codes"), "lacks 'exp_avg'"),
+    ],
+)
+def test_codes_beside_float_moments_are_damage(damage: Callable[[dict[str, Any]], object], words: str) -> None:
     _, optimizer = trained(state_dtype=torch.int8)
     given = copy.deepcopy(optimizer.state_dict())
-    given["state"][0]["exp_avg_sq"] = given["state"][0]["exp_avg_sq"].float()
-    with pytest.raises(ValueError, match=r"state\[0\] has moments of dtypes .* codes \(uint8\) for all or for none"):
+    damage(given["state"][0])
+    with pytest.raises(ValueError, match=rf"state\[0\] {words}"):
         optimizer.load_state_dict(given)
 
 
