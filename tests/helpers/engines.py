@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from ranks import run_ranks
+from ranks import close, run_ranks
 from torch import Tensor
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,7 +19,17 @@ def run_engines(world: int, function: Callable[..., Any], *arguments: Any) -> li
     """`run_ranks`, in processes that import DeepSpeed before anything else. Those of four ranks are others than those
     of two: where one process once had a ZeRO-3 engine and another had none, ZeRO-2 on both adds up wrong gradients,
     torch's own AdamW included (0.19.8)."""
-    return run_ranks(world, _on_rank, function, world, arguments, pool=f"engines {max(world, 2)}", patience=300.0)
+    return run_ranks(world, _on_rank, function, world, arguments, pool=_pool(world), patience=300.0)
+
+
+def close_engines() -> None:
+    """End the processes: DeepSpeed keeps the groups of every engine there was, and their threads never sleep."""
+    for world in (2, 4):
+        close(_pool(world))
+
+
+def _pool(world: int) -> str:
+    return f"engines {max(world, 2)}"
 
 
 def _on_rank(rank: int, function: Callable[..., Any], world: int, arguments: tuple[Any, ...]) -> Any:

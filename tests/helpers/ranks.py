@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import traceback
 import warnings
@@ -54,6 +55,12 @@ def run_ranks(
     return [value for _, value in found]
 
 
+def close(pool: str) -> None:
+    """End these processes."""
+    for process in _pools.pop(pool, []):
+        process.shutdown(cancel_futures=True)
+
+
 def _rank(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -67,3 +74,4 @@ def _rank(rank: int, world: int, store: str, function: Callable[..., Any], argum
         return traceback.format_exc(), None
     finally:
         dist.destroy_process_group()
+        gc.collect()  # each group of gloo's that something still holds has threads, which look for work all the time

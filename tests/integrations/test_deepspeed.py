@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import assert_same_bits
-from engines import DTYPES, config, engine_of, gathered, masters, run_engines, values
+from engines import DTYPES, close_engines, config, engine_of, gathered, masters, run_engines, values
 from model_folders import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +30,12 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspee
 STEPS: Final = 20
 OPTIONS: Final[dict[str, Any]] = {"lr": 1e-2, "weight_decay": 0.1}
 STAGES: Final = pytest.mark.parametrize("stage", [1, 2, 3])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended_engines() -> Iterator[None]:
+    yield
+    close_engines()
 
 
 def batch(step: int, rank: int = 0) -> Tensor:
