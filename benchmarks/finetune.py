@@ -1,5 +1,6 @@
 """``python -m benchmarks.finetune``: SmolLM2-135M fine-tuned with 80% of its units frozen, start to end.
 
+    small   packed gradients, 8-bit state, `step_in_backward`; clipped tensor by tensor
     packed  `live_gradients(storage="packed")` + `MaskedAdamW`
     live    `live_gradients` + `MaskedAdamW`
     masked  plain autograd + `MaskedAdamW`: the run the others are compared with
@@ -7,8 +8,9 @@
     LoRA    peft, r = 32 on all linear layers, torch's fused AdamW
 
 The same batches of the shipped everyday pairs; forward, backward, clip and step. Times are taken in turns in one
-process, each from a model of its own; peak memory in a process for each. A run whose losses stray from the masked
-run's, or that moves a frozen byte, ends without a result. Writes results/finetune-*.json.
+process, each from a model of its own; peak memory in a process for each, and beside it what `measure.fit.fit` predicts.
+A run whose losses stray from the masked run's (the small one has a clip of its own), or that moves a frozen byte, ends
+without a result. Writes results/finetune-*.json.
 """
 
 from __future__ import annotations
@@ -30,16 +32,18 @@ import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import encode_pairs, find_units, units_from
 from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import load_model
+from safefreeze_kernels.measure.fit import Setting, fit
 from safefreeze_kernels.measure.memory import peak, restart_peak
 from safefreeze_kernels.measure.timing import in_order, milliseconds
 
 from .measure import as_entry, at_least_one, describe_machine, print_entry, ratio_entry, save_result
 
-WAYS: Final = ("packed", "live", "masked", "stock", "LoRA")
+WAYS: Final = ("small", "packed", "live", "masked", "stock", "LoRA")
 SHARE: Final = 0.8
 BATCH: Final = 4
 COMPARED: Final = (
-    ("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"), ("packed", "LoRA")
+    ("small", "stock"), ("packed", "stock"), ("live", "stock"), ("masked", "stock"), ("live", "LoRA"),
+    ("packed", "LoRA"), ("small", "packed"), ("small", "LoRA"),
 )  # fmt: skip
 #: Live gradients are the same sums in another order; over a few dozen steps that moves a loss by less than this.
 CLOSE: Final = 2e-3
@@ -72,14 +76,18 @@ def trainer(way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float) ->
     optimizer: Any = (
         torch.optim.AdamW((p for _, p in trained), lr=lr, fused=True)
         if way in ("stock", "LoRA")
-        else sf.MaskedAdamW(trained, lr=lr, freeze=plan)
+        else sf.MaskedAdamW(trained, lr=lr, freeze=plan, state_dtype=torch.int8 if way == "small" else torch.float32)
     )
-    if way in ("live", "packed"):
-        sf.live_gradients(model, plan, storage="packed" if way == "packed" else "dense")
+    if way in ("small", "live", "packed"):
+        sf.live_gradients(model, plan, storage="dense" if way == "live" else "packed")
     model.train()
 
     def train(batch: dict[str, Any]) -> float:
         loss = model(**batch, use_cache=False).loss
+        if way == "small":
+            with sf.step_in_backward(model, optimizer, max_norm_of_each=1.0):
+                loss.backward()
+            return float(loss.detach())
         loss.backward()
         if way in ("stock", "LoRA"):
             torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
@@ -111,7 +119,7 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
     apart = {
         way: max(abs(a - b) for a, b in zip(losses[way], losses["masked"], strict=True)) for way in ("packed", "live")
     }
-    for way in ("packed", "live", "masked"):
+    for way in ("small", "packed", "live", "masked"):
         proof.verify(models[way])
         if apart.get(way, 0) > CLOSE:
             raise SystemExit(f"{way}: a loss is {apart[way]:.2g} away from the masked run's, expected {CLOSE} at most")
@@ -127,14 +135,28 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
 
 
 def measure_memory(way: str, lr: float) -> None:
-    """In a process of its own: prints the most resident bytes it had, once the model was loaded."""
+    """In a process of its own: prints the most resident bytes it had once the model was loaded, and how many there were
+    before, the model's aside."""
     _, model, tokenizer = load_model("smollm2")
     work, cpu = batches(tokenizer, 3), torch.device("cpu")
     train = trainer(way, model, plan_for(model), lr)
-    restart_peak(cpu)  # loading makes a peak of its own
+    resident = restart_peak(cpu) or 0  # loading makes a peak of its own
     for batch in work:
         train(batch)
-    print(peak(cpu))
+    print(peak(cpu), resident - sum(p.nbytes for p in model.parameters()))
+
+
+def predicted() -> dict[str, int]:
+    """Bytes that training holds at most, by way, as `fit` finds them."""
+    _, model, tokenizer = load_model("smollm2")
+    found = fit(
+        model, {**batches(tokenizer, 1)[0], "use_cache": False}, plan_for(model), capacity=1, dtype=torch.float32
+    ).holdings
+    settings = {
+        "small": Setting(in_backward=True, state_dtype=torch.int8, storage="packed"),
+        "packed": Setting(storage="packed"), "masked": Setting(),
+    }  # fmt: skip
+    return {way: found[setting].total for way, setting in settings.items()}
 
 
 def main() -> None:
@@ -151,11 +173,12 @@ def main() -> None:
     if given.memory_of:
         measure_memory(given.memory_of, given.lr)
         return
-    peaks = {}
+    peaks, beside = {}, {}
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.finetune", "--memory-of", way, "--threads", str(given.threads)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[way] = int(printed.splitlines()[-1])
+        peaks[way], beside[way] = map(int, printed.splitlines()[-1].split())
+    told = predicted()
     found = measure_times(given.steps, given.lr)
     for label, entry in found["ratios"].items():
         print_entry(f"step time, {label:15}", entry)
@@ -164,10 +187,13 @@ def main() -> None:
         print(
             f"{way:7} {seconds:.2f} s a step, peak {peaks[way] / 1e9:.2f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}"
         )
+    for way, size in told.items():
+        print(f"{way:7} training holds {(peaks[way] - beside[way]) / 1e9:.3f} GB, predicted {size / 1e9:.3f}")
     report = {
         "threads": given.threads, "torch": torch.__version__, "model": "SmolLM2-135M, float32",
         "frozen_share_of_units": SHARE, "batch": BATCH, "steps": given.steps, "lr": given.lr, **found,
-        "peak_resident_bytes": peaks,
+        "peak_resident_bytes": peaks, "predicted_bytes": told,
+        "measured_bytes": {way: peaks[way] - beside[way] for way in told},
     }  # fmt: skip
     save_result("finetune", describe_machine(given.threads), report, given.output)
 
