@@ -410,17 +410,45 @@ class Training(RuleBasedStateMachine):
             self.forget(True, "optimizer")
             return
         if not skipped:
-            for name, p in self.params().items():
-                if p.grad is not None:
-                    weight = self.weights[name]
-                    options = next(
-                        g for g, ns in zip(self.optimizers[FIRST].param_groups, self.names, strict=True) if name in ns
-                    )
-                    number = [n for names in self.names for n in names].index(name)
-                    weight.step(dense(p.grad), options, multiplier, self.kind, number)
-                    if "rounding" in self.options and p.dtype in (torch.bfloat16, torch.float16):
-                        weight.value = torch.where(weight.frozen, weight.value, p.detach())
+            self.expect({n: dense(p.grad) for n, p in self.params().items() if p.grad is not None}, multiplier)
         self.pending = None
+
+    def expect(self, grads: dict[str, Tensor], multiplier: Tensor | None) -> None:
+        """The oracle takes the step that was taken with these gradients."""
+        for name, grad in grads.items():
+            weight, p = self.weights[name], self.params()[name]
+            options = next(
+                g for g, ns in zip(self.optimizers[FIRST].param_groups, self.names, strict=True) if name in ns
+            )
+            number = [n for names in self.names for n in names].index(name)
+            weight.step(grad, options, multiplier, self.kind, number)
+            if "rounding" in self.options and p.dtype in (torch.bfloat16, torch.float16):
+                weight.value = torch.where(weight.frozen, weight.value, p.detach())
+
+    @rule(seed=SEEDS, missing=st.booleans(), before=st.booleans())
+    def train_inside(self, seed: int, missing: bool, before: bool) -> None:
+        """A step inside the backward pass, after a pass outside if ``before``. The oracle takes an ordinary one."""
+        self.forget(True, "optimizer")
+        self.learn(seed, missing, 0.0)
+        given = {b: {n: p.grad for n, p in self.params(b).items() if p.grad is not None} for b in BACKENDS}
+        expected, outside = {n: grad.clone() for n, grad in given[FIRST].items()}, dict[str, Tensor]()
+        troubles = self.troubles()
+        self.forget(True, "optimizer")
+        if troubles or not expected:
+            return
+        Training.steps += 1
+        if before:
+            self.learn(seed + 1, True, 0.0)
+            outside = {n: p.grad.clone() for n, p in self.params().items() if p.grad is not None}
+        for b, optimizer in self.optimizers.items():
+            params = self.params(b)
+            with sf.step_in_backward(self.nets[b], optimizer):
+                # each parameter's gradient is what it is multiplied with
+                torch.stack([(params[n] * grad).double().sum() for n, grad in given[b].items()]).sum().backward()
+            assert all(p.grad is None for p in params.values())
+        sums = {n: outside[n] + expected[n] if n in outside and n in expected else grad
+                for n, grad in (expected | outside).items()}  # fmt: skip
+        self.expect(sums, None)
 
     @rule(seed=SEEDS, count=st.integers(1, 4), skipped=st.sampled_from([False, False, True]))
     def train(self, seed: int, count: int, skipped: bool) -> None:

@@ -466,6 +466,8 @@ def refusal(rank: int, way: str, stage: int) -> tuple[str, bool]:
     engine = engine_of(model, optimizer, stage, dtype, **zero)
     if way == "no mapping":
         _lose_the_mapping(engine, stage)
+    if way in ("swap_optimizer", "zenflow"):  # as such an engine says of itself; none can be built without its devices
+        setattr(engine.optimizer, way, True)
     before = values(engine)
     try:
         if way in ("clip_grad_norm_", "zero_frozen_grads_"):
@@ -505,6 +507,8 @@ def _lose_the_mapping(engine: Any, stage: int) -> None:
         ("round robin", 2, ["MaskedAdamW", "another order", "round_robin_gradients"]),
         ("no mapping", 1, ["MaskedAdamW", "lp_fragment_address", "DeepSpeed 0.", "fully_shard"]),
         ("no mapping", 3, ["MaskedAdamW", "grad_position", "DeepSpeed 0.", "fully_shard"]),
+        ("swap_optimizer", 3, ["MaskedAdamW", "offload_optimizer to nvme", "offload to the CPU works"]),
+        ("zenflow", 3, ["MaskedAdamW", "zenflow", "offload to the CPU works"]),
         ("built before", 2, ["MaskedAdamW", "import deepspeed first"]),
         ("clip_grad_norm_", 2, ["clip_grad_norm_", "gradient_clipping"]),
         ("zero_frozen_grads_", 3, ["zero_frozen_grads_", "before that"]),
