@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from ..grads.clip import clip_grad_norm_
 from ..grads.forwards import forwards
@@ -29,12 +30,12 @@ from .launch import LaunchPlan, LaunchPlans, make_launch_plans
 def step_in_backward(
     model: nn.Module, optimizer: MaskedAdam, *, max_norm_of_each: float | None = None
 ) -> Iterator[None]:
-    """Within, a backward pass steps each parameter as soon as its gradient is complete, and drops that gradient.
+    """Within, a backward pass steps parameters as their gradients are complete, and drops those gradients.
 
     The weights and the state are those of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``, bit for bit; of
-    the gradients there are, at any time, only those that the backward pass works on. One backward pass is one step. To
-    accumulate, run the passes before the last one outside: what they leave in ``.grad`` is part of the step, and is
-    held meanwhile.
+    the gradients there are, at any time, only those that the backward pass works on, and less than 8 MB that wait for a
+    launch together. One backward pass is one step. To accumulate, run the passes before the last one outside: what they
+    leave in ``.grad`` is part of the step, and is held meanwhile.
 
     A clip by the norm over all gradients cannot be had, which is known when all of them are there; nor a `GradScaler`,
     which looks at all of them for an inf.
@@ -69,7 +70,7 @@ def step_in_backward(
             hook(optimizer, (), {})
         with ExitStack() as hooks:
             for param in stepping.members:
-                handle = param.register_post_accumulate_grad_hook(stepping.step)  # type: ignore[no-untyped-call]
+                handle = param.register_post_accumulate_grad_hook(stepping.take)  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
             yield
         stepping.finish()
@@ -81,7 +82,10 @@ def step_in_backward(
 
 
 class _Stepping:
-    """What `step_in_backward` keeps of an optimizer from pass to pass: a launch plan for each parameter.
+    """What `step_in_backward` keeps of an optimizer from pass to pass: launch plans of parameters stepped together.
+
+    A launch for each would cost more than the step of a small parameter: gradients wait until there are `_ENOUGH` bytes
+    of them.
 
     Attributes:
         optimizer: while a block is open.
@@ -92,9 +96,8 @@ class _Stepping:
         self.optimizer: MaskedAdam | None = None
         self.members: dict[Tensor, Member] = {}
         self._plans = LaunchPlans()
-        self._of_param: dict[Tensor, LaunchPlan] = {}
+        self._of_param: dict[Tensor, list[LaunchPlan]] = {}  # the same list for all that are stepped together
         self._made_for: tuple[Any, Any] = (None, None)
-        self._done: set[Tensor] = set()
 
     def begin(self, optimizer: MaskedAdam, max_norm: float | None) -> None:
         masks, ages = self._made_for
@@ -102,48 +105,75 @@ class _Stepping:
         if not (as_before and self._plans.valid(optimizer.param_groups, optimizer.state)):
             self.members = {it.param: it for it in optimizer._members() if it.param.requires_grad}
             self._of_param, self._forwards = {}, forwards()
-        self.optimizer, self._max_norm, self._done = optimizer, max_norm, set()
+        self.optimizer, self._max_norm = optimizer, max_norm
+        self._seen, self._waiting, self._bytes, self._at_end = set[Tensor](), list[Tensor](), 0, False
 
     @torch.no_grad()
-    def step(self, param: Tensor) -> None:
-        """The step of one parameter, whose gradient is complete."""
-        optimizer, member = self.optimizer, self.members[param]
-        assert optimizer is not None
-        if param in self._done:
+    def take(self, param: Tensor) -> None:
+        """The gradient of a parameter is complete."""
+        assert param.grad is not None
+        member = self.members[param]
+        if param in self._seen:
             raise RuntimeError(
                 f"step_in_backward: {member.name!r} has a second gradient since the block was entered, expected one "
                 "backward pass; enter a block for each, or run all but the last pass of an accumulation before it"
             )
+        self._seen.add(param)
         if self._max_norm is not None:
             clip_grad_norm_([(member.name, param)], self._max_norm, FreezePlan({member.name: member.mask}))
-        plan = self._of_param.get(param)
-        if plan is None or not plan.packed_as_before():
-            plan = self._of_param[param] = self._made(optimizer, member)
-        plan.run(plan.prepare(optimizer.param_groups), None, None)
-        param.grad = None
-        self._done.add(param)
+        self._waiting.append(param)
+        self._bytes += getattr(param.grad, "packed", param.grad).nbytes
+        if not self._at_end:
+            Variable._execution_engine.queue_callback(self._end_of_pass)
+            self._at_end = True
+        if self._bytes >= _ENOUGH:
+            self._step()
 
-    def _made(self, optimizer: MaskedAdam, member: Member) -> LaunchPlan:
+    def _end_of_pass(self) -> None:
+        self._at_end = False
+        if self._waiting:
+            self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """The step of the parameters that wait, whose gradients go."""
+        assert self.optimizer is not None
+        params, self._waiting, self._bytes = self._waiting, [], 0
+        plans = self._of_param.get(params[0], [])
+        together = sum(len(plan.members) for plan in plans) == len(params)
+        together = together and all(self._of_param.get(param) is plans for param in params)
+        if not together or not all(plan.packed_as_before() for plan in plans):
+            # a plan owns the counts of its parameters' steps: what others were stepped with goes
+            plans = self._made(self.optimizer, [self.members[param] for param in params])
+            self._of_param |= dict.fromkeys(params, plans)
+        groups = self.optimizer.param_groups
+        for plan, prepared in [(plan, plan.prepare(groups)) for plan in plans]:
+            plan.run(prepared, None, None)
+        for param in params:
+            param.grad = None
+
+    def _made(self, optimizer: MaskedAdam, members: list[Member]) -> list[LaunchPlan]:
         what = type(optimizer).__name__
-        check_live_gradients(member.param, member.mask, member.name, what, self._forwards)
-        if member.whole:
-            refuse_packed_gradients([member.param], [member.name], what)
-        (plan,) = make_launch_plans(
-            optimizer.param_groups, [member], optimizer._ages, optimizer.state, optimizer._settings
-        )
-        return plan
+        for it in members:
+            check_live_gradients(it.param, it.mask, it.name, what, self._forwards)
+            if it.whole:
+                refuse_packed_gradients([it.param], [it.name], what)
+        return make_launch_plans(optimizer.param_groups, members, optimizer._ages, optimizer.state, optimizer._settings)
 
     def finish(self) -> None:
         """Step what has a gradient of earlier passes alone, and remember for what all this holds."""
         assert self.optimizer is not None
-        for param in self.members:
-            if param.grad is not None:
-                self.step(param)
+        self._waiting = [p for p in self.members if p.grad is not None and p not in self._seen]
+        if self._waiting:
+            self._step()
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        self._plans.keep(list(self._of_param.values()), groups, state, sharded=False)
+        kept = {id(plan): plan for plans in self._of_param.values() for plan in plans}
+        self._plans.keep(list(kept.values()), groups, state, sharded=False)
         self._made_for = self.optimizer._masks, self.optimizer._ages
 
 
+#: Bytes of gradients that are stepped at once: small beside any model, and launches are few.
+_ENOUGH: Final = 8 << 20
 _of_optimizer: Final[WeakKeyDictionary[MaskedAdam, _Stepping]] = WeakKeyDictionary()
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import safefreeze_kernels as sf
+from safefreeze_kernels.optim import backward
+from safefreeze_kernels.optim.launch import LaunchPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -168,7 +170,9 @@ def test_each_gradient_is_clipped_by_itself() -> None:
         assert_same(one, other, f"step {step}")
 
 
-def test_gradients_do_not_exist_all_at_once() -> None:
+@pytest.mark.parametrize("enough", [1, 3 * 4 * (16 * 16 + 16)], ids=["each", "three layers"])
+def test_gradients_do_not_exist_all_at_once(monkeypatch: pytest.MonkeyPatch, enough: int) -> None:
+    monkeypatch.setattr(backward, "_ENOUGH", enough)
     model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())))
     optimizer = sf.MaskedAdamW(model.named_parameters(), lr=0.1)
     there: list[int] = []
@@ -181,7 +185,33 @@ def test_gradients_do_not_exist_all_at_once() -> None:
     with sf.step_in_backward(model, optimizer):
         model(torch.ones(2, 16, requires_grad=True)).sum().backward()
     assert len(there) == 12
-    assert max(there) <= 16 * 16 + 16, f"elements of gradients, layer by layer: {there}"
+    most = max(1, enough // 4 // (16 * 16 + 16)) * (16 * 16 + 16)
+    assert max(there) <= most, f"elements of gradients, layer by layer: {there}"
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_small_parameters_are_stepped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where passes reach other parameters in turn: a plan made for some of them does not go on with old counts."""
+    model, twin = (nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"}) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizers = [sf.MaskedAdamW(net.named_parameters(), lr=0.1) for net in (model, twin)]
+    launches, run = list[int](), LaunchPlan.run
+
+    def counted(plan: LaunchPlan, *arguments: Any) -> Any:
+        launches.append(len(plan.members))
+        return run(plan, *arguments)
+
+    for names in ("abc", "ab", "abc", "c", "abc", "abc"):
+        losses = [sum(net[name](torch.ones(4)).square().sum() for name in names) for net in (model, twin)]
+        monkeypatch.setattr(LaunchPlan, "run", counted)
+        with sf.step_in_backward(model, optimizers[0]):
+            losses[0].backward()
+        monkeypatch.setattr(LaunchPlan, "run", run)
+        losses[1].backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert_same((model, optimizers[0]), (twin, optimizers[1]), names)
+    assert launches == [6, 4, 6, 2, 6, 6]
 
 
 def test_hooks_of_the_step_run_around_the_pass() -> None:

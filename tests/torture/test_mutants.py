@@ -522,14 +522,21 @@ MUTANTS: Final = (
     Mutant(
         "gradients stay after a step inside the backward pass",
         "optim/backward.py",
-        "        param.grad = None\n",
-        "",
+        "            param.grad = None\n",
+        "            pass\n",
     ),
     Mutant(
         "what passes before the block left alone is not stepped",
         "optim/backward.py",
-        "            if param.grad is not None:\n                self.step(param)\n",
-        "            param.grad = None\n",
+        "[p for p in self.members if p.grad is not None and p not in self._seen]",
+        "[]",
+    ),
+    Mutant(
+        "a step inside the backward pass counts on from before other parameters were stepped",
+        "optim/backward.py",
+        "        together = together and all(self._of_param.get(param) is plans for param in params)\n",
+        "",
+        ("contract/test_step_in_backward.py",),
     ),
     Mutant(
         "a step inside the backward pass goes on with an earlier plan",
