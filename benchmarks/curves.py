@@ -29,9 +29,9 @@ from .measure import at_least_one, case_options, describe_machine, results_folde
 
 STATES: Final = (torch.float32, torch.bfloat16, torch.int8)
 SHARE: Final = 0.8
-BATCH, LENGTH = 4, 64
-HELD_OUT_FILES, HELD_OUT_BATCHES = 20, 16
-LOOK_EVERY: Final = 50
+BATCH, LENGTH = 2, 64
+HELD_OUT_FILES, HELD_OUT_BATCHES = 20, 32
+LOOK_EVERY: Final = 100
 LR, WARM_UP = 2e-4, 20
 
 
