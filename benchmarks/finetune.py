@@ -8,9 +8,9 @@
     LoRA    peft, r = 32 on all linear layers, torch's fused AdamW
 
 The same batches of the shipped everyday pairs; forward, backward, clip and step. Times are taken in turns in one
-process, each from a model of its own; peak memory in a process for each, and beside it what `measure.fit.fit` predicts.
-A run whose losses stray from the masked run's (the small one has a clip of its own), or that moves a frozen byte, ends
-without a result. Writes results/finetune-*.json.
+process, each from a model of its own; peak memory in a process for each. A run whose losses stray from the masked
+run's (the small one has a clip of its own), or that moves a frozen byte, ends without a result. Writes
+results/finetune-*.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import safefreeze_kernels as sf
 from safefreeze_kernels.attribution import encode_pairs, find_units, units_from
 from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import load_model
-from safefreeze_kernels.measure.fit import Setting, fit
 from safefreeze_kernels.measure.memory import peak, restart_peak
 from safefreeze_kernels.measure.timing import in_order, milliseconds
 
@@ -66,8 +65,10 @@ def batches(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
     return encode_pairs(tokenizer, pairs, max_length=256, batch_size=BATCH)
 
 
-def trainer(way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float) -> Callable[[dict[str, Any]], float]:
-    """What makes one training step of a batch and returns its loss."""
+def trainer(
+    way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float, tell: Callable[[Any], object] = id
+) -> Callable[[dict[str, Any]], float]:
+    """What makes one training step of a batch and returns its loss. ``tell`` gets the optimizer."""
     if way == "LoRA":
         import peft
 
@@ -78,6 +79,7 @@ def trainer(way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float) ->
         if way in ("stock", "LoRA")
         else sf.MaskedAdamW(trained, lr=lr, freeze=plan, state_dtype=torch.int8 if way == "small" else torch.float32)
     )
+    tell(optimizer)
     if way in ("small", "live", "packed"):
         sf.live_gradients(model, plan, storage="dense" if way == "live" else "packed")
     model.train()
@@ -135,28 +137,14 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
 
 
 def measure_memory(way: str, lr: float) -> None:
-    """In a process of its own: prints the most resident bytes it had once the model was loaded, and how many there were
-    before, the model's aside."""
+    """In a process of its own: prints the most resident bytes it had, once the model was loaded."""
     _, model, tokenizer = load_model("smollm2")
     work, cpu = batches(tokenizer, 3), torch.device("cpu")
     train = trainer(way, model, plan_for(model), lr)
-    resident = restart_peak(cpu) or 0  # loading makes a peak of its own
+    restart_peak(cpu)  # loading makes a peak of its own
     for batch in work:
         train(batch)
-    print(peak(cpu), resident - sum(p.nbytes for p in model.parameters()))
-
-
-def predicted() -> dict[str, int]:
-    """Bytes that training holds at most, by way, as `fit` finds them."""
-    _, model, tokenizer = load_model("smollm2")
-    found = fit(
-        model, {**batches(tokenizer, 1)[0], "use_cache": False}, plan_for(model), capacity=1, dtype=torch.float32
-    ).holdings
-    settings = {
-        "small": Setting(in_backward=True, state_dtype=torch.int8, storage="packed"),
-        "packed": Setting(storage="packed"), "masked": Setting(),
-    }  # fmt: skip
-    return {way: found[setting].total for way, setting in settings.items()}
+    print(peak(cpu))
 
 
 def main() -> None:
@@ -173,12 +161,11 @@ def main() -> None:
     if given.memory_of:
         measure_memory(given.memory_of, given.lr)
         return
-    peaks, beside = {}, {}
+    peaks = {}
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.finetune", "--memory-of", way, "--threads", str(given.threads)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[way], beside[way] = map(int, printed.splitlines()[-1].split())
-    told = predicted()
+        peaks[way] = int(printed.splitlines()[-1])
     found = measure_times(given.steps, given.lr)
     for label, entry in found["ratios"].items():
         print_entry(f"step time, {label:15}", entry)
@@ -187,13 +174,10 @@ def main() -> None:
         print(
             f"{way:7} {seconds:.2f} s a step, peak {peaks[way] / 1e9:.2f} GB, loss {losses[0]:.3f} to {losses[-1]:.3f}"
         )
-    for way, size in told.items():
-        print(f"{way:7} training holds {(peaks[way] - beside[way]) / 1e9:.3f} GB, predicted {size / 1e9:.3f}")
     report = {
         "threads": given.threads, "torch": torch.__version__, "model": "SmolLM2-135M, float32",
         "frozen_share_of_units": SHARE, "batch": BATCH, "steps": given.steps, "lr": given.lr, **found,
-        "peak_resident_bytes": peaks, "predicted_bytes": told,
-        "measured_bytes": {way: peaks[way] - beside[way] for way in told},
+        "peak_resident_bytes": peaks,
     }  # fmt: skip
     save_result("finetune", describe_machine(given.threads), report, given.output)
 
