@@ -472,6 +472,8 @@ def refusal(rank: int, way: str, stage: int) -> tuple[str, bool]:
     try:
         if way in ("clip_grad_norm_", "zero_frozen_grads_"):
             getattr(sf, way)(model, *([1.0] if way == "clip_grad_norm_" else []), plan())
+        elif way in ("swap_optimizer", "zenflow"):
+            optimizer.step()
         elif way == "guard":
             sf.guard(optimizer, plan(), model)
         elif way == "snapshot":
