@@ -232,6 +232,21 @@ def test_a_model_that_does_not_run_without_memory() -> None:
     assert found.holdings[Setting()].gradients == 40 and found.holdings[Setting()].activations == 0
 
 
+def test_what_does_not_train_and_several_devices() -> None:
+    net = model()
+    net.model.layers[0].requires_grad_(False)
+    found = fit(net, TOKENS, capacity=10**9, dtype=torch.float32)
+    assert not found.unknown
+    assert found.holdings[Setting()].state == sf.memory_plan(net).masked["cpu"].state
+    apart = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False, device="meta"))
+    assert fit(apart, {}, capacity=10**9, dtype=torch.float32).holdings[Setting()].parameters == 2 * 64
+
+
+def test_fit_refuses_a_batch_that_is_none() -> None:
+    with pytest.raises(TypeError, match="fit: batch is a Tensor, expected a mapping"):
+        fit(nn.Linear(2, 2), torch.ones(2, 2), capacity=1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("capacity", [0, -1, 2.5])
 def test_fit_refuses_a_capacity_that_is_none(capacity: Any) -> None:
     with pytest.raises(ValueError, match=r"fit: capacity is .*, expected a number of bytes > 0"):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..grads.forwards import Storage
 from ..grads.live import live_gradients
+from ..optim.backward import ENOUGH
 from ..plan.plan import FreezePlan
 from .memory import GB, Holding, memory_plan
 
@@ -149,51 +150,54 @@ def fit(
         dtype, master: of the weights, as for `memory_plan`.
 
     Raises:
-        TypeError, ValueError: as `memory_plan`; ``capacity`` is no positive number.
+        TypeError, ValueError: as `memory_plan`; ``capacity`` is no positive number, ``batch`` no mapping.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{_WHAT}: batch is a {type(batch).__name__}, expected a mapping of the model's arguments")
     if not isinstance(capacity, int) or capacity <= 0:
         raise ValueError(f"{_WHAT}: capacity is {capacity!r}, expected a number of bytes > 0")
     storages: tuple[Storage, ...] = ("dense",) if plan is None or not plan.frozen_fraction else ("packed", "dense")
     checkpoints = (False, True) if getattr(model, "supports_gradient_checkpointing", False) else (False,)
-    counted: dict[tuple[bool, bool, Storage], tuple[int, int]] = {}
-    unknown = ""
-    holdings = {}
-    for checkpointing, in_backward, state_dtype, storage in itertools.product(
-        checkpoints, (False, True), STATES, storages
-    ):
-        (held,) = memory_plan(
-            model, plan, dtype=dtype, state_dtype=state_dtype, master=master, storage=storage
-        ).masked.values()
-        way = checkpointing, in_backward, storage
-        if way not in counted and not unknown:
-            try:
-                counted[way] = _dry_run(model, batch, plan, dtype, *way)
-            except Exception as error:  # the model's own code on tensors without memory: anything may happen
-                unknown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        gradients, activations = counted.get(way, (0 if in_backward else held.gradients, 0))
-        setting = Setting(checkpointing, in_backward, state_dtype, storage)
-        holdings[setting] = replace(held, gradients=gradients, activations=activations)
+    settings = [Setting(*one) for one in itertools.product(checkpoints, (False, True), STATES, storages)]
+    holdings, unknown = {}, ""
+    for setting in settings:
+        by_device = memory_plan(
+            model, plan, dtype=dtype, state_dtype=setting.state_dtype, master=master, storage=setting.storage
+        ).masked
+        held = sum(by_device.values(), Holding())
+        holdings[setting] = replace(held, gradients=0) if setting.in_backward else held
+    try:
+        counted = {
+            setting: _dry_run(model, batch, plan, dtype, setting)
+            for setting in settings if setting.state_dtype == STATES[0]
+        }  # fmt: skip
+    except Exception as error:  # the model's own code on tensors without memory: anything may happen
+        unknown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    else:
+        for setting in settings:
+            gradients, activations = counted[replace(setting, state_dtype=STATES[0])]
+            holdings[setting] = replace(holdings[setting], gradients=gradients, activations=activations)
     return Fit(holdings, capacity, unknown)
 
 
 def _dry_run(
-    model: nn.Module, batch: Mapping[str, Any], plan: FreezePlan | None, dtype: torch.dtype, checkpointing: bool,
-    in_backward: bool, storage: Storage,
-) -> tuple[int, int]:  # fmt: skip
+    model: nn.Module, batch: Mapping[str, Any], plan: FreezePlan | None, dtype: torch.dtype, setting: Setting
+) -> tuple[int, int]:
     """Bytes of gradients, and of all else beside parameters and buffers, when most are held in a training step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = _on_meta(model, dtype)
-        if checkpointing:
+        if setting.checkpointing:
             enable: Any = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
             enable()
-        if storage == "packed" and plan is not None:
-            live_gradients(net, plan, storage=storage)
+        if setting.storage == "packed" and plan is not None:
+            live_gradients(net, plan, storage=setting.storage)
         _to_fake_cpu(net)
         inputs = {name: _fake_cpu(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
         net.train()
         with Held([*net.parameters(), *net.buffers()]) as held:
             for p in net.parameters():
-                p.register_post_accumulate_grad_hook(held.dropped if in_backward else held.kept)  # type: ignore[no-untyped-call]
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(held.waits if setting.in_backward else held.kept)  # type: ignore[no-untyped-call]
             net(**inputs).loss.backward()
     return held.gradients_then, held.most - held.gradients_then
 
@@ -234,6 +238,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """``apart``: tensors that do not count."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = self.gradients_then = self._now = self._gradients = 0
+        self._waiting: list[Tensor] = []
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in apart}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -260,7 +265,11 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert param.grad is not None
         self._gradients += getattr(param.grad, "packed", param.grad).nbytes
 
-    @staticmethod
-    def dropped(param: Tensor) -> None:
-        """A parameter's gradient is complete, its step is done, and it goes."""
-        param.grad = None
+    def waits(self, param: Tensor) -> None:
+        """A parameter's gradient is complete, and goes when `step_in_backward` drops it."""
+        self.kept(param)
+        self._waiting.append(param)
+        if self._gradients >= ENOUGH:
+            for stepped in self._waiting:
+                stepped.grad = None
+            self._waiting, self._gradients = [], 0

@@ -25,6 +25,9 @@ from .adam import MaskedAdam
 from .checks import Member, all_params
 from .launch import LaunchPlan, LaunchPlans, make_launch_plans
 
+#: Bytes of gradients that are stepped at once: small beside any model, and launches are few.
+ENOUGH: Final = 8 << 20
+
 
 @contextmanager
 def step_in_backward(
@@ -84,7 +87,7 @@ def step_in_backward(
 class _Stepping:
     """What `step_in_backward` keeps of an optimizer from pass to pass: launch plans of parameters stepped together.
 
-    A launch for each would cost more than the step of a small parameter: gradients wait until there are `_ENOUGH` bytes
+    A launch for each would cost more than the step of a small parameter: gradients wait until there are `ENOUGH` bytes
     of them.
 
     Attributes:
@@ -126,7 +129,7 @@ class _Stepping:
         if not self._at_end:
             Variable._execution_engine.queue_callback(self._end_of_pass)
             self._at_end = True
-        if self._bytes >= _ENOUGH:
+        if self._bytes >= ENOUGH:
             self._step()
 
     def _end_of_pass(self) -> None:
@@ -172,8 +175,6 @@ class _Stepping:
         self._made_for = self.optimizer._masks, self.optimizer._ages
 
 
-#: Bytes of gradients that are stepped at once: small beside any model, and launches are few.
-_ENOUGH: Final = 8 << 20
 _of_optimizer: Final[WeakKeyDictionary[MaskedAdam, _Stepping]] = WeakKeyDictionary()
 
 
