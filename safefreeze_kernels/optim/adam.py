@@ -52,7 +52,6 @@ from .refreeze import ages_after, apply_changes, changes_of
 from .state import (
     FREEZE,
     IN_FORCE,
-    PACKED,
     REMAINDER,
     close_gaps,
     converted,
@@ -510,10 +509,7 @@ class MaskedAdam(Optimizer):
             self._names.note(self.param_groups)
             if "_masks" not in state:
                 self._masks = {member.name: member.mask for member in self._members()}
-            for member in self._members():
-                entries = self.state.get(member.param, {})
-                packed = {key: close_gaps(entries[key], member.shard_packing) for key in PACKED if key in entries}
-                entries.update(packed)
+            close_gaps(self.state, self._members())
             self._note_plan()
 
 

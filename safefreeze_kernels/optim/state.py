@@ -123,7 +123,14 @@ def _repack_elements(moment: Tensor, old: FreezeMask, packed: Tensor, new: Freez
     backend.gather(compile_live([new]), [whole], [target])
 
 
-def close_gaps(moment: Tensor, mask: FreezeMask) -> Tensor:
+def close_gaps(states: Mapping[Tensor, dict[str, Any]], members: Sequence[Member]) -> None:
+    """Leave out of ``states``, by `Member.param`, the places that earlier versions kept for frozen single elements."""
+    for member in members:
+        entries = states.get(member.param, {})
+        entries.update({key: _closed(entries[key], member.shard_packing) for key in PACKED if key in entries})
+
+
+def _closed(moment: Tensor, mask: FreezeMask) -> Tensor:
     """State packed under ``mask``, as it is. Earlier versions kept places for frozen single elements of live rows and
     columns: of such state, these are left out."""
     if mask.bits is None or tuple(moment.shape) == mask.packed_shape:
@@ -363,7 +370,7 @@ def _converted_entry(
             continue
         if value.is_complex() != p.is_complex():
             raise ValueError(f"{what}: {key} of {name!r} has dtype {value.dtype}, its parameter {p.dtype}")
-        moment = close_gaps(value.detach(), mask) if packed else value.detach()
+        moment = _closed(value.detach(), mask) if packed else value.detach()
         if tuple(moment.shape) != expected:
             raise ValueError(f"{what}: {key} of {name!r} has shape {tuple(value.shape)}, expected {expected}")
         if not packed or is_sharded(p):
