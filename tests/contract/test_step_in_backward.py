@@ -108,6 +108,17 @@ def test_the_bits_are_those_of_an_ordinary_step(backend: str, settings: dict[str
             schedule.step()
 
 
+def test_a_plan_that_changes_where_state_is_kept() -> None:
+    """State stays where it is then, and tells nothing of the change."""
+    one, other = pair()
+    for step in range(6):
+        for _, optimizer in (one, other):
+            optimizer.set_freeze(plan(step % 2), keep_state=True)
+        inside(*one, step)
+        ordinary(*other, step)
+        assert_same(one, other, f"step {step}")
+
+
 @pytest.mark.parametrize("keep_state", [False, True], ids=["packed", "kept"])
 def test_plans_change_and_both_kinds_of_step_take_turns(keep_state: bool) -> None:
     one, other = pair()

@@ -543,6 +543,7 @@ MUTANTS: Final = (
         "optim/backward.py",
         "as_before = masks is optimizer._masks and ages is optimizer._ages\n",
         "as_before = masks is not None\n",
+        ("contract/test_step_in_backward.py",),
     ),
     Mutant(
         "CUDA: nobody waits for what the first thread prepares",
