@@ -21,6 +21,7 @@ from safefreeze_kernels.attribution import encode_pairs
 from safefreeze_kernels.calibration import load_pairs
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
 from safefreeze_kernels.measure.timing import in_turns, milliseconds
+from safefreeze_kernels.model.packed import stored
 
 from .measure import as_entry, case_options, print_case, ratio_entry, save_cases
 
@@ -44,7 +45,7 @@ def most_gradients(model: nn.Module, train: Callable[[], None]) -> int:
 
     def look(_: Tensor) -> None:
         nonlocal most
-        there = [getattr(p.grad, "packed", p.grad) for p in params if p.grad is not None]
+        there = stored([p.grad for p in params if p.grad is not None])
         most = max(most, sum(grad.nbytes for grad in there))
 
     with ExitStack() as hooks:

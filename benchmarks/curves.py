@@ -2,8 +2,8 @@
 
 SmolLM2-135M in float32, 80% of the rows of every linear layer frozen, packed gradients, is trained on the source text
 of Python's standard library: files drawn by the seed, each text seen once. The runs of a seed see the same batches, and
-differ in the dtype of the optimizer's state alone. Held-out loss is of files that no run trains on. Writes
-results/curves-*.json after each run, and goes on from there.
+differ in the dtype of the optimizer's state alone. Held-out loss is of files that no run trains on. A round is a
+seed. Writes results/curves-*.json after each run, and goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.integrations.transformers import PACKAGED, load_model
+from safefreeze_kernels.kernels.operands import dtype_word
 
 from .backward import plan_of
 from .measure import at_least_one, case_options, describe_machine, results_folder, save_result
@@ -83,7 +84,7 @@ def train(state: torch.dtype, seed: int, steps: int) -> dict[str, Any]:
             curve[step] = look(model, looked_at)
     proof.verify(model)
     return {
-        "state": str(state).removeprefix("torch."), "seed": seed, "held_out": curve,
+        "state": dtype_word(state), "seed": seed, "held_out": curve,
         "trained": [round(loss, 5) for loss in losses], "seconds": round(time.monotonic() - began),
     }  # fmt: skip
 
@@ -123,7 +124,7 @@ def main() -> None:
     runs = before.get("runs", []) if before.get("settings") == settings else []
     for seed in range(given.rounds):
         for state in STATES:
-            if not any((run["state"], run["seed"]) == (str(state).removeprefix("torch."), seed) for run in runs):
+            if not any((run["state"], run["seed"]) == (dtype_word(state), seed) for run in runs):
                 runs.append(train(state, seed, given.steps))
                 print(f"seed {seed}, {runs[-1]['state']}: {runs[-1]['held_out']}, {runs[-1]['seconds']} s", flush=True)
                 save_result(

@@ -66,9 +66,9 @@ def batches(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer(
-    way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float, tell: Callable[[Any], object] = id
-) -> Callable[[dict[str, Any]], float]:
-    """What makes one training step of a batch and returns its loss. ``tell`` gets the optimizer."""
+    way: str, model: torch.nn.Module, plan: sf.FreezePlan, lr: float
+) -> tuple[Callable[[dict[str, Any]], float], Any]:
+    """What makes one training step of a batch and returns its loss; and the optimizer."""
     if way == "LoRA":
         import peft
 
@@ -79,7 +79,6 @@ def trainer(
         if way in ("stock", "LoRA")
         else sf.MaskedAdamW(trained, lr=lr, freeze=plan, state_dtype=torch.int8 if way == "small" else torch.float32)
     )
-    tell(optimizer)
     if way in ("small", "live", "packed"):
         sf.live_gradients(model, plan, storage="dense" if way == "live" else "packed")
     model.train()
@@ -99,7 +98,7 @@ def trainer(
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return train
+    return train, optimizer
 
 
 def measure_times(steps: int, lr: float) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def measure_times(steps: int, lr: float) -> dict[str, Any]:
     plan = plan_for(model)
     models = {way: model if way == WAYS[-1] else copy.deepcopy(model) for way in WAYS}
     proof = sf.snapshot(model, plan)
-    trainers = {way: trainer(way, models[way], plan, lr) for way in WAYS}
+    trainers = {way: trainer(way, models[way], plan, lr)[0] for way in WAYS}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     losses: dict[str, list[float]] = {way: [] for way in WAYS}
     for number, batch in enumerate(batches(tokenizer, steps)):
@@ -140,7 +139,7 @@ def measure_memory(way: str, lr: float) -> None:
     """In a process of its own: prints the most resident bytes it had, once the model was loaded."""
     _, model, tokenizer = load_model("smollm2")
     work, cpu = batches(tokenizer, 3), torch.device("cpu")
-    train = trainer(way, model, plan_for(model), lr)
+    train, _ = trainer(way, model, plan_for(model), lr)
     restart_peak(cpu)  # loading makes a peak of its own
     for batch in work:
         train(batch)

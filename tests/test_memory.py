@@ -9,11 +9,13 @@ from typing import Any, Final
 import pytest
 import torch
 from model_folders import fails, run, save_model
+from steps import take_step
 from torch import nn
 from trainer_run import VOCABULARY, model, plan
 
 import safefreeze_kernels as sf
 from safefreeze_kernels.measure.fit import STATES, Held, Setting, fit
+from safefreeze_kernels.model.packed import stored
 
 OPTIONS: Final[list[dict[str, Any]]] = [
     {},
@@ -51,7 +53,7 @@ def test_it_is_what_training_holds(options: dict[str, Any], freeze: sf.FreezePla
     net(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     held = [(key, value) for entry in optimizer.state.values() for key, value in entry.items()]
-    grads = [getattr(p.grad, "packed", p.grad) for p in net.parameters()]
+    grads = stored([p.grad for p in net.parameters()])
     assert predicted.gradients == size(grads)
     packed = any(grad.shape != p.shape for grad, p in zip(grads, net.parameters(), strict=True))
     assert packed == ("storage" in options and freeze is not None)
@@ -181,19 +183,9 @@ def test_a_dry_run_holds_what_a_step_holds(freeze: sf.FreezePlan | None, dtype: 
             sf.live_gradients(net, freeze, storage="packed")
         optimizer = sf.MaskedAdamW(net.named_parameters(), freeze=freeze, state_dtype=torch.int8)
 
-        def step(net: nn.Module = net, optimizer: Any = optimizer, inside: bool = setting.in_backward) -> None:
-            loss = net(**TOKENS).loss
-            if inside:
-                with sf.step_in_backward(net, optimizer):
-                    loss.backward()
-            else:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-        step()  # from now on there is state
+        take_step(net, optimizer, net(**TOKENS).loss, inside=setting.in_backward)  # from now on there is state
         with Held([*net.parameters(), *net.buffers()]) as held:
-            step()
+            take_step(net, optimizer, net(**TOKENS).loss, inside=setting.in_backward)
         one = found.holdings[setting]
         assert one.state == sf.memory_plan(net, freeze, state_dtype=torch.int8).masked["cpu"].state, setting
         predicted = one.gradients + one.activations

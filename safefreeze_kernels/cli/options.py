@@ -62,14 +62,14 @@ def words() -> dict[str, Sequence[str]]:
     from ..attribution.grains import Grain, Within
     from ..attribution.units import KvPolicy, Preset
     from ..attribution.weights import Form
-    from ..kernels.operands import STORAGE
+    from ..kernels.operands import STORAGE, dtype_word
 
     kinds = {
         "positions": Positions, "cu_share_of": get_type_hints(MaskBuilder.freeze)["cu_share_of"], "cu_rank": Rank,
         "by": Rank, "recipe": Recipe, "units": Units, "kv": KvPolicy, "preset": Preset,
         "grain": Grain, "form": Form, "within": Within,
     }  # fmt: skip
-    known = {"method": METHODS, "train_only": LABELS, "dtype": [str(dtype).removeprefix("torch.") for dtype in STORAGE]}
+    known = {"method": METHODS, "train_only": LABELS, "dtype": [*map(dtype_word, STORAGE)]}
     return known | {name: get_args(kind) for name, kind in kinds.items()}
 
 

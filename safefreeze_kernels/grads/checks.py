@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.operands import STORAGE
+from ..kernels.operands import STORAGE, dtype_word
 from ..model.packed import packing
 from ..plan.mask import FreezeMask
 
@@ -36,7 +36,7 @@ def check_gradient(
         )
     dtypes = dtypes or (STORAGE if p.dtype in STORAGE else (p.dtype,))
     if grad.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        wanted = " or ".join(map(dtype_word, dtypes))
         raise ValueError(f"{operation}: grad of {name!r} has dtype {grad.dtype}, expected {wanted}")
 
 

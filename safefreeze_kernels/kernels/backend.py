@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operands import STORAGE, WIDE, AdamWOperands, NormKind
+from .operands import STORAGE, WIDE, AdamWOperands, NormKind, dtype_word
 from .parts import WorkList
 
 #: Their names, which are those of their modules here. ``load`` of each gives it, or raises ImportError with the reason.
@@ -150,7 +150,7 @@ def choose_backend(name: str, device: torch.device, operation: str, dtypes: Iter
             f"{operation}: backend is {name!r}, expected one of {', '.join(map(repr, ('auto', *BACKENDS)))}"
         )
     given = set(dtypes)
-    wide = sorted(str(dtype).removeprefix("torch.") for dtype in given.intersection(WIDE))
+    wide = sorted(map(dtype_word, given.intersection(WIDE)))
     if device.type == "meta":
         raise ValueError(f"{operation}: tensors are on the meta device and hold no values; materialise the model first")
     if name != "auto":

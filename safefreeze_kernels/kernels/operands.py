@@ -35,6 +35,11 @@ ADAMW_TENSOR: Final = np.dtype([
 ])  # fmt: skip
 
 
+def dtype_word(dtype: torch.dtype) -> str:
+    """As messages, tables and command lines have it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def adamw_scalars(
     *,
     lr: Any,

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..grads.forwards import Storage
 from ..grads.live import live_gradients
+from ..kernels.operands import dtype_word
+from ..model.packed import stored
 from ..optim.backward import ENOUGH
 from ..plan.plan import FreezePlan
 from .memory import GB, Holding, memory_plan
@@ -93,7 +95,7 @@ class Fit:
         from rich.table import Table
 
         table = Table("GB", box=None, pad_edge=False)
-        for heading in ("\ngradients", "\nactivations", *(f"{_word(state)}\nstate" for state in STATES)):
+        for heading in ("\ngradients", "\nactivations", *(f"{dtype_word(state)}\nstate" for state in STATES)):
             table.add_column(heading, justify="right")
         before = False
         for way in (setting for setting in self.holdings if setting.state_dtype == STATES[0]):
@@ -116,12 +118,8 @@ class Fit:
             least = min(held.total for held in self.holdings.values())
             return f"nothing fits {self.capacity / GB:.2f} GB: the least is {(least - self.capacity) / GB:.2f} GB more"
         left = self.capacity - self.holdings[self.best].total
-        words = f"{self.best}, {_word(self.best.state_dtype)} state"
+        words = f"{self.best}, {dtype_word(self.best.state_dtype)} state"
         return f"* fits {self.capacity / GB:.2f} GB. First: {words}, {left / GB:.2f} GB left"
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def fit(
@@ -245,7 +243,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._add(getattr(tensor, "packed", tensor).untyped_storage())
+                self._add(stored(tensor).untyped_storage())
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -262,8 +260,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def kept(self, param: Tensor) -> None:
         """A parameter's gradient is complete."""
-        assert param.grad is not None
-        self._gradients += getattr(param.grad, "packed", param.grad).nbytes
+        self._gradients += stored(param.grad).nbytes
 
     def waits(self, param: Tensor) -> None:
         """A parameter's gradient is complete, and goes when `step_in_backward` drops it."""

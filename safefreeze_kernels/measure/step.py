@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from ..grads.clip import StepsGradients, clip_grad_norm_
 from ..kernels.backend import choose_backend
+from ..kernels.operands import dtype_word
 from ..model.sharding import is_sharded
 from ..optim.adam import MaskedAdamW
 from ..plan.binding import bind, named_tensors
@@ -137,10 +138,10 @@ def profile_step(
         peak_is="" if masked.peak_bytes is None else _PEAK_IS[device.type],
         settings={
             "plan": plan.fingerprint[:12], "warmup": warmup, "accumulation": accumulation, "max_norm": max_norm,
-            "fused clipping": fused, **adamw, "autocast": None if autocast is None else _word(autocast),
+            "fused clipping": fused, **adamw, "autocast": None if autocast is None else dtype_word(autocast),
         },
         machine={
-            "weights": "+".join(sorted({_word(p.dtype) for p in params})),
+            "weights": "+".join(sorted({dtype_word(p.dtype) for p in params})),
             "backend": choose_backend("auto", device, _WHAT).name if optimizer is None else None,
             "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(),
@@ -274,7 +275,7 @@ class _Contender:
             name=self.name,
             times_ms={phase: tuple(times) for phase, times in self.times_ms.items()},
             state_bytes=sum(value.nbytes for value in state),
-            state_dtypes="+".join(sorted({_word(value.dtype) for value in state if value.dim()})),
+            state_dtypes="+".join(sorted({dtype_word(value.dtype) for value in state if value.dim()})),
             gradient_bytes=gradient_bytes,
             peak_bytes=self.peak_bytes,
         )
@@ -394,7 +395,3 @@ def _bar(shown: bool, total: int) -> Iterator[Tick]:
 
     with tqdm(total=total, desc="profiling", unit="step") as bar:
         yield bar.update
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -67,7 +67,7 @@ class PackedGradient(Tensor):
         if possible is None or not possible(args):
             # a TypeError would be swallowed by Tensor's arithmetic operators
             raise RuntimeError(f"{func}: {_REFUSAL}")
-        result = func(*map(_packed, args), **(kwargs or {}))
+        result = func(*map(stored, args), **(kwargs or {}))
         if func._schema.is_mutable:
             return args[0] if func._schema.returns else None
         return PackedGradient(result, args[0].mask) if possible in (_alone, _together) else result
@@ -87,10 +87,11 @@ def packing(grad: Tensor | None) -> FreezeMask | None:
     return grad.mask if isinstance(grad, PackedGradient) else None
 
 
-def _packed(thing: Any) -> Any:
+def stored(thing: Any) -> Any:
+    """What is held of a packed gradient, also of those in a list; anything else as it is."""
     if isinstance(thing, PackedGradient):
         return thing.packed
-    return [_packed(item) for item in thing] if isinstance(thing, (list, tuple)) else thing
+    return [stored(item) for item in thing] if isinstance(thing, (list, tuple)) else thing
 
 
 _REFUSAL: Final = (

@@ -19,6 +19,7 @@ from ..grads.clip import clip_grad_norm_
 from ..grads.forwards import forwards
 from ..grads.live import check_live_gradients, refuse_packed_gradients
 from ..model.flat import in_engine
+from ..model.packed import stored
 from ..model.sharding import is_sharded
 from ..plan.plan import FreezePlan
 from .adam import MaskedAdam
@@ -125,7 +126,7 @@ class _Stepping:
         if self._max_norm is not None:
             clip_grad_norm_([(member.name, param)], self._max_norm, FreezePlan({member.name: member.mask}))
         self._waiting.append(param)
-        self._bytes += getattr(param.grad, "packed", param.grad).nbytes
+        self._bytes += stored(param.grad).nbytes
         if not self._at_end:
             Variable._execution_engine.queue_callback(self._end_of_pass)
             self._at_end = True
@@ -134,12 +135,13 @@ class _Stepping:
 
     def _end_of_pass(self) -> None:
         self._at_end = False
-        if self._waiting:
-            self._step()
+        self._step()
 
     @torch.no_grad()
     def _step(self) -> None:
         """The step of the parameters that wait, whose gradients go."""
+        if not self._waiting:
+            return
         assert self.optimizer is not None
         params, self._waiting, self._bytes = self._waiting, [], 0
         plans = self._of_param.get(params[0], [])
@@ -167,8 +169,7 @@ class _Stepping:
         """Step what has a gradient of earlier passes alone, and remember for what all this holds."""
         assert self.optimizer is not None
         self._waiting = [p for p in self.members if p.grad is not None and p not in self._seen]
-        if self._waiting:
-            self._step()
+        self._step()
         groups, state = self.optimizer.param_groups, self.optimizer.state
         kept = {id(plan): plan for plans in self._of_param.values() for plan in plans}
         self._plans.keep(list(kept.values()), groups, state, sharded=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..kernels.operands import dtype_word
 from ..model.sharding import local, local_mask
 from ..plan.mask import FreezeMask
 from .adam import MaskedAdam
@@ -78,7 +79,7 @@ def rounded_away(optimizer: Optimizer, masks: Mapping[int, FreezeMask]) -> list[
         share = sum(look.live * look.share for look in looks) / live
         rate, sampled = rate_of(optimizer.param_groups[index]), any(look.sampled for look in looks)
         measured = all(look.measured for look in looks)
-        reports.append(Rounded(index, rate, str(dtype).removeprefix("torch."), live, share, sampled, measured))
+        reports.append(Rounded(index, rate, dtype_word(dtype), live, share, sampled, measured))
     return reports
 
 

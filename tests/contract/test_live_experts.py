@@ -10,6 +10,7 @@ import torch
 from conftest import assert_same_bits
 from family_models import model_of
 from ranks import run_ranks
+from steps import take_step
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -270,14 +271,7 @@ def test_a_step_inside_the_backward_pass(storage: Any) -> None:
         sf.live_gradients(net, plan, storage=storage)
         optimizer = sf.MaskedAdamW(net.named_parameters(), lr=1e-2, freeze=plan)
         for _ in range(3):
-            loss = net(rows(), COUNTS).square().mean()
-            if net is found:
-                with sf.step_in_backward(net, optimizer):
-                    loss.backward()
-            else:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            take_step(net, optimizer, net(rows(), COUNTS).square().mean(), inside=net is found)
     for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert_same_bits(p.detach(), q.detach(), name)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS, assert_same_bits
+from steps import take_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,9 +58,7 @@ def loss(model: nn.Module, step: int) -> Tensor:
 
 
 def ordinary(model: nn.Module, optimizer: sf.MaskedAdamW, step: int, **_: Any) -> None:
-    loss(model, step).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    take_step(model, optimizer, loss(model, step), inside=False)
 
 
 def inside(model: nn.Module, optimizer: sf.MaskedAdamW, step: int, **options: Any) -> None:
@@ -215,12 +214,9 @@ def test_small_parameters_are_stepped_together(monkeypatch: pytest.MonkeyPatch) 
     for names in ("abc", "ab", "abc", "c", "abc", "abc"):
         losses = [sum(net[name](torch.ones(4)).square().sum() for name in names) for net in (model, twin)]
         monkeypatch.setattr(LaunchPlan, "run", counted)
-        with sf.step_in_backward(model, optimizers[0]):
-            losses[0].backward()
+        take_step(model, optimizers[0], losses[0], inside=True)
         monkeypatch.setattr(LaunchPlan, "run", run)
-        losses[1].backward()
-        optimizers[1].step()
-        optimizers[1].zero_grad()
+        take_step(twin, optimizers[1], losses[1], inside=False)
         assert_same((model, optimizers[0]), (twin, optimizers[1]), names)
     assert launches == [6, 4, 6, 2, 6, 6]
 
@@ -228,9 +224,8 @@ def test_small_parameters_are_stepped_together(monkeypatch: pytest.MonkeyPatch) 
 def test_hooks_of_the_step_run_around_the_pass() -> None:
     model, optimizer = pair()[0]
     seen: list[str] = []
-    hooks = dict(
-        model.first.weight._post_accumulate_grad_hooks or {}
-    )  # the optimizer's own, where DeepSpeed was imported
+    # where DeepSpeed was imported, the optimizer has some of its own
+    hooks = dict(model.first.weight._post_accumulate_grad_hooks or {})
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     with sf.step_in_backward(model, optimizer):

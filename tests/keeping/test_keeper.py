@@ -16,6 +16,7 @@ from attribution_models import refused
 from conftest import assert_same_bits
 from model_folders import png_size
 from refusing import REFUSAL, SAFETY, TASK, margins_of, optimizer_of, refusing, train
+from steps import take_step
 from torch import Tensor, nn
 
 import safefreeze_kernels as sf
@@ -110,14 +111,7 @@ def test_steps_inside_the_backward_pass_are_looked_after_alike() -> None:
         torch.manual_seed(0)
         model.train()
         for _ in range(5):
-            loss = model(input_ids=TASK, labels=TASK).loss
-            if model is models[0]:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            else:
-                with sf.step_in_backward(model, optimizer):
-                    loss.backward()
+            take_step(model, optimizer, model(input_ids=TASK, labels=TASK).loss, inside=model is models[1])
     assert len(keepers[0].log) == 2 and keepers[0].plan == keepers[1].plan
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q), name
