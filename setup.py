@@ -38,8 +38,9 @@ SANITIZERS = (
 PER_ISA = ["csrc/cpu.cpp", "csrc/moves.cpp", "csrc/audit.cpp"]
 ISAS = {"baseline": []}
 if X86:
-    ISAS["avx2"] = ["-mavx2", "-mf16c"]
-    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"]
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
+                      "-mprefer-vector-width=512"]  # fmt: skip
 
 
 def find_nvcc():

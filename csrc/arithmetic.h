@@ -46,6 +46,41 @@ typedef uint32_t Integers __attribute__((vector_size(64)));
 SAFEFREEZE_INLINE Floats square_root(Floats x) { return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x); }
 #endif
 
+// a * b + c, rounded once.
+SAFEFREEZE_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#if defined(__AVX512F__)
+SAFEFREEZE_INLINE Floats multiply_add(Floats a, float b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
+}
+#endif
+
+// What of an element depends on how many steps it has taken, for one or for several.
+template <typename Float>
+struct AgedScalars : Scalars {
+  Float step_size, bias2_sqrt;
+};
+
+// root / bias2_sqrt + eps of a root that is not negative. Where the machine multiplies and adds in one operation no
+// element waits for this division: what the product with the rounded reciprocal leaves over, multiplied by it again,
+// corrects the product to the nearest float (Markstein 1990). It does for every divisor: of each, all roots whose
+// quotient is near enough to a tie to go wrong were tried (benchmarks/NOTES.md).
+template <typename Float>
+SAFEFREEZE_INLINE Float denominator(Float root, const Scalars& s) {
+#if defined(__FMA__)
+  const float reciprocal = 1.0f / s.bias2_sqrt;
+  const Float product = root * reciprocal, rest = multiply_add(product, -s.bias2_sqrt, root);
+  const Float sum = multiply_add(rest, reciprocal, product) + s.eps;
+  return rest == rest ? sum : root;  // infinity and NaN leave no number over
+#else
+  return root / s.bias2_sqrt + s.eps;
+#endif
+}
+
+template <typename Float>
+SAFEFREEZE_INLINE Float denominator(Float root, const AgedScalars<Float>& s) {
+  return root / s.bias2_sqrt + s.eps;
+}
+
 // Adam(W) of one element, or of several whose scalars may differ. `l2` adds weight_decay * p to the gradient; `amsgrad`
 // divides by the running maximum, which keeps NaN as torch.maximum does.
 template <bool l2, bool amsgrad, typename Float, typename Own>
@@ -59,7 +94,7 @@ SAFEFREEZE_INLINE void adamw(Float& p, Float g, Float& m, Float& v, Float& v_max
     v_max = ((v > v_max) | (v != v)) ? v : v_max;
     second_moment = v_max;
   }
-  p = s.decay * p - s.step_size * m / (square_root(second_moment) / s.bias2_sqrt + s.eps);
+  p = s.decay * p - s.step_size * m / denominator(square_root(second_moment), s);
 }
 
 // Storage types. Integer arithmetic only, so flush-to-zero modes change nothing; round to nearest, ties to even.
@@ -284,8 +319,8 @@ SAFEFREEZE_INLINE Word largest_code_of(Word bits) {
   return bits > 0x7f7fffffu ? (bits > 0x7f800000u ? Word{} + 255u : Word{} + 254u) : code;
 }
 
-// A bijection that spreads every bit (lowbias32, Wellons 2018), for the key of a tensor's step; of elements, which are
-// many, a shorter one. The noise of moments depends on nothing else, so not on how the work was cut.
+// A bijection that spreads every bit (lowbias32, Wellons 2018), for the key of a tensor's step. The noise of moments
+// depends on nothing else but the element, so not on how the work was cut.
 template <typename Word>
 SAFEFREEZE_INLINE Word mix(Word x) {
   x = (x ^ x >> 16) * 0x7feb352du;
@@ -299,11 +334,12 @@ SAFEFREEZE_INLINE uint32_t noise_seed(uint64_t seed, uint32_t number) {
 
 SAFEFREEZE_INLINE uint32_t noise_key(uint32_t noise_seed, uint32_t step) { return mix(noise_seed + step); }
 
-// Of the elements whose lower 32 bits are added to `key`.
+// From one element to the next the bits that v takes move by the golden ratio, and so do those of m: neighbours are
+// spread evenly. Where they begin the key decides, anew at each step, so an element's noise is uniform, and that of
+// other steps says nothing of it.
 template <typename Word>
 SAFEFREEZE_INLINE Word spread_noise(Word x) {
-  x = x * 0x9e3779b1u;
-  return (x ^ x >> 15) * 0x85ebca77u;
+  return x * 0x9e39e377u;
 }
 
 SAFEFREEZE_INLINE uint32_t noise_begin(uint32_t key, uint64_t element) {

@@ -128,9 +128,7 @@ SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* ex
   const auto x_was = x_now;
   Integers extra_now = extra_was;
   if (by_age) {
-    struct Own : Scalars {
-      Floats step_size, bias2_sqrt;
-    } own{s, read_16(aged->step_size + i), read_16(aged->bias2_sqrt + i)};
+    const AgedScalars<Floats> own{s, read_16(aged->step_size + i), read_16(aged->bias2_sqrt + i)};
     adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, own);
   } else {
     adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, s);
@@ -176,12 +174,12 @@ void adamw_block(const Elements& e, Scalars s) {
     P p_i = p[i];
     S m_i = m[i], v_i = v[i], x_i = amsgrad ? x[i] : m_i;
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
-    Scalars own = s;
     if (by_age) {
-      own.step_size = step_size[i];
-      own.bias2_sqrt = bias2_sqrt[i];
+      const AgedScalars<float> own{s, step_size[i], bias2_sqrt[i]};
+      adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, own);
+    } else {
+      adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, s);
     }
-    adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, own);
     p[i] = p_i;
     m[i] = m_i;
     v[i] = v_i;

@@ -39,17 +39,18 @@ struct Coding {
 };
 
 #if defined(SAFEFREEZE_SIXTEEN)
-// |m| in its units times 2^64, which what `decode_16` multiplies by lacks, by the 6 bits that say so.
+// |m| in its units times 2^64, which what `decode_16` multiplies by lacks, by the 6 bits that say so. As bfloat16.
 struct Sizes {
-  alignas(64) float of[64];
+  alignas(64) uint16_t of[64];
   constexpr Sizes() : of() {
-    float unit = 288230376151711744.0f;  // 2^58
-    for (int i = 0; i < 64; ++i) {
-      if (i >= 16 && i % 8 == 0) unit = unit * 2.0f;
-      of[i] = static_cast<float>(i < 16 ? i : 8 + i % 8) * unit;
+    for (uint32_t size = 1; size < 62; ++size) {
+      const uint32_t digits = size < 16 ? size : 8 + size % 8;
+      uint32_t exponent = 185 + (size < 16 ? 0 : size / 8 - 1), fraction = digits << 7;
+      for (; fraction >= 256; fraction >>= 1) ++exponent;
+      of[size] = static_cast<uint16_t>(exponent << 7 | (fraction & 127u));
     }
-    of[62] = __builtin_inff();
-    of[63] = __builtin_nanf("");
+    of[62] = 0x7f80;
+    of[63] = 0x7fc0;
   }
 };
 constexpr Sizes sizes_of_m{};
@@ -57,69 +58,96 @@ constexpr Sizes sizes_of_m{};
 // Constants that the compiler keeps in memory, if it has no register for them: it would otherwise put them together
 // anew each time, where vectors are worked on.
 struct Constants {
-  Integers largest_code, bias, units, sign, noise_1, noise_2, low_bits, finite, one, exponent, back, eight, most,
+  Integers spread, widen, narrow, gather;  // of bytes, see `read_codes` and `write_codes`
+  Integers v_code, v_field, bias, units, sign, largest_code, lowest_code, finite, one, exponent, low_bits, back, eight,
       sign_bit;
-  Floats eighth;
+  Integers lanes, noise_of_16;
+  Floats eighth, most;
+
+  template <typename Vector, typename Value>
+  static void set(Vector& to, Value value) {
+    to = Vector{} + value;
+    keep(to);
+  }
+  template <typename Vector>
+  static void keep(Vector& vector) {
+    asm("" : "+v"(vector));
+  }
 
   Constants() {
-    const auto set = [](Integers& to, uint32_t value) {
-      to = Integers{} + value;
-      asm("" : "+v"(to));
-    };
-    set(largest_code, 509u);
-    set(bias, 128u);
+    for (uint32_t i = 0; i < 16; ++i) {
+      const uint32_t lane = i / 4, word = i % 4;
+      lanes[i] = i;
+      spread[i] = word < 2 ? 4 * word + lane : 0;
+      widen[i] = 0x8080u | word << 16 | (4 + word) << 24;
+      narrow[i] = 0x0c080400u + 0x01010101u * word;
+      gather[i] = lane < 2 ? 4 * word + lane : 0;
+    }
+    keep(spread), keep(widen), keep(narrow), keep(gather), keep(lanes);
+    set(v_code, 0xff800000u);
+    set(v_field, 0x7fe00000u);
+    set(bias, 128u << 21);
     set(units, 0x7f800000u);
     set(sign, 0x80000000u);
-    set(noise_1, 0x9e3779b1u);
-    set(noise_2, 0x85ebca77u);
-    set(low_bits, 0xfffffu);
-    set(finite, 0x7f7fffffu);
+    set(largest_code, (510u << 23) - 1u);
+    set(lowest_code, 128u);
+    set(finite, 0x4f7fffffu);
     set(one, 1u);
     set(exponent, 174u);
-    set(back, 984u);
+    set(low_bits, 0xfffffu);
+    set(back, 0u - (984u << 20));
     set(eight, 8u);
-    set(most, 61u);
     set(sign_bit, 64u);
-    eighth = Floats{} + 0.125f;
-    asm("" : "+v"(eighth));
+    set(noise_of_16, spread_noise(16u));
+    set(eighth, 0.125f);
+    set(most, 12.0f);
   }
 };
 
-// `decode_moments` of sixteen, with fewer instructions.
-inline void decode_16(Integers first, Integers second, const Constants& c, Floats& m, Floats& v) {
-  const Integers code = second << 1 | first >> 7;
-  const __mmask16 special = _mm512_cmpgt_epu32_mask((__m512i)code, (__m512i)c.largest_code);
-  if (__builtin_expect(special, 0)) return decode_moments(first, second, m, v);
-  const __m512i at = (__m512i)first, bits = (__m512i)((code + c.bias) << 21);
-  v = (Floats)_mm512_maskz_mov_epi32(_mm512_test_epi32_mask((__m512i)code, (__m512i)code), bits);
-  const auto size = [](int from) { return _mm512_load_ps(sizes_of_m.of + from); };
-  const __m512 few = _mm512_permutex2var_ps(size(0), at, size(16)),
-               many = _mm512_permutex2var_ps(size(32), at, size(48));
-  const __mmask16 is_many = _mm512_movepi32_mask((__m512i)(first << 26));
-  const Floats magnitude = (Floats)_mm512_mask_blend_ps(is_many, few, many);
-  const Floats scaled = magnitude * (Floats)((Integers)bits >> 1 & c.units);
-  m = (Floats)((Integers)scaled | ((first << 25) & c.sign));
+// The codes of sixteen neighbours, a word each from bit 16 on.
+inline Integers read_codes(const uint8_t* m, const uint8_t* v, const Constants& c) {
+  const __m256i bytes =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(m))),
+                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(v)), 1);
+  const __m512i fours = _mm512_maskz_permutexvar_epi32(0xffff, (__m512i)c.spread, _mm512_castsi256_si512(bytes));
+  return (Integers)_mm512_shuffle_epi8(fours, (__m512i)c.widen);
 }
 
-// `encode_moments` of sixteen; of the upper bits of `first` and `second` anything.
-inline void encode_16(Floats m, Floats v, Integers noise, const Constants& c, Integers& first, Integers& second) {
-  const __m512i v_bits = (__m512i)v;
-  const Integers m_size = (Integers)_mm512_maskz_andnot_epi32(0xffff, (__m512i)c.sign, (__m512i)m);
-  const __mmask16 special =
-      _mm512_cmpgt_epu32_mask(_mm512_maskz_max_epu32(0xffff, v_bits, (__m512i)m_size), (__m512i)c.finite);
-  if (__builtin_expect(special, 0)) return encode_moments(m, v, noise, first, second);
-  const __m512i rounded = (__m512i)((((Integers)v_bits + (noise >> 11)) >> 21) - c.bias);
-  const Integers code = (Integers)_mm512_maskz_min_epi32(_mm512_test_epi32_mask(v_bits, v_bits),
-                                                         _mm512_maskz_max_epi32(0xffff, rounded, (__m512i)c.one),
-                                                         (__m512i)c.largest_code);
-  const __m512 in_units = (__m512)((Floats)m_size * (Floats)((c.exponent - (code >> 3)) << 23));
+// Of sixteen words their lowest 16 bits.
+inline void write_codes(uint8_t* m, uint8_t* v, Integers words, const Constants& c) {
+  const __m512i fours = _mm512_shuffle_epi8((__m512i)words, (__m512i)c.narrow);
+  const __m512i bytes = _mm512_maskz_permutexvar_epi32(0xffff, (__m512i)c.gather, fours);
+  memcpy(m, &bytes, 16);
+  memcpy(v, reinterpret_cast<const char*>(&bytes) + 16, 16);
+}
+
+// `decode_moments` of words from `read_codes`, with fewer instructions. Which of them have a v that is infinite or NaN,
+// for which it is wrong.
+inline __mmask16 decode_16(Integers words, const Constants& c, Floats& m, Floats& v) {
+  const Integers bits = (words >> 2 & c.v_field) + c.bias;
+  v = (Floats)_mm512_maskz_mov_epi32(_mm512_test_epi32_mask((__m512i)words, (__m512i)c.v_code), (__m512i)bits);
+  const auto sizes = [](int from) { return _mm512_load_si512(sizes_of_m.of + from); };
+  const Floats size = (Floats)_mm512_permutex2var_epi16(sizes(0), (__m512i)words, sizes(32));
+  m = (Floats)((Integers)(size * (Floats)(bits >> 1 & c.units)) | (words << 9 & c.sign));
+  return _mm512_cmpgt_epu32_mask((__m512i)words, (__m512i)c.largest_code);
+}
+
+// `encode_moments` as words for `write_codes`, likewise. `beyond`: those for which it is wrong, of which one moment is
+// near the largest there is a code for, or beyond.
+inline Integers encode_16(Floats m, Floats v, Integers noise, const Constants& c, __mmask16& beyond) {
+  const Integers v_bits = (Integers)v;
+  const __m512i rounded = (__m512i)(((v_bits + (noise >> 11)) >> 21) - c.lowest_code);
+  const Integers code = (Integers)_mm512_maskz_max_epi32(_mm512_test_epi32_mask((__m512i)v_bits, (__m512i)v_bits),
+                                                         rounded, (__m512i)c.one);
+  const Floats m_size = (Floats)_mm512_maskz_andnot_epi32(0xffff, (__m512i)c.sign, (__m512i)m);
+  const __m512 in_units = (__m512)(m_size * (Floats)((c.exponent - (code >> 3)) << 23));
+  beyond = _kor_mask16(_mm512_cmpgt_epu32_mask((__m512i)v_bits, (__m512i)c.finite),
+                       _mm512_cmp_ps_mask(in_units, (__m512)c.most, _CMP_NLT_UQ));
   const __mmask16 even = _mm512_cmp_ps_mask(in_units, (__m512)c.eighth, _CMP_LT_OQ);
   const Integers shifted = (Integers)_mm512_mask_add_ps(in_units, even, in_units, (__m512)c.eighth);
-  const __m512i size = (__m512i)(((shifted + (noise & c.low_bits)) >> 20) - c.back);
-  const __m512i size_of_m =
-      _mm512_maskz_min_epi32(0xffff, _mm512_mask_sub_epi32(size, even, size, (__m512i)c.eight), (__m512i)c.most);
-  first = (Integers)size_of_m | ((Integers)m >> 25 & c.sign_bit) | code << 7;
-  second = code >> 1;
+  const __m512i size = (__m512i)((shifted + ((noise & c.low_bits) | c.back)) >> 20);
+  return (Integers)_mm512_mask_sub_epi32(size, even, size, (__m512i)c.eight) | ((Integers)m >> 25 & c.sign_bit) |
+         code << 7;
 }
 
 // Sixteen neighbours from the i-th on.
@@ -127,31 +155,38 @@ template <Rounding rounding, bool l2, bool amsgrad, bool by_age, typename P>
 SAFEFREEZE_INLINE void adamw_coded_16(P* p, const P* g, uint8_t* m, uint8_t* v, uint8_t* x, uint16_t* extras,
                                       const float* step_size, const float* bias2_sqrt, int64_t i, Integers noise,
                                       const Constants& c, const Scalars& s) {
-  Floats first, second, largest{};
-  decode_16((Integers)load_16(m + i), (Integers)load_16(v + i), c, first, second);
-  if (amsgrad) largest = (Floats)largest_bits_of((Integers)load_16(x + i));
+  const Integers words = read_codes(m + i, v + i, c);
   auto stored = read_16(p + i);
   Integers extra = rounding == Rounding::nearest ? Integers{} : read_16(extras + i);
-  auto param = param_of<rounding>(stored, extra);
-  if (by_age) {
-    struct Own : Scalars {
-      Floats step_size, bias2_sqrt;
-    } own{s, read_16(step_size + i), read_16(bias2_sqrt + i)};
-    adamw<l2, amsgrad>(param, value_of(read_16(g + i)), first, second, largest, own);
-  } else {
-    adamw<l2, amsgrad>(param, value_of(read_16(g + i)), first, second, largest, s);
+  Floats param, first, second, largest;
+  const auto update = [&] {
+    param = param_of<rounding>(stored, extra);
+    largest = amsgrad ? (Floats)largest_bits_of((Integers)load_16(x + i)) : second;
+    const Floats gradient = value_of(read_16(g + i));
+    if (by_age) {
+      const AgedScalars<Floats> own{s, read_16(step_size + i), read_16(bias2_sqrt + i)};
+      adamw<l2, amsgrad>(param, gradient, first, second, largest, own);
+    } else {
+      adamw<l2, amsgrad>(param, gradient, first, second, largest, s);
+    }
+  };
+  const __mmask16 special = decode_16(words, c, first, second);
+  update();
+  __mmask16 beyond;
+  Integers now = encode_16(first, second, noise, c, beyond);
+  if (__builtin_expect(!_kortestz_mask16_u8(special, beyond), 0)) {
+    decode_moments<Integers>(words >> 16 & 0xffu, words >> 24, first, second);
+    update();
+    Integers one, other;
+    encode_moments(first, second, noise, one, other);
+    now = one | other << 8;
   }
   keep_param<rounding>(param, stored, extra);
   store_16(bits_of(p + i), (__m512i)stored);
   if (rounding == Rounding::remainder) store_16(extras + i, (__m512i)extra);
-  Integers one, other;
-  noise = noise * c.noise_1;
-  encode_16(first, second, (noise ^ noise >> 15) * c.noise_2, c, one, other);
-  store_16(m + i, (__m512i)one);
-  store_16(v + i, (__m512i)other);
+  write_codes(m + i, v + i, now, c);
   if (amsgrad) store_16(x + i, (__m512i)largest_code_of((Integers)largest));
 }
-
 #endif
 
 template <typename P, Rounding rounding, bool l2, bool amsgrad, bool by_age>
@@ -166,19 +201,23 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
 #if defined(SAFEFREEZE_SIXTEEN)
   const Constants constants;
-  Integers begin;
-  for (uint32_t lane = 0; lane < 16; ++lane) begin[lane] = coding.begin + lane;
+  Integers following = spread_noise(constants.lanes + coding.begin);
+  const auto noise_from = [&](int64_t i) {
+    return coding.noise ? spread_noise((Integers)load_16(coding.noise + i)) : following;
+  };
   int64_t i = 0;
   for (; i + 16 <= e.n; i += 16) {
-    const auto later = [&](int64_t jump) { return i + ahead + (i < e.followed ? 0 : jump); };
+    // An element has fewer bytes here, and is done sooner.
+    const auto later = [&](int64_t jump) { return i + 2 * ahead + (i < e.followed - ahead ? 0 : jump); };
     prefetch(p + later(e.p_jump));
     prefetch(g + later(e.g_jump));
     if (i % 64 == 0) {
       prefetch(m + later(e.state_jump));
       prefetch(v + later(e.state_jump));
     }
-    const Integers noise = coding.noise ? (Integers)load_16(coding.noise + i) : begin + static_cast<uint32_t>(i);
-    adamw_coded_16<rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, step_size, bias2_sqrt, i, noise, constants, s);
+    adamw_coded_16<rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, step_size, bias2_sqrt, i, noise_from(i),
+                                                  constants, s);
+    following += constants.noise_of_16;
   }
   const size_t rest = static_cast<size_t>(e.n - i);
   if (rest == 0) return;
@@ -198,9 +237,8 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
     copy(step_size_16, step_size + i);
     copy(bias2_sqrt_16, bias2_sqrt + i);
   }
-  const Integers noise = coding.noise ? (Integers)load_16(coding.noise + i) : begin + static_cast<uint32_t>(i);
   adamw_coded_16<rounding, l2, amsgrad, by_age>(p_16, g_16, m_16, v_16, x_16, extras_16, step_size_16, bias2_sqrt_16, 0,
-                                                noise, constants, s);
+                                                noise_from(i), constants, s);
   copy(p + i, p_16);
   copy(m + i, m_16);
   copy(v + i, v_16);
@@ -213,15 +251,15 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   for (int64_t i = 0; i < n; ++i) {
     P p_i = p[i];
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
-    Scalars own = s;
-    if (by_age) {
-      own.step_size = step_size[i];
-      own.bias2_sqrt = bias2_sqrt[i];
-    }
     float first, second, param = param_of<rounding>(p_i, extra);
     decode_moments<uint32_t>(m[i], v[i], first, second);
     float largest = amsgrad ? float_of(largest_bits_of<uint32_t>(x[i])) : second;
-    adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, own);
+    if (by_age) {
+      const AgedScalars<float> own{s, step_size[i], bias2_sqrt[i]};
+      adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, own);
+    } else {
+      adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, s);
+    }
     keep_param<rounding>(param, p_i, extra);
     p[i] = p_i;
     uint32_t one, other;

@@ -144,8 +144,7 @@ def moment_noise(elements: Tensor, *, seed: int, step: int | Tensor, number: int
     key = torch.tensor(seed & _WORD, device=elements.device)
     for more in (seed >> 32, number, step):
         key = _mix(key) + more & _WORD
-    x = (_mix(key) + (elements & _WORD) + (elements >> 32) * 0x9E3779B9 & _WORD) * 0x9E3779B1 & _WORD
-    return (x ^ x >> 15) * 0x85EBCA77 & _WORD
+    return (_mix(key) + (elements & _WORD) + (elements >> 32) * 0x9E3779B9 & _WORD) * 0x9E39E377 & _WORD
 
 
 def _mix(x: Tensor) -> Tensor:

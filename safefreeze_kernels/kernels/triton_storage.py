@@ -201,5 +201,4 @@ def moment_noise(seed, step, number, start, here):
     key = tl.load(seed).to(tl.uint64, bitcast=True)
     zero = low & 0
     base = _mix(_mix(_mix(zero + (key & 0xFFFFFFFF).to(tl.uint32)) + (key >> 32).to(tl.uint32)) + number)
-    x = (_mix(base + step) + low + high * 0x9E3779B9) * 0x9E3779B1
-    return (x ^ (x >> 15)) * 0x85EBCA77
+    return (_mix(base + step) + low + high * 0x9E3779B9) * 0x9E39E377

@@ -73,7 +73,7 @@ def step_in_backward(
         for hook in optimizer._optimizer_step_pre_hooks.values():
             hook(optimizer, (), {})
         with ExitStack() as hooks:
-            for param in stepping.members:
+            for param in [it for it in stepping.members if it.requires_grad]:
                 handle = param.register_post_accumulate_grad_hook(stepping.take)  # type: ignore[no-untyped-call]
                 hooks.callback(handle.remove)
             yield
@@ -93,7 +93,7 @@ class _Stepping:
 
     Attributes:
         optimizer: while a block is open.
-        members: of all parameters that train.
+        members: of all parameters, whether they train or not, which may change from block to block.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Stepping:
         masks, ages = self._made_for
         as_before = masks is optimizer._masks and ages is optimizer._ages
         if not (as_before and self._plans.valid(optimizer.param_groups, optimizer.state)):
-            self.members = {it.param: it for it in optimizer._members() if it.param.requires_grad}
+            self.members = {it.param: it for it in optimizer._members()}
             self._of_param, self._forwards = {}, forwards()
         self.optimizer, self._max_norm = optimizer, max_norm
         self._seen, self._waiting, self._bytes, self._at_end = set[Tensor](), list[Tensor](), 0, False

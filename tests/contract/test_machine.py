@@ -585,7 +585,8 @@ class Training(RuleBasedStateMachine):
         weight.grow(self.params()[name].detach())
         self.left.pop(name, None)
         named = {name: mask(rng, tuple(shape))} if rng.random() < 0.7 and self.params()[name].requires_grad else {}
-        self.set_plan(sf.FreezePlan({n: m for n, m in self.plan.items() if n != name} | named), bool(seed % 2))
+        keep = bool(seed % 2) and not self.packs()  # which would be refused, with a plan left that no longer fits
+        self.set_plan(sf.FreezePlan({n: m for n, m in self.plan.items() if n != name} | named), keep)
 
     @precondition(lambda self: len(self.names) < 3)
     @rule(seed=SEEDS)

@@ -130,6 +130,17 @@ def test_plans_change_and_both_kinds_of_step_take_turns(keep_state: bool) -> Non
         assert_same(one, other, f"step {step}")
 
 
+def test_what_trains_may_change_between_blocks() -> None:
+    """The norm is in no plan, so it may be put aside: its weights and state wait."""
+    one, other = pair()
+    for step in range(6):
+        for model, _ in (one, other):
+            model.norm.requires_grad_(step % 3 != 1)
+        inside(*one, step)
+        ordinary(*other, step)
+        assert_same(one, other, f"step {step}")
+
+
 def test_passes_before_the_block_are_part_of_its_step() -> None:
     one, other = pair()
     for step in range(4):

@@ -95,21 +95,28 @@ def test_stochastic_rounding_is_right_on_average_and_never_makes_zero_of_v() -> 
     assert (kept > 0).all()
 
 
-def test_noise_is_uniform_and_its_own_for_seed_step_tensor_and_element() -> None:
-    e = torch.arange(1 << 14)
-    base = moment_noise(e, seed=1, step=1, number=1)
-    others = [
-        moment_noise(e, seed=2, step=1, number=1), moment_noise(e, seed=1 + 2**32, step=1, number=1),
-        moment_noise(e, seed=1, step=2, number=1), moment_noise(e, seed=1, step=1, number=2),
-        moment_noise(e + 2**32, seed=1, step=1, number=1), moment_noise(e + 1, seed=1, step=1, number=1),
-    ]  # fmt: skip
-    for bits, width in ((base >> 11, 21), (base & 0xFFFFF, 20)):
-        counts = torch.bincount(bits >> (width - 6), minlength=64).double()
-        assert ((counts - 256).abs() <= 5 * 16).all()
-    for other in others:
-        for shift in (0, 11):
-            low, high = ((x >> shift & 0xFFFFF).double() / 2**20 - 0.5 for x in (base, other))
-            assert (low * high).mean().abs() * 12 <= 5 / 128, "uncorrelated"
+def test_noise_of_an_element_is_uniform_and_of_seeds_steps_and_tensors_independent() -> None:
+    steps = torch.arange(1 << 14)
+
+    def drawn(seed: int = 1, later: int = 0, number: int = 1) -> tuple[Tensor, Tensor]:
+        noise = moment_noise(torch.full_like(steps, 5), seed=seed, step=steps + later, number=number)
+        return (noise >> 11).double() / 2**21 - 0.5, (noise & 0xFFFFF).double() / 2**20 - 0.5  # v's, m's
+
+    of_v, of_m = drawn()
+    for own in (of_v, of_m):
+        assert (torch.histc(own, 64, -0.5, 0.5) - 256).abs().max() <= 5 * 16
+    others = [*drawn(seed=2), *drawn(seed=1 + 2**32), *drawn(later=1), *drawn(number=2)]
+    for one, other in ((of_v, of_m), *((own, other) for own in (of_v, of_m) for other in others)):
+        assert (one * other).mean().abs() * 12 <= 5 / 128, "uncorrelated"
+
+
+def test_noise_of_neighbours_is_spread_evenly() -> None:
+    noise = moment_noise(torch.arange(1 << 12), seed=1, step=1, number=1)
+    for bits, width in ((noise >> 11, 21), (noise & 0xFFFFF, 20)):
+        around = bits.sort().values
+        gaps = torch.cat([around.diff(), around[:1] + 2**width - around[-1:]])
+        assert gaps.max() <= 2 * 2**width / len(bits), "no gap twice as wide as the others"
+    assert (noise != moment_noise(torch.arange(1 << 12) + 2**32, seed=1, step=1, number=1)).all()
 
 
 def loss_after(state_dtype: torch.dtype, steps: int, gradient: Any, start: Tensor, **options: Any) -> float:

@@ -697,6 +697,41 @@ def test_every_instruction_set_gives_the_bits_of_the_baseline(isa: str, seed: in
             assert_same_bits(a, b, f"{isa} against baseline, {mask}", any_nan=True)
 
 
+def roots_near_ties(divisor: int) -> np.ndarray:
+    """The roots of 24 bits of which one over ``divisor``, an odd integer of 24 bits, nearly ends between two floats."""
+    found = []
+    for distance in (-3, -1, 1, 3):  # from the tie, in units of half a last place over the divisor
+        for width in (24, 25):
+            tie = -distance * pow(divisor, -1, 1 << width) % (1 << width)  # odd, twice the quotient
+            tie |= 1 << 24
+            root = divisor * tie + distance >> width
+            if (root >= divisor) == (width == 24) and root >> 23 == 1:
+                found.append(root)
+    return np.array(found, np.float32)
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_division_by_a_bias_is_rounded_right(isa: str) -> None:
+    rng, cases = np.random.default_rng(0), 0
+    _C.choose_isa(isa)
+    for divisor in rng.integers(1 << 22, 1 << 23, 300) * 2 + 1:
+        root = np.ldexp(roots_near_ties(int(divisor)), rng.integers(-60, 20)).astype(np.float32)
+        root = np.concatenate([root, np.array([0, np.inf, np.nan], np.float32)])
+        bias = np.ldexp(np.float32(divisor), -24 - rng.integers(0, 12)).astype(np.float32)
+        for numerator in np.array([1.0, 1.4, 1.99], np.float32):
+            p, g, m, v = (torch.zeros(len(root)) for _ in range(4))
+            m += float(numerator)
+            v += torch.from_numpy(root * root)  # of which the root is `root` again
+            scalars = np.array([(1, 0, 0, 1, 0, 1, 0, -1, bias, 0, 1)], SCALARS)
+            plain_step(BY_NAME["cpu"], scalars, p, g, m, v)
+            with np.errstate(divide="ignore"):
+                expected = torch.from_numpy(numerator / (root / bias))
+            assert_same_bits(p, expected, f"{isa}, {divisor} under {root}", any_nan=True)
+        cases += len(root) - 3
+    assert cases > 900
+
+
 @needs_cpu
 def test_an_instruction_set_this_processor_lacks_is_refused() -> None:
     before = _C.isa()
