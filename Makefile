@@ -55,6 +55,7 @@ study: $(VENV)/.demo $(VENV)/.built
 # has the GPU's torch, and installs nothing.
 GPU_PYTHON ?= python3
 gpu:
+	rm -f $(VENV)/.built $(VENV)/.built-quick  # what is built is for this GPU alone, or without CUDA
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 # What the GPU kernels are compiled to, and what that moves and issues; needs no GPU. ARGS="--quick --arch 90", for example.

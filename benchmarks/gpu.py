@@ -93,6 +93,8 @@ OTHERS: Final[dict[str, tuple[Case, ...]]] = {
         Case("80% of columns / nothing frozen", LARGE, masked(Freeze("columns", 0.8)), UNFROZEN),
         Case("peak memory, 80% of rows / torch", LARGE, masked(rows(0.8)), FUSED, 1.02 * _LIVE, peak=True),
         Case("bf16 weights, masters / fp32 fused", LARGE, Contender("masked, masters", weights="bf16"), FUSED),
+        Case("8-bit state / fp32 fused", LARGE, masked(state="int8"), FUSED),
+        Case("bf16 weights, 8-bit state / bf16 fused", LARGE, masked(weights="bf16", state="int8"), FUSED_BF16),
     ),
     "peers": (
         Case("7.5% of rows / today's practice", LARGE, masked(rows(0.075)), practice(0.075)),

@@ -89,6 +89,8 @@ CASES: Final = (
     Case("step, bf16 + remainder", Most(1.02, 53), Most(1.33, 40), options={"remainder": True}),
     Case("step, bf16, stochastic", Most(1.03, 74), Most(1.39, 48), options={"stochastic": True}),
     Case("step, fp16 + fp32 state", Most(1.03, 37), Most(1.38, 75), dtype=FP16),
+    Case("step, fp32 + 8-bit state", Most(1.04, 129), Most(1.04, 108), dtype=FP32, state=torch.uint8),
+    Case("step, bf16 + 8-bit state", Most(1.05, 133), Most(1.05, 114), state=torch.uint8),
     _width(4096, Most(1.03, 40), Most(1.39, 34)),
     _width(1024, Most(1.04, 43), Most(1.47, 42)),
     _width(576, Most(1.04, 46), Most(1.54, 71)),

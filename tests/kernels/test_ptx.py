@@ -357,7 +357,7 @@ ADAMW, NORM = "adamw_kernelINS1_4BF16ENS1_3F32ELNS0_8RoundingE0ELb0E", "norm_ker
 @pytest.mark.parametrize(
     ("kernel", "number", "case"),
     # The fourth barrier of a step, the last of `Visited::find`, is there for copies: a step has another behind it. The
-    # second of a norm is among threads of one warp, which here run in step.
+    # second of a norm is among threads of one warp, which here run in step; it is a mutant of tests/torture.
     [*((ADAMW, number, "adamw_ half_of_elements bfloat16 packed_grads") for number in (0, 1, 2, 4)),
      (NORM, 0, "norm freeze_none float32")],
 )  # fmt: skip

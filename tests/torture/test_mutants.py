@@ -500,6 +500,13 @@ MUTANTS: Final = (
         ("kernels/test_cuda.py",),
     ),
     Mutant(
+        "CUDA: the sums of a norm are read before all are written",
+        "csrc/cuda.cu",
+        "of_some[threadIdx.x] = value;\n  }\n  __syncthreads();",
+        "of_some[threadIdx.x] = value;\n  }",
+        ("kernels/test_cuda.py",),
+    ),
+    Mutant(
         "Triton: frozen single elements are overwritten",
         "kernels/triton.py",
         "            if BITS and WIDE:\n                new_p = tl.where(frozen, old_p, new_p)\n",
