@@ -4,13 +4,18 @@ SmolLM2-135M in float32 with 80% of its units frozen, in the ways of `benchmarks
 own, three batches are trained on: predicted for the longest of them; counted, as the bytes of tensors that were there
 at once from the second step on; and the process's own peak, less what it held before it had a model. Beside that,
 predicted alone: Llama-2-7B in bfloat16, 80% of its units frozen, one sequence of 512 tokens. Writes results/fit-*.json.
+
+``--card``: that model, with weights drawn at random, is trained on a GPU whose allocator gives this process 24 GB, and
+what it takes is printed beside what was predicted. ``--device cpu --tiny`` rehearses it, without the limit.
 """
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
-from typing import Final
+import time
+from typing import Any, Final
 
 import torch
 
@@ -26,6 +31,8 @@ SETTINGS: Final = {
     "masked": Setting(), "packed": Setting(storage="packed"),
     "small": Setting(in_backward=True, state_dtype=torch.int8, storage="packed"),
 }  # fmt: skip
+SMALLEST: Final = Setting(checkpointing=True, in_backward=True, storage="packed", state_dtype=torch.int8)
+CARD: Final = 24 * 10**9
 
 
 def measure(way: str) -> tuple[int, int, int]:
@@ -50,18 +57,29 @@ def measure(way: str) -> tuple[int, int, int]:
     return predicted, counted, resident
 
 
-def predicted_of_7b() -> dict[str, dict[str, float]]:
-    """GB, for ways to train it on a card of 24 GB."""
+def llama(device: str, tiny: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A model of the shapes of Llama-2-7B in bfloat16, with weights drawn at random; and a batch."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig())  # whose defaults are the shapes of Llama-2-7B
-    tokens = torch.zeros(1, 512, dtype=torch.int64)
-    batch = {"input_ids": tokens, "labels": tokens, "use_cache": False}
-    holdings = fit(model, batch, plan_for(model), capacity=24 * 10**9).holdings
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**small, vocab_size=256) if tiny else LlamaConfig())
+            tokens = torch.randint(model.config.vocab_size, (1, 512))
+    finally:
+        torch.set_default_dtype(before)
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+def predicted_of_7b() -> dict[str, dict[str, float]]:
+    """GB, for ways to train it on a card of 24 GB."""
+    model, batch = llama("meta")
+    holdings = fit(model, {**batch, "use_cache": False}, plan_for(model), capacity=CARD).holdings
     settings = (
         Setting(storage="packed", state_dtype=torch.bfloat16), Setting(storage="packed", state_dtype=torch.int8),
-        Setting(checkpointing=True, in_backward=True, storage="packed", state_dtype=torch.int8),
+        SMALLEST,
     )  # fmt: skip
     return {
         f"{setting}, {dtype_word(setting.state_dtype)} state, GB": as_entry([holdings[setting].total / 1e9])
@@ -69,11 +87,41 @@ def predicted_of_7b() -> dict[str, dict[str, float]]:
     }
 
 
+def train_on_a_card(device: str, tiny: bool) -> None:
+    """Three steps of `llama` in the least memory; an error if it does not fit."""
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(min(CARD / torch.cuda.get_device_properties(0).total_memory, 1.0))
+    model, batch = llama("meta", tiny)
+    plan = plan_for(model)
+    predicted = fit(model, {**batch, "use_cache": False}, plan, capacity=CARD).holdings[SMALLEST].total
+    model, batch = llama(device, tiny)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    train, optimizer = trainer("small", model, plan, 1e-5)
+    for number in range(3):
+        gc.collect()
+        began = time.monotonic()
+        loss = train(batch)  # which waits for the loss
+        print(f"step {number + 1}: loss {loss:.4f}, {time.monotonic() - began:.2f} s")
+    found = [f"predicted {predicted / 1e9:.3f} GB"]
+    if on_gpu:
+        found.append(f"tensors took {torch.cuda.max_memory_allocated() / 1e9:.3f}")
+        found.append(f"the allocator {torch.cuda.max_memory_reserved() / 1e9:.3f} of {CARD / 1e9:.0f}")
+    state = sum(t.nbytes for t in state_tensors(optimizer))
+    print(f"{', '.join(found)}; state {state / 1e9:.3f} GB, {torch.cuda.get_device_name() if on_gpu else device}")
+
+
 def main() -> None:
     parser = case_options("fit", __doc__, 1)
     parser.add_argument("--way", choices=SETTINGS, help="this one alone, in this process; prints bytes")
+    parser.add_argument("--card", action="store_true", help="train a model of 7B within 24 GB; prints what it takes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --card")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model instead, for --card: tries the harness only")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.card:
+        train_on_a_card(given.device, given.tiny)
+        return
     if given.way:
         print(*measure(given.way))
         return

@@ -117,7 +117,7 @@ GROUPS: Final = {**PRIORITY, **OTHERS}
 WHOLE_S: Final = 530  # from beginning to end
 PRIORITY_S: Final = 235  # by when the priority cases are written
 PARTS: Final = (
-    "build", "smoke", "priority", "exact", "tests", "memcheck", "racecheck", "sass", "live", "triton", "others"
+    "build", "smoke", "priority", "exact", "tests", "memcheck", "racecheck", "sass", "live", "triton", "fit", "others"
 )  # fmt: skip
 _NEED_GPU: Final = {"smoke", "exact", "tests", "memcheck", "racecheck", "triton"}
 _LOG_BYTES: Final = 8 << 20
@@ -220,7 +220,8 @@ def steps(given: argparse.Namespace, arch: str) -> list[Step]:
     """Most valuable first; ``arch``: "90", for example, or "" without a GPU, where what needs one is left out."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
-    measure = [python, "-m", "benchmarks.gpu", "--device", given.device, *(["--tiny"] if given.tiny else [])]
+    tiny = ["--tiny"] if given.tiny else []
+    measure = [python, "-m", "benchmarks.gpu", "--device", given.device, *tiny]
     measure += ["--rounds", str(given.rounds), "--output", str(given.output), "--group"]
     small = [python, "-m", "benchmarks.gpu", "--small"]
     check = [sanitizer(), "--error-exitcode", "9", "--tool"]
@@ -242,6 +243,7 @@ def steps(given: argparse.Namespace, arch: str) -> list[Step]:
         Step("sass", "machine code", [python, "-m", "benchmarks.sass", "--quick", "--arch", arch or "90"], 40),
         Step("live", "live gradients", [python, "-m", "benchmarks.live", *live], 40),
         Step("triton", "tests, Triton", [*pytest, "tests/kernels/test_triton.py", "-k", few], 60, at_least=5),
+        Step("fit", "7B in 24 GB", [python, "-m", "benchmarks.fit", "--card", "--device", given.device, *tiny], 75),
         *(Step("others", name, [*measure, name], 60) for name in OTHERS),
     ]
     chosen = set(given.part or PARTS) - (set() if arch else _NEED_GPU)

@@ -253,7 +253,7 @@ def test_the_order() -> None:
     given = gpu.parse([])
     assert tuple(dict.fromkeys(step.part for step in gpu.steps(given, "90"))) == gpu.PARTS
     rehearsed = gpu.steps(gpu.parse(["--device", "cpu", "--tiny"]), "")
-    assert {step.part for step in rehearsed} == {"build", "priority", "sass", "live", "others"}
+    assert {step.part for step in rehearsed} == {"build", "priority", "sass", "live", "fit", "others"}
     assert [step.name for step in gpu.steps(gpu.parse(["--part", "memcheck", "build"]), "90")] == ["build", "memcheck"]
     (check,) = gpu.steps(gpu.parse(["--part", "memcheck"]), "90")
     assert check.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
