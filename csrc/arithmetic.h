@@ -52,33 +52,38 @@ SAFEFREEZE_INLINE float multiply_add(float a, float b, float c) { return __built
 SAFEFREEZE_INLINE Floats multiply_add(Floats a, float b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
 }
+SAFEFREEZE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 #endif
 
-// What of an element depends on how many steps it has taken, for one or for several.
+// What of an element depends on how many steps it has taken, for one or for several. The reciprocal is the bias's,
+// rounded to nearest.
 template <typename Float>
 struct AgedScalars : Scalars {
-  Float step_size, bias2_sqrt;
+  Float step_size, bias2_sqrt, reciprocal;
 };
+
+SAFEFREEZE_INLINE float reciprocal_of(const Scalars& s) { return 1.0f / s.bias2_sqrt; }
+template <typename Float>
+SAFEFREEZE_INLINE Float reciprocal_of(const AgedScalars<Float>& s) {
+  return s.reciprocal;
+}
 
 // root / bias2_sqrt + eps of a root that is not negative. Where the machine multiplies and adds in one operation no
 // element waits for this division: what the product with the rounded reciprocal leaves over, multiplied by it again,
 // corrects the product to the nearest float (Markstein 1990). It does for every divisor: of each, all roots whose
 // quotient is near enough to a tie to go wrong were tried (benchmarks/NOTES.md).
-template <typename Float>
-SAFEFREEZE_INLINE Float denominator(Float root, const Scalars& s) {
+template <typename Float, typename Own>
+SAFEFREEZE_INLINE Float denominator(Float root, const Own& s) {
 #if defined(__FMA__)
-  const float reciprocal = 1.0f / s.bias2_sqrt;
+  const auto reciprocal = reciprocal_of(s);
   const Float product = root * reciprocal, rest = multiply_add(product, -s.bias2_sqrt, root);
   const Float sum = multiply_add(rest, reciprocal, product) + s.eps;
   return rest == rest ? sum : root;  // infinity and NaN leave no number over
 #else
   return root / s.bias2_sqrt + s.eps;
 #endif
-}
-
-template <typename Float>
-SAFEFREEZE_INLINE Float denominator(Float root, const AgedScalars<Float>& s) {
-  return root / s.bias2_sqrt + s.eps;
 }
 
 // Adam(W) of one element, or of several whose scalars may differ. `l2` adds weight_decay * p to the gradient; `amsgrad`

@@ -95,8 +95,15 @@ SAFEFREEZE_INLINE void adamw_stored(P& p, P g, S& m, S& v, S& x, Extra& extra, c
 
 // What depends on age, of each element of a block.
 struct Aged {
-  float step_size[block + slack], bias2_sqrt[block + slack];
+  float step_size[block + slack], bias2_sqrt[block + slack], reciprocal[block + slack];
   uint32_t step[block];  // of stochastic rounding
+
+  AgedScalars<float> of(int64_t i, const Scalars& s) const { return {s, step_size[i], bias2_sqrt[i], reciprocal[i]}; }
+#if defined(SAFEFREEZE_SIXTEEN)
+  AgedScalars<Floats> of_16(int64_t i, const Scalars& s) const {
+    return {s, read_16(step_size + i), read_16(bias2_sqrt + i), read_16(reciprocal + i)};
+  }
+#endif
 };
 
 // What a step works on: `n` elements side by side, each operand float32 or bfloat16.
@@ -128,8 +135,7 @@ SAFEFREEZE_INLINE void adamw_16(P* p, const P* g, S* m, S* v, S* x, uint16_t* ex
   const auto x_was = x_now;
   Integers extra_now = extra_was;
   if (by_age) {
-    const AgedScalars<Floats> own{s, read_16(aged->step_size + i), read_16(aged->bias2_sqrt + i)};
-    adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, own);
+    adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, aged->of_16(i, s));
   } else {
     adamw_stored<rounding, l2, amsgrad>(p_now, read(g), m_now, v_now, x_now, extra_now, s);
   }
@@ -167,16 +173,13 @@ void adamw_block(const Elements& e, Scalars s) {
     }
   }
 #else
-  const float* __restrict step_size = by_age ? e.aged->step_size : nullptr;
-  const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
   SAFEFREEZE_VECTOR_LOOP
   for (int64_t i = 0; i < n; ++i) {
     P p_i = p[i];
     S m_i = m[i], v_i = v[i], x_i = amsgrad ? x[i] : m_i;
     uint16_t extra = rounding == Rounding::nearest ? uint16_t(0) : extras[i];
     if (by_age) {
-      const AgedScalars<float> own{s, step_size[i], bias2_sqrt[i]};
-      adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, own);
+      adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, e.aged->of(i, s));
     } else {
       adamw_stored<rounding, l2, amsgrad>(p_i, g[i], m_i, v_i, x_i, extra, s);
     }
@@ -262,10 +265,13 @@ void spread(const Index* ages, int64_t n, const Scalars* rows, int64_t n_ages, A
     }
     const __m512 step_size_low = _mm512_load_ps(step_size), step_size_high = _mm512_load_ps(step_size + 16);
     const __m512 bias2_sqrt_low = _mm512_load_ps(bias2_sqrt), bias2_sqrt_high = _mm512_load_ps(bias2_sqrt + 16);
+    const __m512 reciprocal_low = _mm512_set1_ps(1.0f) / bias2_sqrt_low;
+    const __m512 reciprocal_high = _mm512_set1_ps(1.0f) / bias2_sqrt_high;
     for (int64_t i = 0; i < n; i += 16) {
       const __m512i age = load_16(ages + i);
       _mm512_storeu_ps(aged.step_size + i, _mm512_permutex2var_ps(step_size_low, age, step_size_high));
       _mm512_storeu_ps(aged.bias2_sqrt + i, _mm512_permutex2var_ps(bias2_sqrt_low, age, bias2_sqrt_high));
+      _mm512_storeu_ps(aged.reciprocal + i, _mm512_permutex2var_ps(reciprocal_low, age, reciprocal_high));
     }
     return;
   }
@@ -275,6 +281,7 @@ void spread(const Index* ages, int64_t n, const Scalars* rows, int64_t n_ages, A
     const Scalars& row = rows[ages[i]];
     aged.step_size[i] = row.step_size;
     aged.bias2_sqrt[i] = row.bias2_sqrt;
+    aged.reciprocal[i] = reciprocal_of(row);
   }
 }
 

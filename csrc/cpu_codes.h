@@ -150,11 +150,11 @@ inline Integers encode_16(Floats m, Floats v, Integers noise, const Constants& c
          code << 7;
 }
 
-// Sixteen neighbours from the i-th on.
+// Sixteen neighbours from the i-th on; in `aged` they begin at `at`.
 template <Rounding rounding, bool l2, bool amsgrad, bool by_age, typename P>
-SAFEFREEZE_INLINE void adamw_coded_16(P* p, const P* g, uint8_t* m, uint8_t* v, uint8_t* x, uint16_t* extras,
-                                      const float* step_size, const float* bias2_sqrt, int64_t i, Integers noise,
-                                      const Constants& c, const Scalars& s) {
+SAFEFREEZE_INLINE void adamw_coded_16(P* p, const P* g, uint8_t* m, uint8_t* v, uint8_t* x, uint16_t* extras, int64_t i,
+                                      const Aged* aged, int64_t at, Integers noise, const Constants& c,
+                                      const Scalars& s) {
   const Integers words = read_codes(m + i, v + i, c);
   auto stored = read_16(p + i);
   Integers extra = rounding == Rounding::nearest ? Integers{} : read_16(extras + i);
@@ -164,8 +164,7 @@ SAFEFREEZE_INLINE void adamw_coded_16(P* p, const P* g, uint8_t* m, uint8_t* v, 
     largest = amsgrad ? (Floats)largest_bits_of((Integers)load_16(x + i)) : second;
     const Floats gradient = value_of(read_16(g + i));
     if (by_age) {
-      const AgedScalars<Floats> own{s, read_16(step_size + i), read_16(bias2_sqrt + i)};
-      adamw<l2, amsgrad>(param, gradient, first, second, largest, own);
+      adamw<l2, amsgrad>(param, gradient, first, second, largest, aged->of_16(at, s));
     } else {
       adamw<l2, amsgrad>(param, gradient, first, second, largest, s);
     }
@@ -197,8 +196,6 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   uint8_t* __restrict v = static_cast<uint8_t*>(e.v);
   uint8_t* __restrict x = static_cast<uint8_t*>(e.x);
   uint16_t* __restrict extras = e.extras;
-  const float* __restrict step_size = by_age ? e.aged->step_size : nullptr;
-  const float* __restrict bias2_sqrt = by_age ? e.aged->bias2_sqrt : nullptr;
 #if defined(SAFEFREEZE_SIXTEEN)
   const Constants constants;
   Integers following = spread_noise(constants.lanes + coding.begin);
@@ -215,8 +212,7 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
       prefetch(m + later(e.state_jump));
       prefetch(v + later(e.state_jump));
     }
-    adamw_coded_16<rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, step_size, bias2_sqrt, i, noise_from(i),
-                                                  constants, s);
+    adamw_coded_16<rounding, l2, amsgrad, by_age>(p, g, m, v, x, extras, i, e.aged, i, noise_from(i), constants, s);
     following += constants.noise_of_16;
   }
   const size_t rest = static_cast<size_t>(e.n - i);
@@ -225,7 +221,6 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   alignas(64) P p_16[16] = {}, g_16[16] = {};
   alignas(64) uint8_t m_16[16] = {}, v_16[16] = {}, x_16[16] = {};
   alignas(64) uint16_t extras_16[16] = {};
-  alignas(64) float step_size_16[16] = {}, bias2_sqrt_16[16] = {};
   const auto copy = [&](auto* to, const auto* from) { memcpy(to, from, rest * sizeof(*to)); };
   copy(p_16, p + i);
   copy(g_16, g + i);
@@ -233,12 +228,8 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
   copy(v_16, v + i);
   if (amsgrad) copy(x_16, x + i);
   if (rounding != Rounding::nearest) copy(extras_16, extras + i);
-  if (by_age) {
-    copy(step_size_16, step_size + i);
-    copy(bias2_sqrt_16, bias2_sqrt + i);
-  }
-  adamw_coded_16<rounding, l2, amsgrad, by_age>(p_16, g_16, m_16, v_16, x_16, extras_16, step_size_16, bias2_sqrt_16, 0,
-                                                noise_from(i), constants, s);
+  adamw_coded_16<rounding, l2, amsgrad, by_age>(p_16, g_16, m_16, v_16, x_16, extras_16, 0, e.aged, i, noise_from(i),
+                                                constants, s);
   copy(p + i, p_16);
   copy(m + i, m_16);
   copy(v + i, v_16);
@@ -255,8 +246,7 @@ void adamw_coded(const Elements& e, const Coding& coding, Scalars s) {
     decode_moments<uint32_t>(m[i], v[i], first, second);
     float largest = amsgrad ? float_of(largest_bits_of<uint32_t>(x[i])) : second;
     if (by_age) {
-      const AgedScalars<float> own{s, step_size[i], bias2_sqrt[i]};
-      adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, own);
+      adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, e.aged->of(i, s));
     } else {
       adamw<l2, amsgrad>(param, value_of(g[i]), first, second, largest, s);
     }
