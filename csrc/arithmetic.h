@@ -292,14 +292,14 @@ template <typename Word, typename Float>
 SAFEFREEZE_INLINE void encode_moments(Float m, Float v, Word noise, Word& first, Word& second) {
   const Word v_bits = bits_in(v), m_bits = bits_in(m), m_size = m_bits & 0x7fffffffu;
   Word code = (v_bits + (noise >> 11)) >> 21;
-  code = code < 129u ? Word{} + 1u : code - 128u;
+  code = (code < 129u ? Word{} + 129u : code) - 128u;
   code = code > 509u ? Word{} + 509u : code;
   code = v_bits == 0u ? Word{} : code;
   code = v_bits > 0x7f7fffffu ? (v_bits > 0x7f800000u ? Word{} + 511u : Word{} + 510u) : code;
   const Float in_units = float_of(m_size) * float_of((174u - (code >> 3)) << 23);
-  const Word even = bits_in(in_units) < 0x3e000000u ? Word{} + 8u : Word{};
-  const Float shifted = in_units + float_of(even == 0u ? Word{} : Word{} + 0x3e000000u);
-  Word size = ((bits_in(shifted) + (noise & 0xfffffu)) >> 20) - 984u - even;
+  // Below 1/8 floats are spaced ever closer; those of the sum with it, evenly, are more then, and fewer above.
+  const Word close = bits_in(in_units), even = bits_in(in_units + 0.125f) - 0x800000u;
+  Word size = (((close > even ? close : even) + (noise & 0xfffffu)) >> 20) - 984u;
   size = size > 61u ? Word{} + 61u : size;
   size = m_size > 0x7f7fffffu ? (m_size > 0x7f800000u ? Word{} + 63u : Word{} + 62u) : size;
   const Word sign = m_size > 0x7f800000u ? Word{} : m_bits >> 25 & 64u;

@@ -96,7 +96,7 @@ struct Constants {
     set(exponent, 174u);
     set(low_bits, 0xfffffu);
     set(back, 0u - (984u << 20));
-    set(eight, 8u);
+    set(eight, 8u << 20);
     set(sign_bit, 64u);
     set(noise_of_16, spread_noise(16u));
     set(eighth, 0.125f);
@@ -140,14 +140,12 @@ inline Integers encode_16(Floats m, Floats v, Integers noise, const Constants& c
   const Integers code = (Integers)_mm512_maskz_max_epi32(_mm512_test_epi32_mask((__m512i)v_bits, (__m512i)v_bits),
                                                          rounded, (__m512i)c.one);
   const Floats m_size = (Floats)_mm512_maskz_andnot_epi32(0xffff, (__m512i)c.sign, (__m512i)m);
-  const __m512 in_units = (__m512)(m_size * (Floats)((c.exponent - (code >> 3)) << 23));
+  const Floats in_units = m_size * (Floats)((c.exponent - (code >> 3)) << 23);
   beyond = _kor_mask16(_mm512_cmpgt_epu32_mask((__m512i)v_bits, (__m512i)c.finite),
-                       _mm512_cmp_ps_mask(in_units, (__m512)c.most, _CMP_NLT_UQ));
-  const __mmask16 even = _mm512_cmp_ps_mask(in_units, (__m512)c.eighth, _CMP_LT_OQ);
-  const Integers shifted = (Integers)_mm512_mask_add_ps(in_units, even, in_units, (__m512)c.eighth);
-  const __m512i size = (__m512i)((shifted + ((noise & c.low_bits) | c.back)) >> 20);
-  return (Integers)_mm512_mask_sub_epi32(size, even, size, (__m512i)c.eight) | ((Integers)m >> 25 & c.sign_bit) |
-         code << 7;
+                       _mm512_cmp_ps_mask((__m512)in_units, (__m512)c.most, _CMP_NLT_UQ));
+  const Integers even = (Integers)(in_units + c.eighth) - c.eight;
+  const Integers size = (Integers)_mm512_maskz_max_epu32(0xffff, (__m512i)in_units, (__m512i)even);
+  return (size + ((noise & c.low_bits) | c.back)) >> 20 | ((Integers)m >> 25 & c.sign_bit) | code << 7;
 }
 
 // Sixteen neighbours from the i-th on; in `aged` they begin at `at`.

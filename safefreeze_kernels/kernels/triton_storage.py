@@ -156,13 +156,12 @@ def encode_moments(m, v, noise):
     v_bits, m_bits = v.to(tl.uint32, bitcast=True), m.to(tl.uint32, bitcast=True)
     m_size = m_bits & 0x7FFFFFFF
     code = (v_bits + (noise >> 11)) >> 21
-    code = tl.minimum(tl.where(code < 129, 1, code - 128), 509)
+    code = tl.minimum(tl.maximum(code, 129) - 128, 509)
     code = tl.where(v_bits == 0, 0, code)
     code = tl.where(v_bits > 0x7F7FFFFF, 510 + (v_bits > 0x7F800000).to(tl.uint32), code)
     in_units = m_size.to(tl.float32, bitcast=True) * ((174 - (code >> 3)) << 23).to(tl.float32, bitcast=True)
-    even = tl.where(in_units.to(tl.uint32, bitcast=True) < 0x3E000000, 8, 0).to(tl.uint32)
-    shifted = in_units + tl.where(even == 0, 0, 0x3E000000).to(tl.uint32).to(tl.float32, bitcast=True)
-    size = ((shifted.to(tl.uint32, bitcast=True) + (noise & 0xFFFFF)) >> 20) - 984 - even
+    even = (in_units + 0.125).to(tl.uint32, bitcast=True) - 0x800000
+    size = ((tl.maximum(in_units.to(tl.uint32, bitcast=True), even) + (noise & 0xFFFFF)) >> 20) - 984
     size = tl.minimum(size, 61)
     size = tl.where(m_size > 0x7F7FFFFF, 62 + (m_size > 0x7F800000).to(tl.uint32), size)
     sign = tl.where(m_size > 0x7F800000, 0, (m_bits >> 25) & 64)
