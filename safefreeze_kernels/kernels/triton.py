@@ -405,10 +405,12 @@ def adamw_settings(
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time parameters and launch options of `adamw_kernel`."""
     busy = bits or ages or rounding != "nearest"
-    busiest = rounding == "stochastic" and param == torch.float16
-    narrow = 1 if busiest or (amsgrad and rounding != "stochastic") else 2 if busy or lists == 2 else 4
+    most = amsgrad and state == CODES and rounding == "stochastic"
+    busiest = most or (rounding == "stochastic" and param == torch.float16)
+    halved = busy or lists == 2 or (lists and param == torch.float16)
+    narrow = 1 if busiest or ages or (amsgrad and rounding != "stochastic") else 2 if halved else 4
     few = amsgrad or busiest or (busy and state.itemsize <= 2) or (bits and rounding == "remainder")
-    wide = 8 if param.itemsize == 2 and not few else 4
+    wide = 8 if param.itemsize == 2 and not few else 2 if most and (bits or ages) else 4
     return {
         "PARAM": DTYPES[param], "STATE": DTYPES[state], "ROUNDING": rounding, "L2": l2, "AMSGRAD": amsgrad,
         "LISTS": lists, "BITS": bits, "AGES": ages, "BLOCKS": _blocks(narrow, wide), **OPTIONS,
