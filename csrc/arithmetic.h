@@ -73,7 +73,7 @@ SAFEFREEZE_INLINE Float reciprocal_of(const AgedScalars<Float>& s) {
 // root / bias2_sqrt + eps of a root that is not negative. Where the machine multiplies and adds in one operation no
 // element waits for this division: what the product with the rounded reciprocal leaves over, multiplied by it again,
 // corrects the product to the nearest float (Markstein 1990). It does for every divisor: of each, all roots whose
-// quotient is near enough to a tie to go wrong were tried (benchmarks/NOTES.md).
+// quotient is near enough to a tie to go wrong are tried by the tests (all_divisors.cpp).
 template <typename Float, typename Own>
 SAFEFREEZE_INLINE Float denominator(Float root, const Own& s) {
 #if defined(__FMA__)

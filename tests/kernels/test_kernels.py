@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import math
 import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -730,6 +731,18 @@ def test_the_division_by_a_bias_is_rounded_right(isa: str) -> None:
             assert_same_bits(p, expected, f"{isa}, {divisor} under {root}", any_nan=True)
         cases += len(root) - 3
     assert cases > 900
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="a processor with fused multiply-add")
+def test_no_divisor_there_is_rounds_wrongly(tmp_path: Path) -> None:
+    """All of them, and all roots that could show it; the test above has the real kernels' on a few."""
+    root, program = Path(__file__).parents[2], tmp_path / "all_divisors"
+    source = root / "tests" / "helpers" / "all_divisors.cpp"
+    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=off", f"-I{root / 'csrc'}"]
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(program)], check=True, timeout=120)
+    done = subprocess.run([str(program)], check=True, capture_output=True, text=True, timeout=120)
+    tried, wrong = map(int, done.stdout.split())
+    assert (tried, wrong) == (46_517_418, 0)
 
 
 @needs_cpu
