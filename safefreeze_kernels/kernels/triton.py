@@ -408,7 +408,8 @@ def adamw_settings(
     most = amsgrad and state == CODES and rounding == "stochastic"
     busiest = most or (rounding == "stochastic" and param == torch.float16)
     halved = busy or lists == 2 or (lists and param == torch.float16)
-    narrow = 1 if busiest or ages or (amsgrad and rounding != "stochastic") else 2 if halved else 4
+    aged = ages and (param == torch.float32 or rounding == "remainder")
+    narrow = 1 if busiest or aged or (amsgrad and rounding != "stochastic") else 2 if halved else 4
     few = amsgrad or busiest or (busy and state.itemsize <= 2) or (bits and rounding == "remainder")
     wide = 8 if param.itemsize == 2 and not few else 2 if most and (bits or ages) else 4
     return {
