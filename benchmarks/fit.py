@@ -11,7 +11,6 @@ what it takes is printed beside what was predicted. ``--device cpu --tiny`` rehe
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import time
@@ -59,17 +58,13 @@ def measure(way: str) -> tuple[int, int, int]:
 
 def llama(device: str, tiny: bool = False) -> tuple[Any, dict[str, Any]]:
     """A model of the shapes of Llama-2-7B in bfloat16, with weights drawn at random; and a batch."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**small, vocab_size=256) if tiny else LlamaConfig())
-            tokens = torch.randint(model.config.vocab_size, (1, 512))
-    finally:
-        torch.set_default_dtype(before)
+    config = LlamaConfig(**small, vocab_size=256) if tiny else LlamaConfig()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        tokens = torch.randint(config.vocab_size, (1, 512))
     return model, {"input_ids": tokens, "labels": tokens}
 
 
@@ -99,7 +94,6 @@ def train_on_a_card(device: str, tiny: bool) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     train, optimizer = trainer("small", model, plan, 1e-5)
     for number in range(3):
-        gc.collect()
         began = time.monotonic()
         loss = train(batch)  # which waits for the loss
         print(f"step {number + 1}: loss {loss:.4f}, {time.monotonic() - began:.2f} s")

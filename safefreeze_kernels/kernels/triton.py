@@ -404,6 +404,7 @@ def adamw_settings(
     ages: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time parameters and launch options of `adamw_kernel`."""
+    # as many as no Triton and no architecture of `make sass` lacks registers for
     busy = bits or ages or rounding != "nearest"
     most = amsgrad and state == CODES and rounding == "stochastic"
     busiest = most or (rounding == "stochastic" and param == torch.float16)
